@@ -1,0 +1,25 @@
+"""The one exception for input that a user can mend, and help with mistyped names."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: a file, a key, a name or a value.
+
+    The message says what was got, what is needed and the remedy. The command
+    prints it without a traceback and exits with code 2; every other exception
+    is a defect of this library and keeps its traceback.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that offers the known names nearest to `name`.
+
+    >>> nearest("q_porj", ["q_proj", "k_proj"])
+    'Did you mean q_proj? Known: k_proj, q_proj.'
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    guess = f"Did you mean {' or '.join(close)}? " if close else ""
+    return f"{guess}Known: {', '.join(known)}."
