@@ -1,0 +1,85 @@
+"""Prefix trees of manifolds: which point lives where."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from manifold_lora.errors import InputError
+from manifold_lora.manifolds import Euclidean, Manifold
+
+# A prefix tree of the parameters whose leaves are manifolds, or a function from
+# the parameters to such a tree (it may look at structure and shapes only).
+Manifolds = Any | Callable[[Any], Any]
+
+# A float32 point further off than this was never put on its manifold; bfloat16
+# storage alone is 4e-3 off.
+_ON_MANIFOLD = {"float64": 1e-5, "float32": 1e-4}
+
+
+def is_manifold(node: Any) -> bool:
+    """True for a manifold: the leaves of a prefix tree."""
+    return isinstance(node, Manifold)
+
+
+def resolve(manifolds: Manifolds, params: Any) -> Any:
+    """The prefix tree itself, where a function of the parameters was given."""
+    if callable(manifolds) and not is_manifold(manifolds):
+        return manifolds(params)
+    return manifolds
+
+
+def map_points(f: Callable[..., Any], manifolds: Any, params: Any, *rest: Any) -> Any:
+    """Call f(manifold, point, *vectors) for every point of the parameters."""
+
+    def each(manifold: Manifold, *subtrees: Any) -> Any:
+        return jax.tree.map(lambda *leaves: f(manifold, *leaves), *subtrees)
+
+    return jax.tree.map(each, manifolds, params, *rest, is_leaf=is_manifold)
+
+
+def check_points(manifolds: Any, params: Any) -> None:
+    """Raise one `InputError` for every point that its manifold cannot hold.
+
+    Shapes are always checked; the distance from the manifold only for concrete
+    arrays of this process, not for tracers, abstract shapes or placeholders.
+    """
+    problems = []
+
+    def check(path: Any, manifold: Manifold, x: Any) -> None:
+        name = jax.tree_util.keystr(path) or "the parameter"
+        try:
+            manifold.check_shape(tuple(np.shape(x)))
+        except InputError as error:
+            problems.append(f"{name}: {error}")
+            return
+        if isinstance(manifold, Euclidean) or isinstance(x, jax.core.Tracer):
+            return
+        if not isinstance(x, jax.Array) or not x.is_fully_addressable:
+            return
+        distance = float(manifold.residual(x).max(initial=0))
+        if not distance <= _ON_MANIFOLD.get(x.dtype.name, 3e-2):
+            problems.append(
+                f"{name}: the point is {distance:.2g} off {manifold}. Start from "
+                "random_point(key, shape), or repair it with nearest_point(x)."
+            )
+
+    try:
+        jax.tree_util.tree_map_with_path(
+            lambda path, manifold, subtree: jax.tree_util.tree_map_with_path(
+                lambda below, x: check(path + below, manifold, x), subtree
+            ),
+            manifolds,
+            params,
+            is_leaf=is_manifold,
+        )
+    except (ValueError, TypeError) as error:
+        shown = jax.tree.map(str, manifolds, is_leaf=is_manifold)
+        raise InputError(
+            "The tree of manifolds is no prefix of the parameters.\n"
+            f"  manifolds:  {shown}\n"
+            f"  parameters: {jax.tree.structure(params)}\n  {error}"
+        ) from error
+    if problems:
+        raise InputError("\n".join(problems))
