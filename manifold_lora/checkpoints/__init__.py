@@ -1,0 +1,1 @@
+"""Files in and out: Hugging Face models, PEFT adapters and training checkpoints."""

@@ -1,0 +1,246 @@
+"""Hugging Face model directories, read into and written from a stacked `Llama`.
+
+One table, `_rows`, says where each tensor of the file lives in the model. Reading
+and writing both walk it, so that the one is the inverse of the other.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from manifold_lora.errors import InputError
+from manifold_lora.models import Llama, LlamaConfig
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")  # no quantised weights
+_ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
+_MLP = tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
+_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+class _Row(NamedTuple):
+    """One kind of tensor: `{}` in the name is the layer, stacked on axis 0 of the leaf.
+
+    Kernels are (out, in) in the file and (in, out) in the model: transposed.
+    """
+
+    name: str
+    leaf: str
+    transposed: bool = False
+
+    def variable(self, model: Llama) -> Any:
+        """The leaf itself, an `nnx.Param`."""
+        return attrgetter(self.leaf)(model)
+
+    def names(self, config: LlamaConfig) -> list[str]:
+        """The names in the file: one per layer, or just one."""
+        if "{}" not in self.name:
+            return [self.name]
+        return [self.name.format(n) for n in range(config.num_hidden_layers)]
+
+    def shape(self, model: Llama) -> tuple[int, ...]:
+        """The shape of one tensor in the file."""
+        shape = self.variable(model).shape
+        shape = shape[1:] if "{}" in self.name else shape
+        return shape[::-1] if self.transposed else shape
+
+    def matrices(
+        self, leaf: np.ndarray, config: LlamaConfig
+    ) -> Iterable[tuple[str, np.ndarray]]:
+        """Each name and a view of its part of the leaf, oriented as in the file."""
+        parts = leaf if "{}" in self.name else leaf[None]
+        parts = parts.mT if self.transposed else parts
+        return zip(self.names(config), parts, strict=True)
+
+
+def _rows(config: LlamaConfig) -> list[_Row]:
+    """The table: every tensor that the file of such a model holds, and no other."""
+    rows = [
+        _Row("model.embed_tokens.weight", "embed_tokens"),
+        _Row("model.norm.weight", "norm.scale"),
+    ]
+    if not config.tie_word_embeddings:
+        rows.append(_Row("lm_head.weight", "lm_head.kernel", True))
+    for norm in _LAYER_NORMS:
+        rows.append(_Row(f"model.layers.{{}}.{norm}.weight", f"layers.{norm}.scale"))
+    for linears, bias in ((_ATTENTION, config.attention_bias), (_MLP, config.mlp_bias)):
+        for linear in linears:
+            name, leaf = f"model.layers.{{}}.{linear}", f"layers.{linear}"
+            rows.append(_Row(f"{name}.weight", f"{leaf}.kernel", True))
+            if bias:
+                rows.append(_Row(f"{name}.bias", f"{leaf}.bias"))
+    return rows
+
+
+def _ignored(name: str, config: LlamaConfig) -> bool:
+    """Tensors that say nothing the config and the other tensors do not."""
+    tied_head = config.tie_word_embeddings and name == "lm_head.weight"
+    return tied_head or name.endswith(".rotary_emb.inv_freq")
+
+
+def load_llama(
+    path: str | os.PathLike[str], dtype: jnp.dtype | type = jnp.float32
+) -> Llama:
+    """Read a Hugging Face LLaMA directory: config.json and safetensors.
+
+    Weights of any float dtype are rounded once to `dtype`. One stacked leaf at a time
+    is in memory beside the model. Raises `InputError` for a directory, a config or a
+    tensor that is not what a LLaMA has, naming all bad tensors at once.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    tensors = _open_tensors(path)
+    _check(path, model, tensors)
+    for row in _rows(config):
+        variable = row.variable(model)
+        leaf = np.empty(variable.shape, variable.dtype)
+        for name, matrix in row.matrices(leaf, config):
+            matrix[...] = tensors[name].get_tensor(name)
+        variable.set_value(jnp.asarray(leaf))
+    return model
+
+
+def hf_tensors(model: Llama) -> dict[str, np.ndarray]:
+    """The model's weights under their Hugging Face names, in the model's dtype."""
+    tensors = {}
+    for row in _rows(model.config):
+        leaf = np.asarray(row.variable(model)[...])
+        for name, matrix in row.matrices(leaf, model.config):
+            tensors[name] = np.ascontiguousarray(matrix)
+    return tensors
+
+
+def save_llama(
+    model: Llama,
+    path: str | os.PathLike[str],
+    dtype: jnp.dtype | type | None = None,
+) -> None:
+    """Write config.json and model.safetensors, readable by transformers 4 and 5.
+
+    `dtype` None keeps the model's. The directory appears complete or not at all; an
+    existing one, and a model with adapters, raise `InputError`.
+    """
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path} exists already: remove it or choose another name.")
+    if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+        raise InputError(
+            "The model has adapters, which a Hugging Face model file cannot hold: "
+            "merge first, or save the adapter by itself."
+        )
+    dtype = jnp.dtype(model.embed_tokens.dtype if dtype is None else dtype)
+    tensors = {k: v.astype(dtype, copy=False) for k, v in hf_tensors(model).items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        config = json.dumps(model.config.to_hf(dtype.name), indent=2)
+        (partial / "config.json").write_text(config + "\n", encoding="utf-8")
+        save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
+        # safetensors 0.8 lets only the owner read its files, whatever the umask says
+        shutil.copymode(partial / "config.json", partial / _WEIGHTS)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{file} is not valid JSON ({error}): copy or download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} must hold a JSON object: copy or download it again.")
+    return content
+
+
+def _read_config(path: Path) -> LlamaConfig:
+    need = "Give a Hugging Face model directory with config.json and *.safetensors."
+    if not path.exists():
+        raise InputError(f"{path} does not exist. {need}")
+    if not path.is_dir():
+        raise InputError(f"{path} is a file. {need}")
+    file = path / "config.json"
+    if not file.is_file():
+        raise InputError(f"{path} has no config.json. {need}")
+    mapping = _read_json(file)
+    try:
+        return LlamaConfig.from_hf(mapping)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if (path / _WEIGHTS).is_file():
+        return [path / _WEIGHTS]
+    if not (path / _INDEX).is_file():
+        raise InputError(
+            f"{path} has neither {_WEIGHTS} nor {_INDEX}. "
+            "Weights in .bin or .pth files must be converted to safetensors first."
+        )
+    weight_map = _read_json(path / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{path / _INDEX} has no weight_map: download it again.")
+    files = [path / name for name in sorted(set(weight_map.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise InputError(
+            f"{path} lacks {', '.join(missing)}, named by {_INDEX}: download them."
+        )
+    return files
+
+
+def _open_tensors(path: Path) -> dict[str, Any]:
+    """The open file that holds each tensor; nothing but headers is read here."""
+    tensors = {}
+    for file in _weight_files(path):
+        try:
+            reader = safe_open(file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{file} is truncated or no safetensors file ({error}): "
+                "copy or download it again."
+            ) from error
+        tensors |= dict.fromkeys(reader.keys(), reader)
+    return tensors
+
+
+def _check(path: Path, model: Llama, tensors: Mapping[str, Any]) -> None:
+    """Names, shapes and dtypes, strictly in both directions, all complaints at once."""
+    bad = []
+    needed = {
+        name: row.shape(model)
+        for row in _rows(model.config)
+        for name in row.names(model.config)
+    }
+    for name, shape in needed.items():
+        if name not in tensors:
+            bad.append(f"{name}: missing, needed {shape}")
+            continue
+        header = tensors[name].get_slice(name)
+        if (found := tuple(header.get_shape())) != shape:
+            bad.append(f"{name}: found {found}, needed {shape}")
+        if (kind := header.get_dtype()) not in _FLOATS:
+            bad.append(f"{name}: found {kind}, needed one of {', '.join(_FLOATS)}")
+    for name in tensors:
+        if name not in needed and not _ignored(name, model.config):
+            bad.append(f"{name}: unexpected")
+    if bad:
+        raise InputError(
+            f"The weights in {path} do not fit its config.json:\n  "
+            + "\n  ".join(bad)
+            + "\nThe directory must hold one unquantised LLaMA and its own config."
+        )

@@ -1,0 +1,175 @@
+"""Examples to batches of one shape, in an order that can be saved and resumed."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from manifold_lora.data.tokens import Example
+from manifold_lora.errors import InputError
+
+if TYPE_CHECKING:
+    import grain
+
+Batch = dict[str, np.ndarray]
+PACKING_ROWS = 64  # rows open at a time: 95-99 % full, against 86-98 % with 4
+
+
+def batches(
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    sequence_length: int,
+    seed: int,
+    shuffle: bool = True,
+    packing: bool = False,
+    epochs: int | None = None,
+) -> "grain.IterDataset[Batch]":
+    """Batches for training, all of one shape, so that the step compiles once.
+
+    Batches run over the borders of epochs. With `epochs` every example comes
+    exactly so many times and the last batch is filled up with empty rows, which a
+    loss per answer token ignores. `packing` puts several examples in a row, which
+    `segment_ids` keep apart; it pays where lengths differ.
+
+    Args:
+        examples: From `encode`, none longer than `sequence_length`.
+        batch_size: Rows of a batch.
+        sequence_length: Columns of a batch.
+        seed: Decides the order; the same seed gives the same batches.
+        shuffle: Shuffle anew in each epoch; otherwise the given order.
+        packing: Several examples per row, by grain's first-fit packing.
+        epochs: Passes over the examples; None repeats for ever.
+
+    Returns:
+        A grain dataset of dicts of arrays (batch, sequence_length): `input_ids`
+        int32; `loss_mask` float32, 1 where the token is itself a target;
+        `positions` int32, from 0 in each segment; `segment_ids` int32, from 1 in
+        each row, 0 on padding. `iter` of it has `get_state` and `set_state`, whose
+        state is plain JSON.
+
+    Raises:
+        InputError: No examples, one too long, or a size that is not positive.
+
+    Example:
+        >>> example = Example(np.array([5, 6], np.int32), np.array([False, True]))
+        >>> data = batches([example], batch_size=1, sequence_length=4, seed=0)
+        >>> batch = next(iter(data))
+        >>> batch["input_ids"].tolist(), batch["segment_ids"].tolist()
+        ([[5, 6, 0, 0]], [[1, 1, 0, 0]])
+    """
+    import grain
+
+    _check(examples, batch_size, sequence_length)
+    if epochs is not None and epochs < 1:
+        raise InputError(f"--epochs must be at least 1, got {epochs}.")
+    source = grain.MapDataset.source(examples).seed(seed)
+    if shuffle:
+        source = source.shuffle()
+    source = source.repeat(epochs).map(_segment)
+    if packing:
+        lengths = {"input_ids": sequence_length, "loss_mask": sequence_length}
+        rows = grain.experimental.FirstFitPackIterDataset(
+            _in_memory(source),
+            length_struct=lengths,
+            num_packing_bins=max(PACKING_ROWS, batch_size),
+            seed=seed,
+            shuffle_bins=shuffle,  # the first rows are the fullest
+        ).map(_packed_row)
+    else:
+        rows = _in_memory(source.map(partial(_row, length=sequence_length)))
+    return _batched(rows, batch_size)
+
+
+def evaluation_batches(
+    examples: Sequence[Example], *, batch_size: int, sequence_length: int
+) -> "grain.IterDataset[Batch]":
+    """Every example once, in order, one per row, in batches of one shape.
+
+    Use it for losses and accuracies over a whole set; the last batch is filled up
+    with empty rows (`segment_ids` 0). The arrays are those of `batches`.
+
+    Raises:
+        InputError: No examples, one too long, or a size that is not positive.
+    """
+    import grain
+
+    _check(examples, batch_size, sequence_length)
+    source = grain.MapDataset.source(examples).map(_segment)
+    rows = _in_memory(source.map(partial(_row, length=sequence_length)))
+    return _batched(rows, batch_size)
+
+
+def padded_length(examples: Sequence[Example], sequence_length: int) -> int:
+    """The least multiple of 8 that holds every example, at most `sequence_length`.
+
+    Use it as the `sequence_length` of unpacked batches, to pad no more than needed.
+
+    >>> padded_length([Example(np.zeros(9, np.int32), np.zeros(9, np.bool_))], 512)
+    16
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    return min(-(-longest // 8) * 8, sequence_length)
+
+
+def _check(examples: Sequence[Example], batch_size: int, sequence_length: int) -> None:
+    if batch_size < 1 or sequence_length < 1:
+        raise InputError(
+            "--batch-size and --sequence-length must be at least 1, "
+            f"got {batch_size} and {sequence_length}."
+        )
+    if not examples:
+        raise InputError("there are no examples to batch; at least one is needed.")
+    longest = max(len(example.input_ids) for example in examples)
+    if longest > sequence_length:
+        raise InputError(
+            f"an example has {longest} tokens, more than the {sequence_length} of a "
+            "row: encode with that sequence length, or raise --sequence-length."
+        )
+
+
+def _in_memory(source: "grain.MapDataset") -> "grain.IterDataset":
+    import grain
+
+    # The examples are arrays in memory: reading threads would only contend.
+    return source.to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    )
+
+
+def _batched(rows: "grain.IterDataset", batch_size: int) -> "grain.IterDataset[Batch]":
+    import grain
+
+    fill_up = partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    return rows.batch(batch_size, batch_fn=fill_up)
+
+
+def _segment(example: Example) -> Batch:
+    loss_mask = example.loss_mask.astype(np.float32)
+    loss_mask[0] = 0  # nothing in its segment comes before it
+    return {"input_ids": example.input_ids.astype(np.int32), "loss_mask": loss_mask}
+
+
+def _row(segment: Batch, length: int) -> Batch:
+    size = len(segment["input_ids"])
+    row = {
+        "input_ids": np.zeros(length, np.int32),
+        "loss_mask": np.zeros(length, np.float32),
+        "positions": np.zeros(length, np.int32),
+        "segment_ids": np.zeros(length, np.int32),
+    }
+    row["input_ids"][:size] = segment["input_ids"]
+    row["loss_mask"][:size] = segment["loss_mask"]
+    row["positions"][:size] = np.arange(size)
+    row["segment_ids"][:size] = 1
+    return row
+
+
+def _packed_row(packed: Batch) -> Batch:
+    return {
+        "input_ids": packed["input_ids"],
+        "loss_mask": packed["loss_mask"],
+        "positions": packed["input_ids_positions"],
+        "segment_ids": packed["input_ids_segment_ids"],
+    }

@@ -1,0 +1,246 @@
+"""LLaMA as one stacked block under `jax.lax.scan`.
+
+The decoder's parameters carry a leading layer axis, so that compile time does not
+grow with depth and a checkpoint has one leaf per kind of matrix.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from manifold_lora.models.config import LlamaConfig
+from manifold_lora.models.layers import (
+    Linear,
+    RMSNorm,
+    apply_rope,
+    rope_angles,
+    rope_frequencies,
+)
+
+Dtype = jnp.dtype | type
+Rope = tuple[jax.Array, jax.Array]
+
+
+def _fold(key: jax.Array | None, index: int) -> jax.Array | None:
+    """A key of its own for each projection; no key stays no key."""
+    return None if key is None else jax.random.fold_in(key, index)
+
+
+class Attention(nnx.Module):
+    """Causal attention with grouped key and value heads, stacked over layers."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+
+        def linear(in_features: int, out_features: int) -> Linear:
+            return Linear(
+                in_features,
+                out_features,
+                layers=config.num_hidden_layers,
+                bias=config.attention_bias,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.q_proj = linear(config.hidden_size, width)
+        self.k_proj = linear(config.hidden_size, kv_width)
+        self.v_proj = linear(config.hidden_size, kv_width)
+        self.o_proj = linear(width, config.hidden_size)
+
+    def __call__(
+        self, x: jax.Array, rope: Rope, mask: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Shapes (b, t, d) to the same; mask (b, 1, t, t), True where allowed."""
+        b, t, _ = x.shape
+        heads = (b, t, -1, self.head_dim)
+        q = self.q_proj(x, _fold(key, 0)).reshape(heads)  # (b, t, h, head_dim)
+        k = self.k_proj(x, _fold(key, 1)).reshape(heads)  # (b, t, kv, head_dim)
+        v = self.v_proj(x, _fold(key, 2)).reshape(heads)  # (b, t, kv, head_dim)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # (b, t, h, head_dim)
+        return self.o_proj(y.reshape(b, t, -1), _fold(key, 3))
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) · up(x)), stacked over layers."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs):
+        def linear(in_features: int, out_features: int) -> Linear:
+            return Linear(
+                in_features,
+                out_features,
+                layers=config.num_hidden_layers,
+                bias=config.mlp_bias,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Shapes (b, t, d) to the same."""
+        gate = jax.nn.silu(self.gate_proj(x, _fold(key, 4)))
+        return self.down_proj(gate * self.up_proj(x, _fold(key, 5)), _fold(key, 6))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), stacked over layers."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs):
+        def norm() -> RMSNorm:
+            return RMSNorm(
+                config.hidden_size,
+                epsilon=config.rms_norm_eps,
+                layers=config.num_hidden_layers,
+                dtype=dtype,
+            )
+
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, rope: Rope, mask: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """Shapes (b, t, d) to the same."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, key)
+        return x + self.mlp(self.post_attention_layernorm(x), key)
+
+
+class Llama(nnx.Module):
+    """A LLaMA decoder: token ids in, float32 logits out.
+
+    `layers` is one `Block` whose every variable has a leading layer axis. A
+    projection in it may be replaced by any module that is called the same way,
+    `(x, key)`, and whose variables have that axis too. `remat` recomputes each layer
+    in the backward pass instead of keeping its activations; a caller may switch it.
+
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+    ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    ...     head_dim=4)
+    >>> model = Llama(config, rngs=nnx.Rngs(0))
+    >>> model(jnp.array([[1, 2, 3]])).shape
+    (1, 3, 32)
+    """
+
+    def __init__(
+        self, config: LlamaConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.config = config
+        self.remat = True
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = 0.02 * jax.random.normal(rngs.params(), shape, dtype)
+        self.embed_tokens = nnx.Param(embedding)
+        self.layers = Block(config, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(
+            config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype
+        )
+        # one assignment: flax takes a None that is replaced later for static data
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(*shape[::-1], dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of the next token, (b, t, vocab) float32; see `hidden_states`."""
+        return self.unembed(
+            self.hidden_states(
+                input_ids,
+                attention_mask,
+                positions=positions,
+                segment_ids=segment_ids,
+                key=key,
+            )
+        )
+
+    def hidden_states(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The last layer's output after the final norm, (b, t, d).
+
+        Args:
+            input_ids: (b, t). An id beyond the vocabulary turns its row into NaN.
+            attention_mask: (b, t), nonzero for real tokens; padding may be on either
+                side. Outputs at padding mean nothing.
+            positions: (b, t). By default they count the real tokens.
+            segment_ids: (b, t) integers for rows that hold several sequences: a token
+                sees its own segment only. Padding is 0.
+            key: dropout key for the modules that have dropout; None for no dropout.
+        """
+        mask = _attention_mask(input_ids, attention_mask, segment_ids)
+        if positions is None:
+            positions = _positions(input_ids, attention_mask)
+        rope = rope_angles(rope_frequencies(self.config), positions)
+        keys = key
+        if key is not None:  # one key per layer, scanned alongside its parameters
+            keys = jax.random.split(key, self.config.num_hidden_layers)
+        graph, state = nnx.split(self.layers)
+
+        def layer(x: jax.Array, scanned) -> tuple[jax.Array, None]:
+            layer_state, layer_key = scanned
+            return nnx.merge(graph, layer_state)(x, rope, mask, layer_key), None
+
+        if self.remat:
+            # inside a scan nothing can undo the recomputation, so no barrier is needed
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        with self._precision():
+            embedding = self.embed_tokens[...]
+            x = jnp.take(embedding, input_ids, axis=0, mode="fill")  # (b, t, d)
+            x, _ = jax.lax.scan(layer, x, (state, keys))
+            return self.norm(x)
+
+    def unembed(self, h: jax.Array) -> jax.Array:
+        """Logits of hidden states, (…, d) to (…, vocab), accumulated in float32."""
+        with self._precision():
+            if self.lm_head is None:
+                kernel = self.embed_tokens[...].T
+            else:
+                kernel = self.lm_head.kernel[...]
+            return jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """Full products for float32 models, which accelerators round by default."""
+        full = self.embed_tokens.dtype == jnp.float32
+        return jax.default_matmul_precision("highest") if full else nullcontext()
+
+
+def _attention_mask(
+    input_ids: jax.Array,
+    attention_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    """Which key a query sees: earlier or itself, real, and of the same segment."""
+    time = jnp.arange(input_ids.shape[1])
+    mask = (time[:, None] >= time[None, :])[None]  # (1, t, t)
+    if attention_mask is not None:
+        mask = mask & attention_mask.astype(bool)[:, None, :]  # (b, t, t)
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return mask[:, None]  # (b or 1, 1, t, t)
+
+
+def _positions(input_ids: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+    """Positions that count the real tokens, so that padding may be on either side."""
+    if attention_mask is None:
+        return jnp.arange(input_ids.shape[1])[None]  # (1, t)
+    real = attention_mask.astype(bool).astype(jnp.int32)
+    return jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)  # (b, t)

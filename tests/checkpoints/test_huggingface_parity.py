@@ -1,0 +1,97 @@
+"""The same files in transformers' LlamaForCausalLM and here: the same logits."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from manifold_lora.checkpoints.huggingface import load_llama, save_llama
+from manifold_lora.models import Llama, LlamaConfig
+from manifold_lora.models.layers import rope_frequencies
+from tests.models import reference
+from tests.tolerances import LOGITS
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.hf
+
+IDS = np.random.default_rng(1).integers(0, 61, (2, 80))
+
+
+def theirs(path: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+
+
+def their_logits(model: Any, ids: np.ndarray, **inputs: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        tensors = {name: torch.tensor(x) for name, x in inputs.items()}
+        return model(torch.tensor(ids), **tensors).logits.numpy()
+
+
+@pytest.mark.parametrize("name", reference.CONFIGS)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
+    config = reference.CONFIGS[name]
+    tensors = reference.random_tensors(config)
+    path = reference.write_checkpoint(tmp_path / "m", config, tensors)
+    got = load_llama(path)(jnp.asarray(IDS))
+    assert np.abs(got - their_logits(theirs(path), IDS)).max() < LOGITS
+
+
+@pytest.mark.parametrize("name", ["llama-2", "llama-3.1", "llama-3.2", "v5-llama3"])
+def test_transformers_reads_what_we_save(name: str, tmp_path: Path):
+    config = LlamaConfig.from_hf(reference.CONFIGS[name])
+    model = Llama(config, rngs=nnx.Rngs(0))
+    save_llama(model, tmp_path / "m")
+    their_model = theirs(tmp_path / "m")
+    needed = their_logits(their_model, IDS)
+    assert np.abs(model(jnp.asarray(IDS)) - needed).max() < LOGITS
+    their_model.save_pretrained(tmp_path / "theirs")  # in version 5's own spelling
+    assert load_llama(tmp_path / "theirs").config == config
+
+
+def test_left_padding_and_distant_positions(tmp_path: Path):
+    config = reference.CONFIGS["llama-3.1"] | {"max_position_embeddings": 131072}
+    tensors = reference.random_tensors(config)
+    path = reference.write_checkpoint(tmp_path / "m", config, tensors)
+    mask = np.ones_like(IDS)
+    mask[1, :30] = 0
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    positions[0] *= 1_600  # up to 126,400
+    got = load_llama(path)(
+        jnp.asarray(IDS), jnp.asarray(mask), positions=jnp.asarray(positions)
+    )
+    needed = their_logits(
+        theirs(path), IDS, attention_mask=mask, position_ids=positions
+    )
+    assert np.abs(got - needed)[mask == 1].max() < LOGITS
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+def test_rope_frequencies_are_bitwise_those_of_transformers(
+    kind: str, head_dim: int, theta: float
+):
+    from transformers import LlamaConfig as TheirConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling = {"rope_type": kind, "factor": 8.0}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8192}
+    keys = {"default": 1, "linear": 2, "llama3": 5}[kind]
+    rope = dict(list(scaling.items())[:keys]) | {"rope_theta": theta}
+    config = reference.CONFIGS["llama-3"] | {
+        "head_dim": head_dim,
+        "rope_theta": theta,
+        "rope_scaling": rope,
+    }
+    config.pop("model_type")
+    needed = LlamaRotaryEmbedding(TheirConfig(**config)).inv_freq.numpy()
+    got = rope_frequencies(LlamaConfig.from_hf(config | {"model_type": "llama"}))
+    np.testing.assert_array_equal(got, needed)

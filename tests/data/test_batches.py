@@ -1,0 +1,234 @@
+import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+
+from manifold_lora.data.batches import (
+    Batch,
+    batches,
+    evaluation_batches,
+    padded_length,
+)
+from manifold_lora.data.tokens import Example
+from manifold_lora.errors import InputError
+
+LENGTH = 16
+DTYPES = {
+    "input_ids": np.int32,
+    "loss_mask": np.float32,
+    "positions": np.int32,
+    "segment_ids": np.int32,
+}
+
+
+def make_examples(count: int, seed: int = 0) -> list[Example]:
+    """Examples that all differ: token 1000 + i stands first in the i-th."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for index in range(count):
+        size = int(rng.integers(2, LENGTH + 1))
+        ids = rng.integers(1, 1000, size)
+        ids[0] = 1000 + index
+        mask = rng.random(size) < 0.5
+        mask[0], mask[-1] = False, True
+        examples.append(Example(ids.astype(np.int32), mask))
+    return examples
+
+
+def key(ids: Iterable[int], mask: Iterable[float]) -> tuple[tuple[int, bool], ...]:
+    return tuple((int(i), bool(m)) for i, m in zip(ids, mask, strict=True))
+
+
+def segments(data: Iterable[Batch], batch_size: int) -> list[tuple]:
+    """Every segment of every row, in order, after checking the rows' form."""
+    found = []
+    for batch in data:
+        assert {name: array.dtype for name, array in batch.items()} == DTYPES
+        assert {array.shape for array in batch.values()} == {(batch_size, LENGTH)}
+        for row in range(batch_size):
+            ids, mask, positions, segment_ids = (batch[name][row] for name in DTYPES)
+            padding = segment_ids == 0
+            assert np.all(np.diff(padding.astype(int)) >= 0), "padding is on the right"
+            for array in (ids, mask, positions):
+                assert not array[padding].any()
+            count = segment_ids.max()
+            assert set(segment_ids[~padding]) == set(range(1, count + 1))
+            for segment in range(1, count + 1):
+                (here,) = np.nonzero(segment_ids == segment)
+                assert here.tolist() == list(range(here[0], here[-1] + 1))
+                assert positions[here].tolist() == list(range(len(here)))
+                assert mask[here[0]] == 0
+                found.append(key(ids[here], mask[here]))
+    return found
+
+
+def keys(examples: list[Example]) -> list[tuple]:
+    return [key(example.input_ids, example.loss_mask) for example in examples]
+
+
+def first_tokens(data: Iterable[Batch], count: int) -> list[list[int]]:
+    return [batch["input_ids"][:, 0].tolist() for batch in islice(data, count)]
+
+
+def test_unpacked_rows_by_hand() -> None:
+    examples = [
+        Example(np.array([7, 8, 9], np.int32), np.array([False, False, True])),
+        Example(np.array([5, 6], np.int32), np.array([True, True])),
+    ]
+    data = batches(examples, batch_size=2, sequence_length=4, seed=0, shuffle=False)
+    batch = next(iter(data))
+    assert batch["input_ids"].tolist() == [[7, 8, 9, 0], [5, 6, 0, 0]]
+    assert batch["loss_mask"].tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 0], [0, 1, 0, 0]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    assert examples[1].loss_mask.all(), "the examples are not changed"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_every_example_comes_once_per_epoch(
+    packing: bool, shuffle: bool, epochs: int
+) -> None:
+    examples = make_examples(150)
+    data = batches(
+        examples,
+        batch_size=4,
+        sequence_length=LENGTH,
+        seed=1,
+        shuffle=shuffle,
+        packing=packing,
+        epochs=epochs,
+    )
+    found = segments(data, batch_size=4)
+    assert Counter(found) == Counter(keys(examples) * epochs)
+    if not packing:
+        assert (found == keys(examples) * epochs) == (not shuffle)
+
+
+def test_packing_fills_rows() -> None:
+    examples = make_examples(400)
+    options: dict[str, Any] = {"batch_size": 4, "sequence_length": LENGTH}
+    rows = {
+        packing: len(
+            list(batches(examples, seed=0, packing=packing, epochs=1, **options))
+        )
+        for packing in (False, True)
+    }
+    tokens = sum(len(example.input_ids) for example in examples)
+    assert rows[False] == 100
+    assert rows[True] * 4 * LENGTH < 1.2 * tokens
+
+
+def test_each_epoch_is_another_permutation() -> None:
+    examples = make_examples(12)
+    data = batches(examples, batch_size=12, sequence_length=LENGTH, seed=0)
+    epochs = first_tokens(data, 4)
+    assert all(sorted(epoch) == list(range(1000, 1012)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_seed_decides_the_order(packing: bool) -> None:
+    examples = make_examples(40)
+    orders = [
+        first_tokens(
+            batches(
+                examples,
+                batch_size=4,
+                sequence_length=LENGTH,
+                seed=seed,
+                packing=packing,
+            ),
+            10,
+        )
+        for seed in (0, 0, 1)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("consumed", [0, 1, 7, 30])
+def test_a_restored_state_continues_with_the_same_batches(
+    packing: bool, consumed: int
+) -> None:
+    def data():
+        return iter(
+            batches(
+                make_examples(50),
+                batch_size=4,
+                sequence_length=LENGTH,
+                seed=3,
+                packing=packing,
+            )
+        )
+
+    original = data()
+    for _ in range(consumed):
+        next(original)
+    state = json.loads(json.dumps(original.get_state()))
+    restored = data()
+    restored.set_state(state)
+    for _ in range(20):
+        expected, got = next(original), next(restored)
+        for name in DTYPES:
+            np.testing.assert_array_equal(got[name], expected[name])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_fewer_examples_than_rows(packing: bool) -> None:
+    """For ever: epochs share a batch. One epoch: empty rows fill it up."""
+    examples = make_examples(3)
+    options: dict[str, Any] = {
+        "batch_size": 8,
+        "sequence_length": LENGTH,
+        "packing": packing,
+    }
+    endless = segments(islice(batches(examples, seed=0, **options), 3), batch_size=8)
+    assert set(endless) == set(keys(examples))
+    (once,) = batches(examples, seed=0, epochs=1, **options)
+    assert Counter(segments([once], batch_size=8)) == Counter(keys(examples))
+
+
+@pytest.mark.parametrize("count", [1, 8, 11])
+def test_evaluation_takes_every_example_once_in_order(count: int) -> None:
+    examples = make_examples(count)
+    data = list(evaluation_batches(examples, batch_size=4, sequence_length=LENGTH))
+    assert len(data) == -(-count // 4)
+    assert segments(data, batch_size=4) == keys(examples)
+    for batch in data:
+        assert batch["segment_ids"].max() == 1
+
+
+@pytest.mark.parametrize(
+    ("longest", "sequence_length", "expected"),
+    [(1, 512, 8), (8, 512, 8), (9, 512, 16), (15, 15, 15), (10, 12, 12)],
+)
+def test_padded_length(longest: int, sequence_length: int, expected: int) -> None:
+    sizes = (1, longest)
+    examples = [Example(np.zeros(n, np.int32), np.zeros(n, np.bool_)) for n in sizes]
+    assert padded_length(examples, sequence_length) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"examples": []}, "no examples"),
+        ({"batch_size": 0}, "--batch-size and --sequence-length must be .* got 0"),
+        ({"sequence_length": 1}, "an example has .* tokens, more than the 1 of a row"),
+        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+    ],
+)
+def test_wrong_values_are_refused_at_once(change: dict, words: str) -> None:
+    options: dict[str, Any] = {
+        "examples": make_examples(3),
+        "batch_size": 4,
+        "sequence_length": LENGTH,
+        "seed": 0,
+    }
+    with pytest.raises(InputError, match=words):
+        batches(**(options | change))

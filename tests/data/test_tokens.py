@@ -1,0 +1,249 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from manifold_lora.data.records import Record, Turn
+from manifold_lora.data.tokens import encode, load_tokenizer
+from manifold_lora.errors import InputError
+from tests.data import (
+    BOS,
+    END,
+    EOS,
+    EOT,
+    LLAMA3,
+    START,
+    llama3_with_marks,
+    make_tokenizer,
+    saved,
+    spell,
+)
+
+TWO_ANSWERS = Record(
+    (
+        Turn("system", "Be brief."),
+        Turn("user", " Hi "),
+        Turn("assistant", " Ho\n", trained=True),
+        Turn("user", "And?"),
+        Turn("assistant", "No", trained=True),
+    )
+)
+TEMPLATES = {
+    "prefixes": LLAMA3,
+    "marks": llama3_with_marks(end_inside=True),
+    "marks without end": llama3_with_marks(end_inside=False),
+}
+
+
+def pieces(*parts: tuple[bool, list[int]]) -> tuple[list[int], list[bool]]:
+    ids = [token for _, part in parts for token in part]
+    return ids, [trained for trained, part in parts for _ in part]
+
+
+def check(example, expected: tuple[list[int], list[bool]]) -> None:
+    ids, mask = expected
+    assert example.input_ids.dtype == np.int32 and example.loss_mask.dtype == np.bool_
+    assert (example.input_ids.tolist(), example.loss_mask.tolist()) == (ids, mask)
+
+
+def header(role: str) -> list[int]:
+    return spell(START, role, END, "\n\n")
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_chat_ids_and_mask_by_hand(template: str) -> None:
+    """All three ways to find the answers agree with the chat written out by hand."""
+    examples, report = encode([TWO_ANSWERS], make_tokenizer(template=template), 500)
+    expected = pieces(
+        (False, spell(BOS) + header("system") + spell("Be brief.", EOT)),
+        (False, header("user") + spell("Hi", EOT) + header("assistant")),
+        (True, spell("Ho", EOT)),
+        (False, header("user") + spell("And?", EOT) + header("assistant")),
+        (True, spell("No", EOT)),
+    )
+    check(examples[0], expected)
+    assert report.trained_tokens == 6
+    assert report.tokens == report.longest == len(expected[0])
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_answers_given_in_the_prompt_are_not_trained(template: str) -> None:
+    turns = list(TWO_ANSWERS.turns)
+    turns[2] = Turn("assistant", "Ho")
+    examples, _ = encode([Record(tuple(turns))], make_tokenizer(template=template), 500)
+    mask = examples[0].loss_mask
+    assert mask.sum() == 3 and mask[-3:].all()
+
+
+def test_prompt_and_completion_by_hand() -> None:
+    records = [Record(prompt="Q:", completion=" A"), Record(completion="A b")]
+    examples, report = encode(records, make_tokenizer(), 20)
+    check(examples[0], pieces((False, spell(BOS, "Q:")), (True, spell(" A", EOS))))
+    check(examples[1], pieces((False, spell(BOS)), (True, spell("A b", EOS))))
+    assert (report.kept, report.truncated, report.dropped) == (2, 0, 0)
+
+
+def test_without_bos_the_first_token_is_not_trained() -> None:
+    examples, _ = encode([Record(completion="abc")], make_tokenizer(bos=False), 20)
+    check(examples[0], pieces((False, spell("a")), (True, spell("bc", EOS))))
+
+
+@pytest.mark.parametrize("template", [None, LLAMA3])
+def test_one_bos_and_one_eos_when_the_text_brings_its_own(template: str | None) -> None:
+    records = [
+        Record(prompt=f"{BOS}Q:", completion=f" A{EOS}"),
+        Record(completion=f"{BOS}abc"),
+    ]
+    if template:
+        records.append(TWO_ANSWERS)
+    examples, _ = encode(records, make_tokenizer(template=template), 500)
+    for example in examples:
+        assert (example.input_ids == spell(BOS)[0]).tolist().index(True) == 0
+        assert (example.input_ids == spell(BOS)[0]).sum() == 1
+    assert (examples[0].input_ids == spell(EOS)[0]).sum() == 1
+
+
+def test_a_chat_template_decides_between_chat_and_plain_form() -> None:
+    record = Record(
+        (Turn("user", "Hi"), Turn("assistant", "Ho", trained=True)), "Q: Hi\nA:", " Ho"
+    )
+    plain, _ = encode([record], make_tokenizer(), 99)
+    check(plain[0], pieces((False, spell(BOS, "Q: Hi\nA:")), (True, spell(" Ho", EOS))))
+    chat, _ = encode([record], make_tokenizer(template=LLAMA3), 99)
+    prompt = spell(BOS) + header("user") + spell("Hi", EOT) + header("assistant")
+    check(chat[0], pieces((False, prompt), (True, spell("Ho", EOT))))
+
+
+def test_records_of_all_kinds_keep_their_order() -> None:
+    one = Record((Turn("user", "x"), Turn("assistant", "y", trained=True)))
+    given = Record((*one.turns[:1], Turn("assistant", "z"), *one.turns))
+    records = [Record(completion="a"), one, Record(completion="b"), given, one]
+    tokenizer = make_tokenizer(template=TEMPLATES["marks"])
+    examples, _ = encode(records, tokenizer, 99)
+    alone = [encode([record], tokenizer, 99)[0][0] for record in records]
+    for example, expected in zip(examples, alone, strict=True):
+        check(example, (expected.input_ids.tolist(), expected.loss_mask.tolist()))
+
+
+def test_training_sees_the_tokens_that_generation_sees() -> None:
+    """With merges that would cross the border between prompt and completion."""
+    tokenizer = make_tokenizer(lines=["Answer: yes", "yes yes Answer: yes"] * 4)
+    joined = tokenizer("Answer: yes")["input_ids"]
+    prompt = tokenizer("Answer: y")["input_ids"]
+    assert joined[: len(prompt)] != prompt
+    examples, _ = encode([Record(prompt="Answer: y", completion="es")], tokenizer, 99)
+    assert examples[0].input_ids[: len(prompt)].tolist() == prompt
+    assert not examples[0].loss_mask[: len(prompt)].any()
+    assert tokenizer.decode(examples[0].input_ids) == f"{BOS}Answer: yes{EOS}"
+
+
+@pytest.mark.parametrize(
+    ("length", "prompt", "answer"),
+    [
+        (8, "abcd", f"XY{EOS}"),
+        (7, "bcd", f"XY{EOS}"),
+        (5, "d", f"XY{EOS}"),
+        (4, "", f"XY{EOS}"),
+        (3, "", "XY"),
+    ],
+)
+def test_truncation_takes_the_left_of_the_prompt_first(
+    length: int, prompt: str, answer: str
+) -> None:
+    records = [Record(prompt="abcd", completion="XY"), Record(completion="k")]
+    examples, report = encode(records, make_tokenizer(), length)
+    end = spell(EOS) if EOS in answer else []
+    expected = spell(answer.replace(EOS, "")) + end
+    check(examples[0], pieces((False, spell(BOS, prompt)), (True, expected)))
+    assert report.truncated == (length < 8) and report.longest == 8
+
+
+def test_truncation_without_bos_keeps_a_token_to_predict_from() -> None:
+    records = [Record(prompt="abcd", completion="XYZ"), Record(completion="k")]
+    examples, _ = encode(records, make_tokenizer(bos=False), 3)
+    check(examples[0], pieces((False, spell("d")), (True, spell("XY"))))
+
+
+def test_train_on_prompt_marks_all_but_the_first() -> None:
+    records = [Record(prompt="abcd", completion="XY"), Record(completion="k")]
+    examples, _ = encode(records, make_tokenizer(), 5, train_on_prompt=True)
+    check(examples[0], pieces((False, spell(BOS)), (True, spell("dXY", EOS))))
+
+
+def test_examples_without_answer_tokens_are_dropped_and_counted() -> None:
+    no_marks = "{% if false %}{% generation %}{% endgeneration %}{% endif %}" + LLAMA3
+    tokenizer = make_tokenizer(template=no_marks)
+    chat = Record((Turn("user", "Hi"), Turn("assistant", "Ho", trained=True)))
+    examples, report = encode([chat, Record(completion="k")], tokenizer, 99)
+    assert len(examples) == report.kept == 1 and report.dropped == 1
+    with pytest.raises(InputError, match="none of the 1 records has an answer token"):
+        encode([chat], tokenizer, 99)
+
+
+def test_every_example_too_long() -> None:
+    records = [Record(completion="abcdef"), Record(completion="abcdefgh")]
+    words = "shortest has 8 tokens, the longest 10, .* is 7. Raise --sequence-length"
+    with pytest.raises(InputError, match=words):
+        encode(records, make_tokenizer(), 7)
+
+
+@pytest.mark.parametrize(
+    ("records", "length", "words"),
+    [
+        ([], 10, "no records"),
+        ([Record(completion="a")], 1, "--sequence-length must be at least 2, got 1"),
+    ],
+)
+def test_nothing_to_encode(records: list[Record], length: int, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        encode(records, make_tokenizer(), length)
+
+
+def test_chat_without_chat_template() -> None:
+    records = [Record(completion="a"), TWO_ANSWERS]
+    words = r"no chat template, and 1 of 2 records are chats \(first: record 2\)"
+    with pytest.raises(InputError, match=words):
+        encode(records, make_tokenizer(), 99)
+
+
+def test_no_end_of_sequence_token() -> None:
+    with pytest.raises(InputError, match="set eos_token in tokenizer_config.json"):
+        encode([Record(completion="a")], make_tokenizer(eos=None), 99)
+
+
+@pytest.mark.parametrize("marks", ["", "{% generation %}{% endgeneration %}"])
+def test_a_template_that_refuses_a_chat(marks: str) -> None:
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
+    tokenizer = make_tokenizer(template=refuse + marks + "{% endif %}" + LLAMA3)
+    chat = Record((Turn("user", "Hi"), Turn("assistant", "Ho", trained=True)))
+    with pytest.raises(InputError, match="record 2: .* refuses it: no system"):
+        encode([chat, TWO_ANSWERS], tokenizer, 99)
+
+
+def test_a_template_that_rewrites_earlier_turns() -> None:
+    rewriting = LLAMA3.replace("| trim }}", "| trim if loop.last else '...' }}")
+    with pytest.raises(InputError, match="record 1: the answer in message 3 cannot be"):
+        encode([TWO_ANSWERS], make_tokenizer(template=rewriting), 99)
+
+
+@pytest.mark.parametrize("template", [None, LLAMA3])
+def test_load_tokenizer(tmp_path: Path, template: str | None) -> None:
+    """What is read back encodes as what was saved, also beside a LLaMA config."""
+    tokenizer = make_tokenizer(template=template)
+    path = saved(tokenizer, tmp_path)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    loaded = load_tokenizer(path)
+    text = "It's  1,000\n\n café <|eot_id|>"
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert loaded.chat_template == template
+
+
+def test_load_tokenizer_names_what_it_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tokenizer.json or tokenizer.model, none is"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="no such directory"):
+        load_tokenizer(tmp_path / "absent")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_tokenizer(tmp_path)
