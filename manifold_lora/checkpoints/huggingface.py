@@ -6,7 +6,6 @@ and writing both walk it, so that the one is the inverse of the other.
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -18,6 +17,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from manifold_lora.checkpoints.atomic import whole_directory
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
 
@@ -142,21 +142,14 @@ def save_llama(
         )
     dtype = jnp.dtype(model.embed_tokens.dtype if dtype is None else dtype)
     tensors = {k: v.astype(dtype, copy=False) for k, v in hf_tensors(model).items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with whole_directory(path) as partial:
         config = json.dumps(model.config.to_hf(dtype.name), indent=2)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
         save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
-        # safetensors 0.8 lets only the owner read its files, whatever the umask says
-        shutil.copymode(partial / "config.json", partial / _WEIGHTS)
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, or an `InputError` that names the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -177,7 +170,7 @@ def _read_config(path: Path) -> LlamaConfig:
     file = path / "config.json"
     if not file.is_file():
         raise InputError(f"{path} has no config.json. {need}")
-    mapping = _read_json(file)
+    mapping = read_json(file)
     try:
         return LlamaConfig.from_hf(mapping)
     except InputError as error:
@@ -192,7 +185,7 @@ def _weight_files(path: Path) -> list[Path]:
             f"{path} has neither {_WEIGHTS} nor {_INDEX}. "
             "Weights in .bin or .pth files must be converted to safetensors first."
         )
-    weight_map = _read_json(path / _INDEX).get("weight_map")
+    weight_map = read_json(path / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{path / _INDEX} has no weight_map: download it again.")
     files = [path / name for name in sorted(set(weight_map.values()))]

@@ -2,8 +2,8 @@
 
 from typing import Literal, get_args
 
-import chex
 import optax
+from jax import Array
 
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.manifolds import Euclidean, Manifold
@@ -96,11 +96,11 @@ def riemannian(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _gradient(manifold: Manifold, x: chex.Array, g: chex.Array) -> chex.Array:
+def _gradient(manifold: Manifold, x: Array, g: Array) -> Array:
     return manifold.riemannian_gradient(x, g).astype(g.dtype)
 
 
-def displacement(manifold: Manifold, x: chex.Array, d: chex.Array) -> chex.Array:
+def displacement(manifold: Manifold, x: Array, d: Array) -> Array:
     """The additive update R(x, P_x(d)) − x, rounded to the dtype of x first."""
     if isinstance(manifold, Euclidean):
         return d

@@ -64,10 +64,9 @@ def stiefel_lora(
         ... )
         >>> state = tx.init(params)
     """
-    if inner is None:
 
-        def inner(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-            return optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
+    def adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        return optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
 
     def labels(params):
         return jax.tree.map(
@@ -77,5 +76,7 @@ def stiefel_lora(
         )
 
     rates = {"constrained": learning_rate, "free": free_learning_rate}
-    by_kind = optax.partition({k: inner(rate) for k, rate in rates.items()}, labels)
+    by_kind = optax.partition(
+        {k: (inner or adamw)(rate) for k, rate in rates.items()}, labels
+    )
     return riemannian(by_kind, manifolds, gradient="euclidean")

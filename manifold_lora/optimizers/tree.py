@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Euclidean, Manifold
@@ -25,6 +26,8 @@ def is_manifold(node: Any) -> bool:
 
 def resolve(manifolds: Manifolds, params: Any) -> Any:
     """The prefix tree itself, where a function of the parameters was given."""
+    if not jax.tree.leaves(params):  # such as the placeholder of optax's map_params
+        return Euclidean()
     if callable(manifolds) and not is_manifold(manifolds):
         return manifolds(params)
     return manifolds
@@ -49,14 +52,22 @@ def check_points(manifolds: Any, params: Any) -> None:
 
     def check(path: Any, manifold: Manifold, x: Any) -> None:
         name = jax.tree_util.keystr(path) or "the parameter"
+        if not is_manifold(manifold):
+            problems.append(
+                f"{name}: {manifold!r} is no manifold. Give an instance such as "
+                "Stiefel() or Euclidean()."
+            )
+            return
         try:
             manifold.check_shape(tuple(np.shape(x)))
         except InputError as error:
             problems.append(f"{name}: {error}")
             return
-        if isinstance(manifold, Euclidean) or isinstance(x, jax.core.Tracer):
+        if isinstance(manifold, Euclidean) or isinstance(x, Tracer):
             return
-        if not isinstance(x, jax.Array) or not x.is_fully_addressable:
+        if not isinstance(x, jax.Array | np.ndarray):
+            return
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return
         distance = float(manifold.residual(x).max(initial=0))
         if not distance <= _ON_MANIFOLD.get(x.dtype.name, 3e-2):

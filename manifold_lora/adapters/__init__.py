@@ -1,0 +1,15 @@
+"""Parametrisations of ΔW, their factors' manifolds, and how they enter a model.
+
+One file a method, the same members in the same order: `manifolds`, `start`,
+`scale`, `__call__`, `weight`, `fuse`.
+"""
+
+from manifold_lora.adapters.attach import METHODS as METHODS
+from manifold_lora.adapters.attach import adapters as adapters
+from manifold_lora.adapters.attach import attach as attach
+from manifold_lora.adapters.attach import factors as factors
+from manifold_lora.adapters.attach import manifolds as manifolds
+from manifold_lora.adapters.attach import merge as merge
+from manifold_lora.adapters.attach import set_factors as set_factors
+from manifold_lora.adapters.attach import split as split
+from manifold_lora.adapters.config import AdapterConfig as AdapterConfig

@@ -1,0 +1,98 @@
+"""What an adapter is to be: method, rank, scale and targets."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from manifold_lora.errors import InputError, nearest
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The choice of an adapter, in the words of PEFT.
+
+    Args:
+        method: one of `manifold_lora.adapters.METHODS`, such as "stiefel".
+        rank: columns r of the factors.
+        alpha: numerator of the scale; None takes 2·rank.
+        rslora: scale by alpha/√r instead of alpha/r.
+        dropout: probability of dropping an input of the adapter in training.
+        targets: "all-linear", a module name such as "q_proj", a list of names, or a
+            regular expression for the whole name, "model.layers.0.self_attn.q_proj".
+        rank_pattern: rank by module name or regular expression for the end of it.
+        alpha_pattern: alpha likewise.
+
+    Raises:
+        InputError: for a value out of range.
+
+    Examples:
+        >>> AdapterConfig(method="lora", rank=8, targets=["q_proj", "v_proj"]).alpha
+        16
+    """
+
+    method: str = "stiefel"
+    rank: int = 16
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+    targets: str | Sequence[str] = "all-linear"
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 2 * self.rank)
+        assert self.alpha is not None
+        problems = []
+        for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if rank < 1:
+                problems.append(f"rank must be at least 1, got {rank} for {name}")
+        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if not 0 < alpha < math.inf:
+                problems.append(f"alpha must be positive, got {alpha} for {name}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
+        if problems:
+            raise InputError("; ".join(problems) + ".")
+
+
+def is_target(targets: str | Sequence[str], name: str) -> bool:
+    """Whether the module of that full name is meant, by the rules of PEFT."""
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return name.endswith(f".{targets}") or _full_match(targets, name)
+    return any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def lookup(pattern: Mapping[str, T], name: str, default: T) -> T:
+    """The value of the first key that matches the end of a module's name."""
+    for key, value in pattern.items():
+        if _full_match(rf"(.*\.)?({key})", name):
+            return value
+    return default
+
+
+def check_names(what: str, given: Sequence[str], names: Sequence[str]) -> None:
+    """Raise `InputError` for the given names or patterns that match no module."""
+    kinds = sorted({name.rpartition(".")[2] for name in names})
+    for one in given:
+        if not any(
+            is_target(one, name) or _full_match(rf"(.*\.)?({one})", name)
+            for name in names
+        ):
+            raise InputError(
+                f"{what} {one!r} matches no module. {nearest(one, kinds)} A regular "
+                f"expression must match a whole name, such as {names[0]}."
+            )
+
+
+def _full_match(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise InputError(f"{pattern!r} is no regular expression: {error}.") from error

@@ -1,0 +1,35 @@
+"""Directories that appear complete or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new directory to write into, which becomes `path` when the block ends.
+
+    An older directory of that name is replaced only then; after an error inside the
+    block (a full disk, say) it is untouched and the half-written one is removed.
+    """
+    path = Path(os.path.abspath(path))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir()
+    try:
+        yield partial
+        # safetensors 0.8 lets only the owner read its files, whatever the umask says
+        for file in partial.iterdir():
+            file.chmod(partial.stat().st_mode & 0o666)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
