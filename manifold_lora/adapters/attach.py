@@ -6,7 +6,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from manifold_lora.adapters.config import AdapterConfig, check_names, is_target, lookup
+from manifold_lora.adapters.config import (
+    AdapterConfig,
+    check_names,
+    is_target,
+    lookup,
+    matches_end,
+)
 from manifold_lora.adapters.lora import LoRALinear
 from manifold_lora.adapters.stiefel import StiefelLinear
 from manifold_lora.errors import InputError, nearest
@@ -35,6 +41,15 @@ def full_names(model: Any, name: str) -> list[str]:
     """The names that Hugging Face gives a projection, one for each layer."""
     layers = range(model.config.num_hidden_layers)
     return [f"model.layers.{layer}.{name}" for layer in layers]
+
+
+def check_bare(model: Any) -> None:
+    """Raise `InputError` if the model has adapters already."""
+    if found := adapters(model):
+        raise InputError(
+            f"the model has adapters already ({', '.join(found)}): merge them, or load "
+            "the model again."
+        )
 
 
 def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
@@ -67,18 +82,15 @@ def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
         raise InputError(
             f"unknown method {config.method!r}. {nearest(config.method, METHODS)}"
         )
-    if found := adapters(model):
-        raise InputError(
-            f"the model has adapters already ({', '.join(found)}): merge them, or load "
-            "the model again."
-        )
+    check_bare(model)
     sites = list(projections(model))
     names = [full for name, *_ in sites for full in full_names(model, name)]
-    if config.targets != "all-linear":
-        given = config.targets
-        check_names("target", [given] if isinstance(given, str) else given, names)
-    check_names("rank_pattern", list(config.rank_pattern), names)
-    check_names("alpha_pattern", list(config.alpha_pattern), names)
+    if isinstance(config.targets, str):
+        check_names("target", [config.targets], names, is_target)
+    else:
+        check_names("target", config.targets, names, lambda t, n: is_target([t], n))
+    for what in ("rank_pattern", "alpha_pattern"):
+        check_names(what, getattr(config, what), names, matches_end)
 
     chosen = []
     for index, (name, parent, attribute) in enumerate(sites):
@@ -122,10 +134,27 @@ def factors(model: Any) -> dict[str, Any]:
 
 
 def set_factors(model: Any, factors: dict[str, Any]) -> None:
-    """Put arrays of the structure of `factors(model)` into the model, in place."""
+    """Put arrays of the structure of `factors(model)` into the model, in place.
+
+    Raises:
+        InputError: for factors that are missing, unknown or of another shape.
+    """
     state = nnx.state(model, nnx.LoRAParam)
+    needed, given = _shapes(nnx.to_pure_dict(state)), _shapes(factors)
+    bad = [
+        f"{name}: found {given.get(name)}, needed {needed.get(name)}"
+        for name in sorted({*needed, *given})
+        if given.get(name) != needed.get(name)
+    ]
+    if bad:
+        raise InputError("the factors are not of this model:\n  " + "\n  ".join(bad))
     nnx.replace_by_pure_dict(state, factors)
     nnx.update(model, state)
+
+
+def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
 
 def manifolds(model: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from manifold_lora.errors import InputError, nearest
@@ -56,6 +56,8 @@ class AdapterConfig:
                 problems.append(f"alpha must be positive, got {alpha} for {name}")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout must be in [0, 1), got {self.dropout}")
+        if not self.targets:
+            problems.append("targets must name at least one module")
         if problems:
             raise InputError("; ".join(problems) + ".")
 
@@ -71,20 +73,24 @@ def is_target(targets: str | Sequence[str], name: str) -> bool:
 
 def lookup(pattern: Mapping[str, T], name: str, default: T) -> T:
     """The value of the first key that matches the end of a module's name."""
-    for key, value in pattern.items():
-        if _full_match(rf"(.*\.)?({key})", name):
-            return value
-    return default
+    return next((v for key, v in pattern.items() if matches_end(key, name)), default)
 
 
-def check_names(what: str, given: Sequence[str], names: Sequence[str]) -> None:
-    """Raise `InputError` for the given names or patterns that match no module."""
+def matches_end(key: str, name: str) -> bool:
+    """Whether a pattern's key means the module, by the rule of PEFT."""
+    return _full_match(rf"(.*\.)?({key})", name)
+
+
+def check_names(
+    what: str,
+    given: Iterable[str],
+    names: Sequence[str],
+    matches: Callable[[str, str], bool],
+) -> None:
+    """Raise `InputError` for one of the given that `matches` none of the names."""
     kinds = sorted({name.rpartition(".")[2] for name in names})
     for one in given:
-        if not any(
-            is_target(one, name) or _full_match(rf"(.*\.)?({one})", name)
-            for name in names
-        ):
+        if not any(matches(one, name) for name in names):
             raise InputError(
                 f"{what} {one!r} matches no module. {nearest(one, kinds)} A regular "
                 f"expression must match a whole name, such as {names[0]}."

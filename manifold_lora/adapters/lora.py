@@ -52,7 +52,8 @@ class LoRALinear(nnx.Module):
         self.rslora = rslora
         self.dropout = dropout
         batch = base.kernel.shape[:-2]
-        a, b = self.start(
+        # Compiled once a shape: the loops inside a random point compile at every call.
+        a, b = jax.jit(self.start, static_argnums=(1, 2))(
             key, (*batch, base.in_features, rank), (*batch, base.out_features, rank)
         )
         # The tag beside the factor is all that the optimiser needs to know.

@@ -18,6 +18,7 @@ def whole_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process with this id
     partial.mkdir()
     try:
         yield partial
@@ -25,6 +26,7 @@ def whole_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         for file in partial.iterdir():
             file.chmod(partial.stat().st_mode & 0o666)
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # likewise
             path.rename(old)
         partial.rename(path)
     except BaseException:

@@ -21,6 +21,7 @@ from manifold_lora.adapters.attach import (
     METHODS,
     adapters,
     attach,
+    check_bare,
     full_names,
     projections,
 )
@@ -37,16 +38,22 @@ CONFIG, WEIGHTS, EXTRA = (
 )
 # Settings of PEFT's LoRA that change the model, with the value that does not.
 _PLAIN: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
     "bias": "none",
     "fan_in_fan_out": False,
+    "kasa_config": None,
     "layer_replication": None,
     "lora_bias": False,
+    "monteclora_config": None,
     "modules_to_save": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
     "use_dora": False,
     "use_qalora": False,
 }
+# Starts that took B A out of the base: such an adapter belongs to another base.
+_CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 def save_adapter(
@@ -65,12 +72,14 @@ def save_adapter(
         base_id: name or path of the base model, for `base_model_name_or_path`.
 
     Raises:
-        InputError: the model has no adapters.
+        InputError: the model has no adapters, or `path` holds other files, which
+            would be deleted.
         OSError: the files cannot be written; an older adapter is then untouched.
     """
     modules = adapters(model)
     if not modules:
         raise InputError("The model has no adapter to save: attach one first.")
+    _check_replaceable(Path(path))
     tensors: dict[str, np.ndarray] = {}
     for name, module in modules.items():
         a, b = np.asarray(module.a[...]), np.asarray(module.b[...])
@@ -88,9 +97,20 @@ def save_adapter(
             (partial / file).write_text(text, encoding="utf-8")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         written = load_file(partial / WEIGHTS)
-        if not all(np.array_equal(tensors[key], written[key]) for key in tensors):
+        if not all(tensors[key].tobytes() == written[key].tobytes() for key in tensors):
             raise OSError(
                 f"{path}: the adapter read back differs from what was written"
+            )
+
+
+def _check_replaceable(path: Path) -> None:
+    """Only an adapter may be replaced, whose directory holds these files alone."""
+    if path.exists():
+        there = {path.name} if path.is_file() else set(os.listdir(path))
+        if others := there - {CONFIG, WEIGHTS, EXTRA, "README.md"}:
+            raise InputError(
+                f"{path} exists and is no adapter (it holds {', '.join(sorted(others))}"
+                "): choose another directory."
             )
 
 
@@ -136,10 +156,12 @@ def load_adapter(model: Llama, path: str | os.PathLike[str]) -> None:
     filled up with zeros, its scale folded into B: the same function.
 
     Raises:
-        InputError: files missing or broken, another kind of adapter, tensors that
-            are missing, unexpected or wrongly shaped for this model (all named).
+        InputError: the model has adapters already, files missing or broken, another
+            kind of adapter, tensors that are missing, unexpected or wrongly shaped
+            for this model (all named).
     """
     path = Path(path)
+    check_bare(model)
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
             raise InputError(
@@ -194,6 +216,9 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         for key, plain in _PLAIN.items()
         if config.get(key) not in (plain, None, False)
     ]
+    start = config.get("init_lora_weights")
+    if str(start).lower().startswith(_CHANGED_BASE):
+        used.append(f"init_lora_weights={start!r}")
     if used:
         raise InputError(
             f"{path / CONFIG} uses {', '.join(used)}, which cannot be read: merge that "

@@ -4,9 +4,11 @@ import hashlib
 import re
 import sys
 import unicodedata
+from pathlib import Path
 
 from manifold_lora.data.records import Record
 
+BASE = Path(__file__).parent / "base"  # the built-in model and its tokenizer
 HELD_OUT = 1000
 # Names that are made by rule from the code point hold nothing to learn.
 ALGORITHMIC = re.compile(r"-[0-9A-F]{3,}$|^HANGUL SYLLABLE")

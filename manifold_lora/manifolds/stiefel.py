@@ -11,6 +11,7 @@ from manifold_lora.errors import InputError, nearest
 from manifold_lora.manifolds.linalg import (
     at_least_float32,
     deviation,
+    gram,
     inverse_cholesky,
     inverse_root,
     is_large,
@@ -106,7 +107,7 @@ class Stiefel(Manifold):
         drift = deviation(x)
         eps = 4 * jnp.finfo(x.dtype).eps
         drifted = jnp.max(jnp.abs(drift), axis=(-2, -1), keepdims=True) > eps
-        e = 2 * sym(matmul(x.mT, v)) + matmul(v.mT, v)
+        e = 2 * sym(gram(x, v)) + gram(v, v)
         e = e + jnp.where(drifted, drift, 0)
         y = x + (v + matmul(x + v, factor(e)))
         f = jnp.where(is_large(e), factor(deviation(y)), 0)

@@ -48,38 +48,11 @@ def check_points(manifolds: Any, params: Any) -> None:
     Shapes are always checked; the distance from the manifold only for concrete
     arrays of this process, not for tracers, abstract shapes or placeholders.
     """
-    problems = []
-
-    def check(path: Any, manifold: Manifold, x: Any) -> None:
-        name = jax.tree_util.keystr(path) or "the parameter"
-        if not is_manifold(manifold):
-            problems.append(
-                f"{name}: {manifold!r} is no manifold. Give an instance such as "
-                "Stiefel() or Euclidean()."
-            )
-            return
-        try:
-            manifold.check_shape(tuple(np.shape(x)))
-        except InputError as error:
-            problems.append(f"{name}: {error}")
-            return
-        if isinstance(manifold, Euclidean) or isinstance(x, Tracer):
-            return
-        if not isinstance(x, jax.Array | np.ndarray):
-            return
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return
-        distance = float(manifold.residual(x).max(initial=0))
-        if not distance <= _ON_MANIFOLD.get(x.dtype.name, 3e-2):
-            problems.append(
-                f"{name}: the point is {distance:.2g} off {manifold}. Start from "
-                "random_point(key, shape), or repair it with nearest_point(x)."
-            )
-
+    points = []
     try:
         jax.tree_util.tree_map_with_path(
             lambda path, manifold, subtree: jax.tree_util.tree_map_with_path(
-                lambda below, x: check(path + below, manifold, x), subtree
+                lambda below, x: points.append((path + below, manifold, x)), subtree
             ),
             manifolds,
             params,
@@ -92,5 +65,37 @@ def check_points(manifolds: Any, params: Any) -> None:
             f"  manifolds:  {shown}\n"
             f"  parameters: {jax.tree.structure(params)}\n  {error}"
         ) from error
+    problems = []
+    for path, manifold, x in points:
+        if problem := _problem(manifold, x):
+            name = jax.tree_util.keystr(path) or "the parameter"
+            problems.append(f"{name}: {problem}")
     if problems:
         raise InputError("\n".join(problems))
+
+
+def _problem(manifold: Any, x: Any) -> str | None:
+    """Why x cannot be a point of the manifold, or None."""
+    if not is_manifold(manifold):
+        return (
+            f"{manifold!r} is no manifold. Give an instance such as Stiefel() or "
+            "Euclidean()."
+        )
+    try:
+        manifold.check_shape(tuple(np.shape(x)))
+    except InputError as error:
+        return str(error)
+    if isinstance(manifold, Euclidean) or isinstance(x, Tracer):
+        return None
+    if not isinstance(x, jax.Array | np.ndarray):
+        return None
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return None
+    with jax.ensure_compile_time_eval():  # a constant may be met under jit, too
+        distance = float(manifold.residual(x).max(initial=0))
+    if not distance <= _ON_MANIFOLD.get(x.dtype.name, 3e-2):
+        return (
+            f"the point is {distance:.2g} off {manifold}. Start from "
+            "random_point(key, shape), or repair it with nearest_point(x)."
+        )
+    return None

@@ -1,0 +1,1 @@
+"""The `manifold-lora` command."""

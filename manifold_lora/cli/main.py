@@ -1,0 +1,73 @@
+"""The `manifold-lora` command: arguments in, exit codes out. Imports no JAX itself."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import tyro
+from rich.console import Console
+from tyro.extras import SubcommandApp
+
+from manifold_lora.errors import InputError
+from manifold_lora.training.config import TrainConfig, read_config
+
+
+def commands(defaults: TrainConfig) -> SubcommandApp:
+    """Every command, with the defaults that a config file may have changed."""
+    app = SubcommandApp()
+
+    @app.command
+    def train(config: TrainConfig = defaults) -> None:
+        """Fine-tune a LLaMA with a low-rank adapter and write it in PEFT's format.
+
+        With no arguments, the small built-in base learns the general categories of
+        Unicode characters from their names. Flags go over the file of --config,
+        which goes over the defaults.
+        """
+        # Importing JAX takes seconds, and --help does not need it.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from manifold_lora.training import loop
+
+        try:
+            loop.train(config)
+        except loop.Diverged as error:
+            stop(error, 1)
+
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; exit with 2 and one message where the input is wrong."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app = commands(_file_defaults(arguments))
+        app.cli(
+            prog="manifold-lora",
+            description="Low-rank adapters on matrix manifolds for LLaMA, in JAX.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except (InputError, OSError) as error:
+        if "--debug" in arguments:
+            raise
+        stop(error, 2)
+    except KeyboardInterrupt:
+        stop("interrupted.", 130)
+
+
+def _file_defaults(arguments: list[str]) -> TrainConfig:
+    """The settings of the file that --config names, before any flag is read."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = argument.partition("=")
+        if name == "--config" and (value or following):
+            return read_config(Path(value or following))
+    return TrainConfig()
+
+
+def stop(message: object, code: int) -> NoReturn:
+    """Print one message to stderr and exit."""
+    text = f"manifold-lora: {message}"
+    Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True)
+    sys.exit(code)

@@ -1,0 +1,4 @@
+"""One run: its configuration, its step, its loop and its directory.
+
+Read `step.py`, then `loop.py`.
+"""

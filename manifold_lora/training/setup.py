@@ -1,0 +1,120 @@
+"""From a configuration to examples, a model with its adapter, and a number of steps."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from manifold_lora.adapters import AdapterConfig, adapters, attach
+from manifold_lora.checkpoints.huggingface import load_llama
+from manifold_lora.data.batches import batches, padded_length
+from manifold_lora.data.builtin import BASE, builtin_records
+from manifold_lora.data.records import Record, read_records
+from manifold_lora.data.tokens import Example, Report, encode
+from manifold_lora.errors import InputError
+from manifold_lora.evaluation.diagnostics import effective_rank
+from manifold_lora.manifolds import Euclidean
+from manifold_lora.models import Llama
+from manifold_lora.training.config import TrainConfig
+
+
+class Data(NamedTuple):
+    """Encoded examples, and what encoding did."""
+
+    train: list[Example]
+    held_out: list[Example]
+    report: Report
+    row_length: int  # columns of a training batch
+
+
+def load_data(config: TrainConfig, tokenizer: Any) -> Data:
+    """Training and held-out examples, from files or built in."""
+    if config.data is None:
+        train_records, held_out = builtin_records()
+    else:
+        train_records, held_out = read_records(config.data), []
+    if config.eval_data is not None:
+        held_out = read_records(config.eval_data)
+    elif config.data is not None:
+        train_records, held_out = _hold_out(config, train_records)
+    encoded, report = encode(
+        train_records, tokenizer, config.sequence_length, config.train_on_prompt
+    )
+    evaluated, _ = encode(held_out, tokenizer, config.sequence_length)
+    length = config.sequence_length
+    if not config.packing:
+        length = padded_length(encoded, length)
+    return Data(encoded, evaluated, report, length)
+
+
+def _hold_out(
+    config: TrainConfig, records: list[Record]
+) -> tuple[list[Record], list[Record]]:
+    if len(records) < 2:
+        raise InputError(
+            f"--data {config.data} has one record, and one must be held out "
+            "to evaluate on: add records, or give --eval-data."
+        )
+    count = min(config.eval_examples, max(1, len(records) // 10))
+    order = np.random.default_rng(config.seed).permutation(len(records))
+    chosen = set(order[:count].tolist())
+    kept = [record for i, record in enumerate(records) if i not in chosen]
+    return kept, [record for i, record in enumerate(records) if i in chosen]
+
+
+def adapter_config(config: TrainConfig) -> AdapterConfig:
+    """The adapter that a run asks for."""
+    single = len(config.targets) == 1
+    return AdapterConfig(
+        method=config.method,
+        rank=config.rank,
+        alpha=config.alpha,
+        rslora=config.rslora,
+        dropout=config.dropout,
+        targets=config.targets[0] if single else list(config.targets),
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+    )
+
+
+def effective_ranks(model: Llama) -> list[float]:
+    """The effective rank of every constrained factor, layer by layer."""
+    ranks: list[float] = []
+    for module in adapters(model).values():
+        for name, manifold in module.manifolds.items():
+            if not isinstance(manifold, Euclidean):
+                ranks += effective_rank(np.asarray(getattr(module, name)[...])).tolist()
+    return ranks
+
+
+def load_model(config: TrainConfig) -> Llama:
+    """The base in the dtype of the run, with its adapter attached."""
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = config.dtype or ("float32" if on_cpu else "bfloat16")
+    model = load_llama(config.model or BASE, jnp.dtype(dtype))
+    model.remat = config.remat
+    attach(model, adapter_config(config), config.seed)
+    return model
+
+
+def training_batches(config: TrainConfig, data: Data, epochs: int | None = None) -> Any:
+    """The batches of a run, in an order that its seed decides."""
+    return batches(
+        data.train,
+        batch_size=config.batch_size,
+        sequence_length=data.row_length,
+        seed=config.seed,
+        packing=config.packing,
+        epochs=epochs,
+    )
+
+
+def total_steps(config: TrainConfig, data: Data) -> int:
+    """Steps of the run; where rows are packed, only packing tells how many they are."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    if config.packing:
+        return sum(1 for _ in training_batches(config, data, config.epochs))
+    return -(-len(data.train) * config.epochs // config.batch_size)
