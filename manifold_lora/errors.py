@@ -20,6 +20,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     'Did you mean q_proj? Known: k_proj, q_proj.'
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    guess = f"Did you mean {' or '.join(close)}? " if close else ""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    guess = f"Did you mean {close[0]}? " if close else ""
     return f"{guess}Known: {', '.join(known)}."

@@ -99,7 +99,7 @@ def load_llama(
     tensor that is not what a LLaMA has, naming all bad tensors at once.
     """
     path = Path(path)
-    config = _read_config(path)
+    config = read_llama_config(path)
     model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
     tensors = _open_tensors(path)
     _check(path, model, tensors)
@@ -161,7 +161,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(path: Path) -> LlamaConfig:
+def read_llama_config(path: Path) -> LlamaConfig:
+    """The config of a model directory: a check before a long load."""
     need = "Give a Hugging Face model directory with config.json and *.safetensors."
     if not path.exists():
         raise InputError(f"{path} does not exist. {need}")

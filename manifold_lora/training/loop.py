@@ -12,6 +12,7 @@ from rich.console import Console
 
 from manifold_lora.adapters import manifolds, set_factors, split
 from manifold_lora.adapters.attach import METHODS
+from manifold_lora.checkpoints.huggingface import read_llama_config
 from manifold_lora.checkpoints.peft import save_adapter
 from manifold_lora.data.batches import evaluation_batches, padded_length
 from manifold_lora.data.builtin import BASE
@@ -76,6 +77,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         return summary
 
     # Data, model, adapter, optimiser
+    read_llama_config(config.model or BASE)  # before anything that takes long
     tokenizer = load_tokenizer(config.model or BASE)
     data = load_data(config, tokenizer)
     feed = training_batches(config, data)
@@ -101,31 +103,30 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
 
     # The run
     out = open_run(config)
-    metrics = Metrics(out, config)
+    every = config.eval_every or -(-steps // 4)
+    state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(config.seed))
+    best_step = waited = tokens = number = 0
+    largest_residual = 0.0
 
     def keep(factors: Any) -> None:
         set_factors(model, jax.tree.map(jnp.copy, factors))  # the step donates its own
         base_id = config.base_id or str(config.model or BASE)
         save_adapter(model, out / ADAPTER, base_id=base_id)
 
-    def look(number: int, factors: Any) -> Evaluation:
-        found = evaluate(factors, frozen, held_out)
-        metrics.write(step=number, eval_loss=found.loss, eval_accuracy=found.accuracy)
-        console.print(
-            f"step {number}: held-out loss {found.loss:.4f}, "
-            f"accuracy {found.accuracy:.3f}"
-        )
-        return found
+    with Metrics(out, config) as metrics, progress_bar(console) as bar:
 
-    every = config.eval_every or -(-steps // 4)
-    state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(config.seed))
-    keep(state.factors)
-    before = best = look(0, state.factors)
-    best_step = waited = tokens = number = 0
-    largest_residual = 0.0
-    bar = progress_bar(console)
-    with bar:
+        def look(step: int, factors: Any) -> Evaluation:
+            found = evaluate(factors, frozen, held_out)
+            metrics.write(step=step, eval_loss=found.loss, eval_accuracy=found.accuracy)
+            console.print(
+                f"step {step}: held-out loss {found.loss:.4f}, "
+                f"accuracy {found.accuracy:.3f}"
+            )
+            return found
+
         task = bar.add_task("", total=steps, loss=math.nan, lr=0.0, speed=0.0)
+        keep(state.factors)
+        before = best = look(0, state.factors)
         for number, batch in zip(range(1, steps + 1), feed, strict=False):
             started = time.perf_counter()
             rate = np.asarray(schedule(number - 1)).item()
@@ -157,7 +158,6 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
                 if waited == config.patience:
                     console.print(f"No better in {waited} evaluations: stopping.")
                     break
-    metrics.close()
 
     # What came of it; the model holds the factors that were kept
     show_predictions(console, model, tokenizer, data.held_out[:8])

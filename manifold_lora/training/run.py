@@ -75,8 +75,8 @@ class Metrics:
 
     def __init__(self, out: Path, config: TrainConfig):
         self.rows: list[dict[str, Any]] = []
-        self._file = (out / METRICS).open("w", encoding="utf-8")
         self._trackers = [_TRACKERS[name](out, config) for name in config.report]
+        self._file = (out / METRICS).open("w", encoding="utf-8")
 
     def write(self, **row: Any) -> None:
         """One row; it is on disk when this returns."""
@@ -86,8 +86,10 @@ class Metrics:
         for log, _ in self._trackers:
             log(row)
 
-    def close(self) -> None:
-        """Close the file and the trackers."""
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
         for _, close in self._trackers:
             close()

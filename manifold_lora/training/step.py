@@ -77,7 +77,7 @@ def make_step(
         factors = optax.apply_updates(state.factors, updates)
         metrics = {
             "loss": nll / count,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "residual": largest_residual(manifolds, factors),
         }
         return TrainState(factors, opt_state, key), metrics

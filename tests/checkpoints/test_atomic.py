@@ -1,0 +1,104 @@
+"""A directory is whole or absent, and an older one is never lost."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from manifold_lora.checkpoints.atomic import whole_directory
+
+
+def names(path: Path) -> list[str]:
+    return sorted(os.listdir(path))
+
+
+def fill(path: Path, **files: str) -> Path:
+    path.mkdir()
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def test_it_appears_when_the_block_ends(tmp_path: Path):
+    path = tmp_path / "deep" / "er" / "out"
+    with whole_directory(path) as partial:
+        (partial / "a").write_text("1")
+        assert not path.exists() and partial.parent == path.parent
+    assert names(path) == ["a"] and names(path.parent) == ["out"]
+
+
+def test_a_relative_path_survives_a_change_of_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(fill(tmp_path / "here"))
+    with whole_directory("out") as partial:
+        (partial / "a").write_text("1")
+        monkeypatch.chdir(tmp_path)
+    assert names(tmp_path / "here" / "out") == ["a"]
+
+
+def test_an_older_one_is_replaced_whole(tmp_path: Path):
+    path = fill(tmp_path / "out", a="old", b="old")
+    with whole_directory(path) as partial:
+        (partial / "a").write_text("new")
+        assert (path / "a").read_text() == "old"
+    assert names(path) == ["a"] and (path / "a").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["older", "first"])
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt])
+def test_a_failure_leaves_what_was_there(
+    failure: BaseException, older: bool, tmp_path: Path
+):
+    path = tmp_path / "out"
+    if older:
+        fill(path, a="old")
+    with pytest.raises((OSError, KeyboardInterrupt)), whole_directory(path) as partial:
+        (partial / "a").write_text("half")
+        raise failure
+    assert names(tmp_path) == (["out"] if older else [])
+    assert not older or (path / "a").read_text() == "old"
+
+
+def test_a_failure_of_the_last_step_puts_the_older_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = fill(tmp_path / "out", a="old")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no"), whole_directory(path) as partial:
+        (partial / "a").write_text("new")
+    assert names(tmp_path) == ["out"] and (path / "a").read_text() == "old"
+
+
+def test_leftovers_of_a_killed_process_of_the_same_id_are_cleared(tmp_path: Path):
+    path = fill(tmp_path / "out", a="old")
+    fill(tmp_path / f".out.{os.getpid()}.partial", b="half")
+    fill(tmp_path / f".out.{os.getpid()}.old", c="older")
+    with whole_directory(path) as partial:
+        (partial / "a").write_text("new")
+    assert names(tmp_path) == ["out"] and names(path) == ["a"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_are_as_readable_as_the_umask_says(umask: int, tmp_path: Path):
+    before = os.umask(umask)
+    try:
+        with whole_directory(tmp_path / "out") as partial:
+            os.close(os.open(partial / "private", os.O_CREAT, 0o600))
+            (partial / "plain").write_text("1")
+    finally:
+        os.umask(before)
+    modes = {
+        (tmp_path / "out" / name).stat().st_mode & 0o777
+        for name in ("private", "plain")
+    }
+    assert modes == {0o666 & ~umask}

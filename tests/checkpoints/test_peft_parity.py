@@ -1,0 +1,206 @@
+"""The same adapter in Hugging Face's PEFT and here: the same logits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from manifold_lora.adapters import AdapterConfig, adapters, attach
+from manifold_lora.checkpoints.huggingface import load_llama
+from manifold_lora.checkpoints.peft import load_adapter, save_adapter
+from manifold_lora.models import Llama
+from tests import adapters as tiny
+from tests.tolerances import LOGITS
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.hf,
+    # peft 0.21 asks transformers 5 for it
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning"),
+]
+
+SUBSET = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory written by transformers, weights of ordinary size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = {k: v for k, v in tiny.CONFIG.items() if k != "torch_dtype"}
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    state = {name: torch.tensor(x) for name, x in tiny.TENSORS.items()}
+    model.load_state_dict(state, strict=True)
+    path = tmp_path_factory.mktemp("base") / "model"
+    model.save_pretrained(path)
+    return path
+
+
+def theirs(path: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+
+
+def their_logits(model: Any) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tiny.IDS)).logits.numpy()
+
+
+CASES = {
+    "lora": AdapterConfig("lora", rank=2, alpha=5),
+    "stiefel": AdapterConfig("stiefel", rank=2, alpha=5),
+    "stiefel-rslora": AdapterConfig("stiefel", rank=3, alpha=5, rslora=True),
+    "subset": AdapterConfig("stiefel", rank=4, targets=SUBSET, dropout=0.1),
+    "expression": AdapterConfig("lora", rank=1, targets=r".*\.self_attn\.[kv]_proj"),
+    "patterns": AdapterConfig(
+        "stiefel",
+        rank=2,
+        alpha=3,
+        rank_pattern={"q_proj": 4, "mlp.*": 6},
+        alpha_pattern={"mlp.down_proj": 1.5, "self_attn.*": 8},
+    ),
+    "patterns-rslora": AdapterConfig(
+        "lora",
+        rank=2,
+        alpha=3,
+        rslora=True,
+        targets=[*SUBSET, "up_proj"],
+        rank_pattern={"up_proj": 4},
+        alpha_pattern={".*(up|down)_proj": 2.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peft_reads_what_we_save(name: str, base: Path, tmp_path: Path):
+    from peft import PeftModel
+
+    model = load_llama(base)
+    plain = tiny.logits(model)
+    attach(model, CASES[name])
+    got = tiny.logits(tiny.randomize(model))
+    assert tiny.error(got, plain) > 0.1
+    save_adapter(model, tmp_path / "adapter", base_id=str(base))
+
+    peft_model = PeftModel.from_pretrained(theirs(base), tmp_path / "adapter").eval()
+    # every tensor of the file reached a module, and every module has one
+    layers = [n for n, m in peft_model.named_modules() if hasattr(m, "lora_A")]
+    assert len(layers) == len(adapters(model)) * tiny.LAYERS
+    assert tiny.error(got, their_logits(peft_model)) < LOGITS
+    assert tiny.error(got, their_logits(peft_model.merge_and_unload())) < LOGITS
+
+
+THEIRS: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8},
+    "all-linear": {"target_modules": "all-linear", "r": 2, "lora_alpha": 3},
+    "rslora": {"target_modules": SUBSET, "r": 4, "lora_alpha": 2, "use_rslora": True},
+    "dropout": {"target_modules": SUBSET, "r": 2, "lora_dropout": 0.3},
+    "patterns": {
+        "target_modules": "all-linear",
+        "r": 2,
+        "lora_alpha": 3,
+        "rank_pattern": {"q_proj": 5, "mlp.*": 3},
+        "alpha_pattern": {"(k|v)_proj": 6, "down_proj": 1},
+    },
+    "layers-differ": {
+        "target_modules": SUBSET,
+        "r": 2,
+        "lora_alpha": 3,
+        "use_rslora": True,
+        # the second key is met only where the first is not
+        "rank_pattern": {"layers.1.self_attn.q_proj": 5, "q_proj": 3},
+        "alpha_pattern": {r"layers\.[02]\.mlp\.down_proj": 6, "model.layers.0.*": 4},
+    },
+    "some-layers": {
+        "target_modules": SUBSET,
+        "r": 3,
+        "lora_alpha": 4,
+        "layers_to_transform": [1, 2],
+        "layers_pattern": "layers",
+    },
+    "one-module": {"target_modules": ["model.layers.1.mlp.up_proj"], "r": 2},
+    "excluded": {
+        "target_modules": "all-linear",
+        "exclude_modules": r".*\.2\.mlp\..*",
+        "r": 2,
+    },
+    "orthogonal": {"target_modules": SUBSET, "r": 2, "init_lora_weights": "orthogonal"},
+}
+
+
+def their_adapter(base: Path, path: Path, config: dict[str, Any]) -> Any:
+    """An adapter made and saved by PEFT, with a B that is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(theirs(base), LoraConfig(task_type="CAUSAL_LM", **config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(str(path))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_we_read_what_peft_saves(name: str, base: Path, tmp_path: Path):
+    needed = their_logits(their_adapter(base, tmp_path / "adapter", THEIRS[name]))
+    model = load_llama(base)
+    plain = tiny.logits(model)
+    load_adapter(model, tmp_path / "adapter")
+    got = tiny.logits(model)
+    assert tiny.error(got, plain) > 0.05
+    assert tiny.error(got, needed) < LOGITS
+
+
+@pytest.mark.parametrize("name", ["patterns", "layers-differ", "some-layers"])
+def test_there_and_back_again(name: str, base: Path, tmp_path: Path):
+    """PEFT's adapter, read and saved by us, is the same function in PEFT."""
+    from peft import PeftModel
+
+    needed = their_logits(their_adapter(base, tmp_path / "theirs", THEIRS[name]))
+    load_adapter(model := load_llama(base), tmp_path / "theirs")
+    save_adapter(model, tmp_path / "ours")
+    again = PeftModel.from_pretrained(theirs(base), tmp_path / "ours").eval()
+    assert tiny.error(their_logits(again), needed) < LOGITS
+
+
+def test_an_adapter_in_bfloat16(base: Path, tmp_path: Path):
+    model = their_adapter(base, tmp_path / "a", THEIRS["plain"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.to(torch.float32)
+    ours: Llama = load_llama(base, jnp.float32)
+    load_adapter(ours, tmp_path / "b")
+    assert tiny.error(tiny.logits(ours), their_logits(model)) < LOGITS
+
+
+def test_a_start_that_changed_its_base_is_another_function(base: Path, tmp_path: Path):
+    """Why `load_adapter` refuses them: PEFT takes B A out of the base as it loads."""
+    from peft import PeftModel
+
+    from manifold_lora.errors import InputError
+
+    config = {"target_modules": SUBSET, "r": 2, "init_lora_weights": "olora"}
+    their_adapter(base, tmp_path / "a", config)
+    model = PeftModel.from_pretrained(theirs(base), tmp_path / "a").eval()
+    with pytest.raises(InputError, match="init_lora_weights='olora'"):
+        load_adapter(load_llama(base), tmp_path / "a")
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    written["init_lora_weights"] = True
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(written))
+    load_adapter(ours := load_llama(base), tmp_path / "a")
+    assert tiny.error(tiny.logits(ours), their_logits(model)) > 0.1

@@ -1,0 +1,156 @@
+"""The command as a user meets it: help, exit codes and messages."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tomli_w
+
+from manifold_lora.cli.main import main
+from tests.tiny import data_file, model_directory
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return model_directory(folder / "model"), data_file(folder / "train.jsonl")
+
+
+def call(capsys, *arguments):
+    """Exit code, stdout and stderr of the command, run in this process."""
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        code = stopped.code
+    shown = capsys.readouterr()
+    return code, " ".join(shown.out.split()), " ".join(shown.err.split())
+
+
+def test_help_imports_no_jax():
+    code = (
+        "import sys; from manifold_lora.cli.main import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit as stopped: code = stopped.code\n"
+        "print(code, sorted({'jax', 'flax', 'transformers', 'grain'} & {*sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("0 []")
+    assert "--learning-rate" in done.stdout
+
+
+def test_flags_over_file_over_defaults(capsys, files, tmp_path):
+    model, data = files
+    settings = {"model": str(model), "data": str(data), "rank": 4, "steps": 2}
+    settings |= {"targets": ["q_proj"], "batch_size": 4, "learning_rate": 0.3}
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps(settings))
+    out = tmp_path / "run"
+    code, shown, _ = call(
+        capsys, "train", "--config", file, "--learning-rate", "0.1", "--out", out
+    )
+    assert code == 0 and "Result" in shown
+    import tomllib
+
+    written = tomllib.loads((out / "config.toml").read_text())
+    assert (written["rank"], written["learning_rate"], written["schedule"]) == (
+        4,
+        0.1,
+        "linear",
+    )
+    code, shown, _ = call(
+        capsys, "train", f"--config={file}", "--learning-rate", "0.1", "--out", out
+    )
+    assert code == 0 and "finished" in shown
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def bad_inputs(folder, model, data):
+    """Name, arguments and what the message must say."""
+    record = {"prompt": "a", "completion": "b"}
+    empty = folder / "empty"
+    empty.mkdir()
+    not_llama = folder / "mistral"
+    not_llama.mkdir()
+    write(not_llama / "config.json", json.dumps({"model_type": "mistral"}))
+    write(not_llama / "tokenizer.json", (model / "tokenizer.json").read_text())
+    no_tokenizer = folder / "no_tokenizer"
+    no_tokenizer.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (no_tokenizer / name).write_bytes((model / name).read_bytes())
+    truncated = folder / "truncated"
+    rope = folder / "rope"
+    for directory in (truncated, rope):
+        directory.mkdir()
+        for source in model.iterdir():
+            (directory / source.name).write_bytes(source.read_bytes())
+    weights = (model / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    config = json.loads((model / "config.json").read_text())
+    config["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0}
+    write(rope / "config.json", json.dumps(config))
+    bad_line = json.dumps(record) + "\n{broken\n"
+    unknown = json.dumps({"foo": 1, "bar": 2}) + "\n"
+    long = 2 * (json.dumps({"prompt": "a" * 90, "completion": "b" * 90}) + "\n")
+    ok = ("--data", data)
+    use = ("--model", model)
+    return {
+        "missing model": (("--model", folder / "none", *ok), "does not exist"),
+        "empty model": (("--model", empty, *ok), "config.json"),
+        "not a llama": (("--model", not_llama, *ok), "mistral"),
+        "rope": (("--model", rope, *ok), "yarn"),
+        "truncated": (("--model", truncated, *ok), "truncated"),
+        "no tokenizer": (("--model", no_tokenizer, *ok), "tokenizer"),
+        "missing data": ((*use, "--data", folder / "none.jsonl"), "none.jsonl"),
+        "empty data": ((*use, "--data", write(folder / "e.jsonl", "")), "e.jsonl"),
+        "bad line": ((*use, "--data", write(folder / "b.jsonl", bad_line)), "2"),
+        "unknown": (
+            (*use, "--data", write(folder / "u.jsonl", unknown)),
+            "foo",
+        ),
+        "too long": (
+            (*use, "--data", write(folder / "l.jsonl", long), "--sequence-length", 8),
+            "--sequence-length",
+        ),
+        "targets": ((*use, *ok, "--targets", "q_porj"), "Did you mean q_proj"),
+        "rank": ((*use, *ok, "--rank", 999), "rank 999"),
+        "method": ((*use, *ok, "--method", "stifel"), "Did you mean stiefel"),
+        "key": (
+            ("--config", write(folder / "c.toml", "lerning_rate = 1")),
+            "Did you mean learning_rate",
+        ),
+        "flag": ((*use, *ok, "--lerning-rate", 1), "--learning-rate"),
+        "rate": ((*use, *ok, "--learning-rate", -1), "--learning-rate"),
+        "steps": ((*use, *ok, "--steps", 0), "--steps"),
+        "dropout": ((*use, *ok, "--dropout", 1.5), "--dropout"),
+        "type": ((*use, *ok, "--rank", "x"), "--rank"),
+        "out is a file": ((*use, *ok, "--out", data), "is a file"),
+    }
+
+
+def test_bad_input_is_one_message_and_exit_code_2(capsys, files, tmp_path):
+    wrong = {}
+    for name, (arguments, message) in bad_inputs(tmp_path, *files).items():
+        out = () if "--out" in arguments else ("--out", tmp_path / "out")
+        code, _, error = call(capsys, "train", *arguments, *out)
+        if code != 2 or message not in error or "Traceback" in error:
+            wrong[name] = (code, error)
+    assert wrong == {}
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(files):
+    with pytest.raises(Exception, match="does not exist"):
+        main(["train", "--model", "/nowhere", "--debug"])
+
+
+def test_unknown_command(capsys):
+    code, _, error = call(capsys, "trian")
+    assert code == 2 and "train" in error

@@ -1,0 +1,426 @@
+"""What Optax asks of a transformation, as one table over every optimiser.
+
+Values are compared op by op, without jit: nothing is fused, so that two optimisers
+that are the same agree to the last bit. Types and shapes are compared on the trace.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+import manifold_lora as ml
+from tests.tolerances import FLOAT32, RESIDUAL
+
+RATE = 0.1
+
+
+class Row(NamedTuple):
+    """An optimiser, the manifold of its factor, and what its free leaves get."""
+
+    stiefel: ml.Stiefel
+    make: Callable[..., optax.GradientTransformationExtraArgs]  # (rate, manifolds)
+    free: Callable[[float], optax.GradientTransformation]
+
+    @property
+    def manifolds(self):
+        return {"a": ml.Euclidean(), "b": self.stiefel, "scale": ml.Euclidean()}
+
+    @property
+    def tx(self):
+        return self.make(RATE, self.manifolds)
+
+    def by_shape(self, params):
+        return jax.tree.map(
+            lambda x: self.stiefel if x.ndim == 3 else ml.Euclidean(), params
+        )
+
+
+def wrapped(inner, stiefel, **options):
+    def make(learning_rate, manifolds):
+        return ml.riemannian(inner(learning_rate), manifolds, **options)
+
+    return Row(stiefel, make, inner)
+
+
+momentum = functools.partial(optax.sgd, momentum=0.9)
+decayed = functools.partial(optax.adamw, weight_decay=0.1)
+euclidean_metric = ml.Stiefel("qr", "euclidean")
+OPTIMIZERS = {
+    "adam": wrapped(optax.adam, ml.Stiefel()),
+    "momentum-qr": wrapped(momentum, ml.Stiefel("qr")),
+    "adamw-flat": wrapped(decayed, euclidean_metric),
+    "adamw-ambient": wrapped(decayed, ml.Stiefel("qr"), gradient="euclidean"),
+    "lion-qr-ambient": wrapped(optax.lion, ml.Stiefel("qr"), gradient="euclidean"),
+    "stiefel_lora": Row(
+        ml.Stiefel("qr"),
+        ml.stiefel_lora,
+        lambda _: optax.adamw(1e-4, weight_decay=0.0),
+    ),
+}
+
+
+def over(*names):
+    rows = [pytest.param(OPTIMIZERS[name], id=name) for name in names]
+    return pytest.mark.parametrize("row", rows)
+
+
+each = over(*OPTIMIZERS)
+
+
+@functools.cache
+def problem(layers=2):
+    """A free matrix, a stacked factor and a free vector, with two gradients."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (4, 3), "b": (layers, 8, 3), "scale": (3,)}
+
+    def draw():
+        return {
+            k: jnp.asarray(rng.normal(size=s), "float32") for k, s in shapes.items()
+        }
+
+    params = draw()
+    params["b"] = jnp.asarray(np.linalg.qr(params["b"])[0])
+    return params, [draw(), draw()]
+
+
+def halves():
+    """Two gradients for every one of the problem, which is their mean."""
+    return [optax.tree.scale(c, g) for g in problem()[1] for c in (0.5, 1.5)]
+
+
+def run(tx, params=None, gradients=None):
+    """The parameters after each step."""
+    start, drawn = problem()
+    params = start if params is None else params
+    points = []
+    with jax.disable_jit():
+        state = tx.init(params)
+        for g in drawn if gradients is None else gradients:
+            updates, state = tx.update(g, state, params)
+            params = optax.apply_updates(params, updates)
+            points.append(params)
+    return points
+
+
+@functools.cache
+def plain(row):
+    """The points that every wrapping of the optimiser should reach."""
+    return run(row.tx)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, tolerance=FLOAT32):
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=tolerance)
+    jax.tree.map(close, a, b)
+
+
+def types(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(x.shape, x.dtype, x.weak_type) for x in leaves]
+
+
+def free_leaves(tree):
+    return {"a": tree["a"], "scale": tree["scale"]}
+
+
+@each
+def test_jit_traces_once_and_takes_unknown_arguments(row):
+    params, gradients = problem()
+    traces = []
+
+    @jax.jit
+    def step(g, state, params):
+        traces.append(1)
+        updates, state = row.tx.update(g, state, params, an_unknown_argument=1)
+        return optax.apply_updates(params, updates), state
+
+    state = row.tx.init(params)
+    for g, expected in zip(gradients, plain(row), strict=True):
+        params, state = step(g, state, params)
+        assert_close(params, expected)
+        assert (row.stiefel.residual(params["b"]) < RESIDUAL).all()
+    assert len(traces) == 1
+
+
+def test_extra_arguments_reach_the_inner_optimiser():
+    def update(updates, state, params=None, *, factor, **extra_args):
+        del params, extra_args
+        return optax.tree.scale(factor, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda _: (), update)
+    row = OPTIMIZERS["momentum-qr"]
+    params, (g, _) = problem()
+    for tx in (
+        ml.riemannian(inner, row.manifolds),
+        ml.stiefel_lora(RATE, row.manifolds, inner=lambda _: inner),
+    ):
+        with jax.disable_jit():
+            updates, _ = tx.update(g, tx.init(params), params, factor=0.0, other=1)
+        assert_close(updates, jax.tree.map(jnp.zeros_like, params), RESIDUAL)
+
+
+@each
+def test_update_without_parameters_raises(row):
+    params, gradients = problem()
+    state = row.tx.init(params)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        row.tx.update(gradients[0], state)
+
+
+@each
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_types_are_kept_also_by_scan(row, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        shapes = {k: x.shape for k, x in problem()[0].items()}
+        params = {k: jax.ShapeDtypeStruct(s, dtype) for k, s in shapes.items()}
+        state = jax.eval_shape(row.tx.init, params)
+        updates, after = jax.eval_shape(row.tx.update, params, state, params)
+        assert types(updates) == types(params)
+        assert types(after) == types(state)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = row.tx.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        carry = jax.eval_shape(lambda c: jax.lax.scan(step, c, length=2)[0],
+                               (params, state))  # fmt: skip
+        assert types(carry) == types((params, state))
+
+
+@each
+def test_euclidean_everywhere_is_the_inner_optimiser_bit_for_bit(row):
+    flat, inner = row.make(RATE, ml.Euclidean()), row.free(RATE)
+    assert_equal(run(flat), run(inner))
+    params, (g, _) = problem()
+    with jax.disable_jit():
+        updates, expected = (
+            tx.update(g, tx.init(params), params)[0] for tx in (flat, inner)
+        )
+    assert_equal(updates, expected)
+
+
+@each
+def test_free_leaves_get_the_inner_optimiser_bit_for_bit(row):
+    params, gradients = problem()
+    alone = run(
+        row.free(RATE), free_leaves(params), [free_leaves(g) for g in gradients]
+    )
+    assert_equal([free_leaves(p) for p in plain(row)], alone)
+
+
+@each
+def test_multi_steps_outside_is_the_mean_gradient(row):
+    tx = optax.MultiSteps(row.tx, 2).gradient_transformation()
+    points = run(tx, gradients=halves())
+    assert_equal(points[0], problem()[0])
+    assert_equal(points[2], points[1])
+    assert_close(points[1::2], plain(row))
+
+
+def accumulated(rate):
+    return optax.MultiSteps(optax.adam(rate), 2).gradient_transformation()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("adam", lambda manifolds: ml.riemannian(accumulated(RATE), manifolds)),
+        ("stiefel_lora", functools.partial(ml.stiefel_lora, RATE, inner=accumulated)),
+    ],
+)
+def test_multi_steps_inside_is_the_mean_gradient(name, make):
+    row = OPTIMIZERS[name]
+    points = run(make(row.manifolds), gradients=halves())
+    assert_close(points[1::2], plain(row))
+
+
+@each
+def test_inject_hyperparams(row):
+    make = optax.inject_hyperparams(row.make, static_args=("manifolds",))
+    tx = make(learning_rate=RATE, manifolds=row.by_shape)
+    assert_close(run(tx), plain(row))
+    state: Any = tx.init(problem()[0])
+    assert abs(state.hyperparams["learning_rate"] - RATE) < FLOAT32
+
+
+@each
+def test_apply_if_finite_skips_bad_gradients(row):
+    params, gradients = problem()
+    bad = jax.tree.map(lambda x: x.at[0].set(jnp.nan), gradients[0])
+    points = run(optax.apply_if_finite(row.tx, 5), gradients=[bad, *gradients])
+    assert_equal(points[0], params)
+    assert_equal(points[1:], plain(row))
+
+
+@each
+def test_partition_with_another_optimiser(row):
+    params, gradients = problem()
+    head = jnp.arange(3.0)
+    manifolds = {"adapter": row.manifolds, "head": ml.Euclidean()}
+    tx = optax.partition(
+        {"ours": row.make(RATE, manifolds), "sgd": optax.sgd(0.25)},
+        {"adapter": "ours", "head": "sgd"},
+    )
+    points = run(
+        tx,
+        {"adapter": params, "head": head},
+        [{"adapter": g, "head": head} for g in gradients],
+    )
+    assert_equal([p["adapter"] for p in points], plain(row))
+    assert_equal([p["head"] for p in points], [0.75 * head, 0.5 * head])
+
+
+@each
+@pytest.mark.parametrize("of_parameters", [False, True], ids=["tree", "function"])
+def test_map_params(row, of_parameters):
+    def of_shapes(params):  # may look inside the parameters
+        return row.manifolds if params["b"].ndim == 3 else None
+
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        row.make(RATE, of_shapes if of_parameters else row.manifolds),
+    )
+    state = tx.init(problem()[0])
+    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
+    # Moments have the shapes of the parameters, counters are scalars.
+    assert any(x.ndim == 3 for x in jax.tree.leaves(state))
+    assert_equal(mapped, jax.tree.map(lambda x: x + (x.ndim > 0), state))
+
+
+@each
+def test_learning_rate_schedule(row):
+    def once(count):
+        return jnp.where(count == 0, RATE, 0.0)
+
+    points = run(row.make(once, row.manifolds))
+    assert_close(points[0], plain(row)[0])
+    assert_close(points[1]["b"], points[0]["b"], RESIDUAL)
+
+
+@each
+def test_chain_after_clipping(row):
+    clipped = []
+    for g in problem()[1]:
+        norm = np.sqrt(sum(np.sum(np.float64(x) ** 2) for x in g.values()))
+        clipped.append({k: x * np.float32(0.5 / norm) for k, x in g.items()})
+    points = run(optax.chain(optax.clip_by_global_norm(0.5), row.tx))
+    assert_close(points, run(row.tx, gradients=clipped))
+
+
+@functools.cache
+def unsharded(row):
+    params, (g, _) = problem(layers=8)
+    return jax.jit(row.tx.update)(g, row.tx.init(params), params)[0]
+
+
+@over("adam", "stiefel_lora")
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_sharded_layers(row, axis_type):
+    params, (g, _) = problem(layers=8)
+    mesh = jax.make_mesh((8,), ("layers",), axis_types=(axis_type,))
+
+    def shard(x):
+        spec = jax.P("layers") if x.ndim == 3 else jax.P()
+        return jax.device_put(x, jax.NamedSharding(mesh, spec))
+
+    def same_sharding(x, y):
+        return x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+    with jax.set_mesh(mesh):
+        params, g = jax.tree.map(shard, (params, g))
+        state = jax.tree.map(shard, row.tx.init(params))
+        update = jax.jit(row.tx.update).lower(g, state, params).compile()
+        updates, after = update(g, state, params)
+        assert all(jax.tree.leaves(jax.tree.map(same_sharding, params, updates)))
+        assert all(jax.tree.leaves(jax.tree.map(same_sharding, state, after)))
+    # Each device moves its own layers.
+    program = str(update.as_text())
+    assert "all-" not in program and "collective" not in program
+    assert_close(jax.device_get(updates), unsharded(row))
+
+
+@over("adam", "stiefel_lora")
+def test_prefix_trees_and_functions(row):
+    params, gradients = problem()
+    free = ml.Euclidean()
+
+    def nest(tree):
+        return {"layers": {"q": tree["b"], "k": -tree["b"]}, "rest": free_leaves(tree)}
+
+    params, gradients = nest(params), [nest(g) for g in gradients]
+    expected = run(row.make(RATE, row.by_shape(params)), params, gradients)
+    for manifolds in ({"layers": row.stiefel, "rest": free}, row.by_shape):
+        assert_equal(run(row.make(RATE, manifolds), params, gradients), expected)
+    layers = [g["layers"] for g in gradients]
+    points = run(row.make(RATE, row.stiefel), params["layers"], layers)
+    assert_equal(points, [p["layers"] for p in expected])
+
+
+class Factors(NamedTuple):
+    a: Any
+    b: Any
+    scale: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Adapter:
+    a: Any
+    b: Any
+    scale: Any
+
+
+class Module(nnx.Module):
+    def __init__(self, a, b, scale):
+        self.a, self.b, self.scale = nnx.Param(a), nnx.Param(b), nnx.Param(scale)
+
+
+def state_of(a, b, scale):
+    return nnx.state(Module(a, b, scale), nnx.Param)
+
+
+# How to build the parameters, and the tree of manifolds that goes with them.
+CONTAINERS = {
+    "NamedTuple": (Factors, Factors),
+    "dataclass": (Adapter, Adapter),
+    "nnx.State": (state_of, lambda **manifolds: nnx.State(manifolds)),
+    "pure dict": (lambda **x: nnx.to_pure_dict(state_of(**x)), dict),
+}
+
+
+@over("momentum-qr", "stiefel_lora")
+@pytest.mark.parametrize(("build", "tree"), CONTAINERS.values(), ids=CONTAINERS)
+def test_containers(row, build, tree):
+    params, gradients = problem()
+    params, gradients = build(**params), [build(**g) for g in gradients]
+    for manifolds in (tree(**row.manifolds), row.by_shape):
+        points = run(row.make(RATE, manifolds), params, gradients)
+        for point, expected in zip(points, plain(row), strict=True):
+            assert jax.tree.structure(point) == jax.tree.structure(params)
+            assert_equal(jax.tree.leaves(point), jax.tree.leaves(expected))
+
+
+@over("momentum-qr", "stiefel_lora")
+def test_nnx_optimizer(row):
+    params, gradients = problem()
+    for manifolds in (nnx.State(row.manifolds), row.by_shape):
+        module = Module(**params)
+        with jax.disable_jit():
+            tx = row.make(RATE, manifolds)
+            optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
+            for g in gradients:
+                optimizer.update(module, state_of(**g))
+        assert_equal(nnx.to_pure_dict(nnx.state(module)), plain(row)[-1])

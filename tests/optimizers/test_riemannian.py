@@ -1,0 +1,324 @@
+"""Trajectories against float64 NumPy, and what the methods promise.
+
+The references are loops over the printed formulas, never the code under test.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import manifold_lora as ml
+from tests.manifolds import reference
+from tests.tolerances import (
+    BFLOAT16,
+    CONVERGENCE,
+    EFFECTIVE_RANK,
+    FLOAT64,
+    RESIDUAL,
+)
+
+RATE, FREE_RATE, STEPS = 0.2, 1e-2, 20
+TRAJECTORY = 1e-9  # float64, rounding grown over the steps
+
+
+def least_squares(rows=8, columns=5, rank=3, layers=2):
+    """The start (a, b) and the target w of ½‖b aᵀ − w‖², b orthonormal."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(layers, columns, rank))
+    b = reference.each(reference.qr, rng.normal(size=(layers, rows, rank)))
+    return a, b, rng.normal(size=(layers, rows, columns))
+
+
+def train(tx, params, loss, steps=STEPS):
+    """The parameters after every step, stacked, by one scan under jit."""
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    @jax.jit
+    def run(params):
+        return jax.lax.scan(step, (params, tx.init(params)), length=steps)[1]
+
+    return jax.tree.map(np.asarray, run(params))
+
+
+def trained(tx, names=("a", "b"), dtype="float64", steps=STEPS):
+    """The least squares problem, solved in some or all of its factors."""
+    a, b, w = (jnp.asarray(x, dtype) for x in least_squares())
+    params = {"a": a, "b": b}
+
+    def loss(trainable):
+        p = {**params, **trainable}
+        return jnp.sum((p["b"] @ p["a"].mT - w) ** 2) / 2
+
+    return train(tx, {name: params[name] for name in names}, loss, steps)
+
+
+def transposed(x):
+    return x.swapaxes(-1, -2)
+
+
+def projected(x, z):
+    xz = transposed(x) @ z
+    return z - x @ (xz + transposed(xz)) / 2
+
+
+def sgd(rate):
+    return lambda g, k: -rate * g
+
+
+def adam(rate, b1=0.9, b2=0.999, eps=1e-8):
+    m = v = 0
+
+    def direction(g, k):
+        nonlocal m, v
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        return -rate * (m / (1 - b1**k)) / (np.sqrt(v / (1 - b2**k)) + eps)
+
+    return direction
+
+
+def riemannian_by_hand(inner, retraction, gradient):
+    a, b, w = least_squares()
+    inner_a, inner_b = inner(RATE), inner(RATE)
+    points = []
+    for k in range(1, STEPS + 1):
+        error = b @ transposed(a) - w
+        g_a, g = transposed(error) @ b, error @ a
+        if gradient == "canonical":
+            g = g - b @ transposed(g) @ b
+        elif gradient == "euclidean":
+            g = projected(b, g)
+        v = projected(b, inner_b(g, k))
+        a = a + inner_a(g_a, k)
+        b = reference.each(reference.RETRACTIONS[retraction], b + v)
+        points.append({"a": a, "b": b})
+    return points
+
+
+def stiefel_lora_by_hand():
+    """Algorithm 1 of arXiv:2508.17901."""
+    a, b, w = least_squares()
+    move_a = adam(FREE_RATE)
+    m = v = 0
+    points = []
+    for k in range(1, STEPS + 1):
+        error = b @ transposed(a) - w
+        g_a, g = transposed(error) @ b, error @ a
+        m = 0.9 * m + 0.1 * g
+        v = 0.999 * v + 0.001 * g**2
+        direction = (m / (1 - 0.9**k)) / (np.sqrt(v / (1 - 0.999**k)) + 1e-8)
+        xi = projected(b, direction)
+        q, r = np.linalg.qr(b - RATE * xi)
+        signs = np.sign(np.diagonal(r, axis1=-2, axis2=-1))
+        a, b = a + move_a(g_a, k), q * signs[:, None, :]
+        points.append({"a": a, "b": b})
+    return points
+
+
+def distance(points, by_hand):
+    """The largest difference of two trajectories."""
+    return max(
+        np.max(np.abs(points[name] - np.stack([p[name] for p in by_hand])))
+        for name in points
+    )
+
+
+INNER = {"sgd": (optax.sgd, sgd), "adam": (optax.adam, adam)}
+
+
+@pytest.mark.parametrize(
+    ("inner", "retraction", "gradient"),
+    [
+        ("sgd", "polar", "canonical"),
+        ("sgd", "qr", "euclidean"),
+        ("adam", "polar", "euclidean"),
+        ("adam", "qr", "canonical"),
+        ("adam", "qr", "ambient"),
+    ],
+)
+def test_riemannian_trajectory(inner, retraction, gradient):
+    ambient = gradient == "ambient"
+    metric = "canonical" if ambient else gradient
+    theirs, ours = INNER[inner]
+    with jax.enable_x64(True):
+        tx = ml.riemannian(
+            theirs(RATE),
+            {"a": ml.Euclidean(), "b": ml.Stiefel(retraction, metric)},
+            gradient="euclidean" if ambient else "riemannian",
+        )
+        points = trained(tx)
+    assert distance(points, riemannian_by_hand(ours, retraction, gradient)) < TRAJECTORY
+
+
+QR = {"a": ml.Euclidean(), "b": ml.Stiefel("qr")}
+
+
+def stiefel_lora(**options):
+    return ml.stiefel_lora(RATE, QR, free_learning_rate=FREE_RATE, **options)
+
+
+def test_stiefel_lora_trajectory():
+    with jax.enable_x64(True):
+        points = trained(stiefel_lora())
+    assert distance(points, stiefel_lora_by_hand()) < TRAJECTORY
+
+
+def project_without_half(manifold, x, v):
+    del manifold
+    return v - x @ (x.mT @ v + v.mT @ x)
+
+
+def qr_without_signs(manifold, x, v):
+    del manifold
+    return jnp.linalg.qr(x + v)[0]
+
+
+def step_backwards(manifold, x, v, retract=ml.Stiefel.retract):
+    return retract(manifold, x, -v)
+
+
+@pytest.mark.parametrize(
+    ("method", "mutant"),
+    [
+        ("project", project_without_half),
+        ("retract", qr_without_signs),
+        ("retract", step_backwards),
+    ],
+)
+def test_trajectory_sees_a_mutation(monkeypatch, method, mutant):
+    monkeypatch.setattr(ml.Stiefel, method, mutant)
+    with jax.enable_x64(True):
+        points = trained(stiefel_lora())
+    assert distance(points, stiefel_lora_by_hand()) > 1e-3
+
+
+def test_trajectory_sees_moments_of_the_wrong_gradient():
+    with jax.enable_x64(True):
+        points = trained(ml.riemannian(optax.adam(RATE), QR))
+    by_hand = riemannian_by_hand(adam, "qr", "ambient")
+    assert distance(points, by_hand) > 1e-3
+
+
+def test_weight_decay_does_nothing_to_a_stiefel_factor():
+    manifolds = {"b": ml.Stiefel("qr")}
+    decayed = ml.stiefel_lora(RATE, manifolds, weight_decay=0.3)
+    plain = ml.riemannian(optax.adam(RATE), manifolds, gradient="euclidean")
+    with jax.enable_x64(True):
+        difference = trained(decayed, ["b"])["b"] - trained(plain, ["b"])["b"]
+    assert np.max(np.abs(difference)) < FLOAT64
+
+
+def test_anything_after_riemannian_in_a_chain_leaves_the_manifold():
+    def residual(tx):
+        b = np.float64(trained(tx, ["b"], "float32", steps=5)["b"])
+        return np.max(np.abs(transposed(b) @ b - np.eye(3)))
+
+    manifolds = {"b": ml.Stiefel("qr")}
+    inner, scale, decay = (
+        optax.sgd(RATE),
+        optax.scale(0.5),
+        optax.add_decayed_weights(-0.1),
+    )
+    within = ml.riemannian(optax.chain(inner, scale, decay), manifolds)
+    assert residual(within) < RESIDUAL
+    assert residual(optax.chain(ml.riemannian(inner, manifolds), scale)) > 1e-2
+    assert residual(optax.chain(ml.riemannian(inner, manifolds), decay)) > 1e-2
+
+
+def effective_rank(b):
+    """Exp of the entropy of the normalised singular values (Roy & Vetterli)."""
+    s = np.linalg.svd(b, compute_uv=False)
+    p = s / s.sum(-1, keepdims=True)
+    return np.exp(-np.sum(p * np.log(p), -1))
+
+
+def test_thousand_float32_steps_keep_the_rank():
+    _, b, w = (jnp.asarray(x, "float32") for x in least_squares(32, 8, 4))
+    params = {"a": jnp.zeros((2, 8, 4)), "b": b}
+
+    def loss(p):
+        return jnp.mean((p["b"] @ p["a"].mT - w) ** 2)
+
+    @jax.jit
+    def run(rate):
+        tx = ml.stiefel_lora(rate, QR, free_learning_rate=FREE_RATE)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            params: Any = optax.apply_updates(params, updates)
+            return (params, state), (params["b"], loss(params))
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=1000)[1]
+
+    for rate in (0.1, 0.3):
+        points, losses = run(rate)
+        gram = transposed(np.float64(points)) @ np.float64(points)
+        assert np.max(np.abs(gram - np.eye(4))) < RESIDUAL
+        assert np.max(np.abs(effective_rank(points) - 4)) < EFFECTIVE_RANK
+        assert losses[-1] < 0.8 * losses[0]
+
+
+LONG = 400
+decaying = optax.cosine_decay_schedule(0.1, LONG)
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.sgd(0.05, 0.9), optax.adam(decaying)], ids=["momentum", "adam"]
+)
+def test_known_optima_are_reached(inner):
+    rng = np.random.default_rng(1)
+    basis = reference.qr(rng.normal(size=(12, 12)))
+    values = np.linspace(3, 0.1, 12)
+    matrix = basis @ np.diag(values) @ basis.T
+    target = rng.normal(size=(10, 4))
+
+    def gains(p):
+        x, y = p["eigenspace"], p["procrustes"]
+        return jnp.sum(x * (matrix @ x)), jnp.sum(y * target)
+
+    params = {
+        "eigenspace": jnp.asarray(reference.qr(rng.normal(size=(12, 3))), "float32"),
+        "procrustes": jnp.asarray(reference.qr(rng.normal(size=(10, 4))), "float32"),
+    }
+    tx = ml.riemannian(inner, ml.Stiefel())
+    points = train(tx, params, lambda p: -sum(gains(p)), LONG)
+    quotient, overlap = gains(jax.tree.map(lambda x: x[-1], points))
+    # The sum of the three largest eigenvalues, and the polar factor of the target.
+    best = values[:3].sum(), np.trace(reference.polar(target).T @ target)
+    assert abs(quotient / best[0] - 1) < CONVERGENCE
+    assert abs(overlap / best[1] - 1) < CONVERGENCE
+
+
+def test_stiefel_lora_finds_the_best_low_rank_approximation():
+    tx = ml.stiefel_lora(decaying, QR, free_learning_rate=decaying)
+    points = trained(tx, dtype="float32", steps=LONG)
+    a, b, w = points["a"][-1], points["b"][-1], least_squares()[2]
+    error = np.sum((b @ transposed(a) - w) ** 2)
+    tail = np.linalg.svd(w, compute_uv=False)[:, 3:]
+    assert abs(error / np.sum(tail**2) - 1) < CONVERGENCE
+
+
+def test_bfloat16_points():
+    tx = ml.riemannian(optax.sgd(0.05), ml.Stiefel(), gradient="euclidean")
+    rng = np.random.default_rng(2)
+    x: Any = jnp.asarray(reference.qr(rng.normal(size=(64, 4))), "bfloat16")
+    state, update = tx.init(x), jax.jit(tx.update)
+    for _ in range(3):
+        g = jnp.asarray(rng.normal(size=x.shape), "bfloat16")
+        updates, state = update(g, state, x)
+        old, x = np.asarray(x, "float64"), optax.apply_updates(x, updates)
+        assert x.dtype == updates.dtype == jnp.bfloat16
+        new = np.asarray(x, "float64")
+        step = projected(old, -0.05 * np.asarray(g, "float64"))
+        assert np.max(np.abs(new - reference.polar(old + step))) < BFLOAT16
+        assert np.max(np.abs(new.T @ new - np.eye(4))) < BFLOAT16

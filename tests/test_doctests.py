@@ -1,0 +1,21 @@
+"""The examples in docstrings run."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import manifold_lora
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(manifold_lora.__path__, "manifold_lora.")
+    if not module.ispkg
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0

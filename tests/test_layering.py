@@ -1,0 +1,105 @@
+"""The rooms of the package and who may enter which: the table of the design."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "manifold_lora"
+# Each room with the rooms it may import; `errors` and itself it always may.
+ROOMS = {
+    "manifolds": set(),
+    "optimizers": {"manifolds"},
+    "models": set(),
+    "adapters": {"manifolds", "models"},
+    "checkpoints": {"models", "adapters"},
+    "data": set(),
+    "evaluation": {
+        "manifolds",
+        "optimizers",
+        "models",
+        "adapters",
+        "checkpoints",
+        "data",
+    },
+    "training": {
+        "manifolds",
+        "optimizers",
+        "models",
+        "adapters",
+        "checkpoints",
+        "data",
+        "evaluation",
+    },
+    "cli": {"training", "evaluation", "checkpoints", "adapters", "models", "data"},
+}
+# Third parties that a room must not know.
+FORBIDDEN = {
+    "manifolds": {"optax", "flax"},
+    "optimizers": {"flax"},
+    "data": {"jax", "flax", "optax"},
+    "cli": {"jax", "flax", "optax"},
+}
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("room", [p.name for p in PACKAGE.iterdir() if p.is_dir()])
+def test_arrows(room):
+    if not list((PACKAGE / room).glob("*.py")):
+        return  # __pycache__
+    allowed = ROOMS[room] | {room, "errors"}
+    for file in (PACKAGE / room).glob("*.py"):
+        for name in imports(file):
+            top, *rest = name.split(".")
+            if top == "manifold_lora" and rest:
+                assert rest[0] in allowed, f"{file.name} imports {name}"
+            assert top not in FORBIDDEN.get(room, ()), f"{file.name} imports {name}"
+
+
+def test_products_go_through_one_helper():
+    for file in (PACKAGE / "manifolds").glob("*.py"):
+        if file.name == "linalg.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            assert not isinstance(getattr(node, "op", None), ast.MatMult), file
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in {"einsum", "dot", "tensordot", "vdot"}, file
+
+
+def test_files_are_short():
+    lengths = {
+        str(file.relative_to(PACKAGE)): len(file.read_text().splitlines())
+        for file in PACKAGE.rglob("*.py")
+    }
+    assert {name: n for name, n in lengths.items() if n >= 400} == {}
+
+
+def test_import_is_light():
+    code = (
+        "import sys, manifold_lora as ml; ml.Stiefel; ml.riemannian;"
+        "heavy = {'transformers', 'orbax', 'grain', 'matplotlib', 'flax', 'rich'};"
+        "print(sorted(heavy & {name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_there():
+    import manifold_lora as ml
+
+    for name in ml.__all__:
+        assert getattr(ml, name).__doc__
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = ml.no_such_name  # pyright: ignore[reportAttributeAccessIssue]

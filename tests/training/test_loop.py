@@ -1,0 +1,255 @@
+"""Whole runs on a tiny model: what they write, keep, show and refuse."""
+
+import dataclasses
+import errno
+import io
+import json
+import tomllib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+import manifold_lora as ml
+from manifold_lora.checkpoints import peft
+from manifold_lora.training import loop
+from manifold_lora.training.config import TrainConfig, as_toml, resolve
+from tests.tiny import data_file, model_directory
+from tests.tolerances import EFFECTIVE_RANK, RESIDUAL
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return model_directory(folder / "model"), data_file(folder / "train.jsonl")
+
+
+@pytest.fixture
+def config(files, tmp_path):
+    model, data = files
+    return TrainConfig(
+        model=model,
+        data=data,
+        out=tmp_path / "run",
+        rank=4,
+        targets=("q_proj", "down_proj"),
+        steps=12,
+        batch_size=8,
+        eval_every=4,
+        learning_rate=0.2,
+        free_learning_rate=2e-2,
+        warmup_steps=2,
+        remat=False,
+    )
+
+
+def run(config, **changes):
+    console = Console(file=io.StringIO(), width=200)
+    summary = loop.train(dataclasses.replace(config, **changes), console)
+    return summary, console.file.getvalue()  # pyright: ignore
+
+
+def rows(config):
+    lines = (config.out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run(config):
+    summary, shown = run(config)
+    out = config.out
+    assert sorted(p.name for p in out.iterdir()) == [
+        "adapter",
+        "config.toml",
+        "loss.png",
+        "metrics.jsonl",
+        "summary.json",
+    ]
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert tomllib.loads((out / "config.toml").read_text()) == as_toml(resolve(config))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    steps = [row for row in rows(config) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    keys = {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "residual",
+        "step",
+    }
+    assert set(steps[0]) == keys
+    evaluations = [row for row in rows(config) if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 4, 8, 12]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert summary["loss_before"] == evaluations[0]["eval_loss"]
+    assert summary["loss_after"] == min(row["eval_loss"] for row in evaluations)
+    assert summary["largest_residual"] == max(row["residual"] for row in steps)
+    assert summary["largest_residual"] < RESIDUAL
+    assert abs(summary["least_effective_rank"] - 4) < EFFECTIVE_RANK
+    # two layers of q_proj (32 → 32) and down_proj (48 → 32), rank 4
+    assert summary["trainable_parameters"] == 2 * 4 * (32 + 32 + 48 + 32)
+    assert summary["majority"] == 0.5 and summary["accuracy_before"] == 0
+    words = ["Plan", "tokens per step", "Held-out examples", "predicted", "truth"]
+    words += ["1,152 (", "largest distance", "step 12/12", "tokens/s", "adapter"]
+    assert [word for word in words if word not in shown] == []
+
+
+def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(config):
+    summary, _ = run(config)
+    model = ml.load_llama(config.model)
+    ml.load_adapter(model, config.out / "adapter")
+    assert ml.manifolds(model)["layers"]["mlp"]["down_proj"]["b"] == ml.Stiefel("qr")
+    # the first step of another run from this adapter starts where this one ended
+    from manifold_lora.adapters import split
+    from manifold_lora.data.batches import evaluation_batches
+    from manifold_lora.data.tokens import load_tokenizer
+    from manifold_lora.evaluation.heldout import make_evaluate
+    from manifold_lora.training.setup import load_data
+
+    data = load_data(resolve(config), load_tokenizer(config.model))
+    rebuild, factors, frozen = split(model)
+    feed = evaluation_batches(data.held_out, batch_size=4, sequence_length=16)
+    evaluation = make_evaluate(rebuild)(factors, frozen, feed)
+    assert evaluation.loss == pytest.approx(summary["loss_after"], rel=1e-5)
+    assert evaluation.accuracy == summary["accuracy_after"]
+
+
+def test_same_seed_same_run_and_other_seed_another(config, tmp_path):
+    losses = []
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        changed = {"out": tmp_path / name, "seed": seed, "dropout": 0.1}
+        run(config, **changed)
+        changed = dataclasses.replace(config, **changed)
+        losses.append([row["loss"] for row in rows(changed) if "loss" in row])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_plain_lora_packed_with_accumulation(config):
+    summary, shown = run(
+        config,
+        method="lora",
+        learning_rate=2e-2,
+        packing=True,
+        sequence_length=32,
+        batch_size=4,
+        accumulate=2,
+        schedule="cosine",
+        optimizer="lion",
+    )
+    assert summary["loss_after"] < summary["loss_before"]
+    assert summary["least_effective_rank"] is None
+    assert "4 rows of 32 in 2 parts, packed" in shown
+
+
+def test_epochs_count_every_example(config):
+    # 40 records, 4 held out: 36 examples, 2 epochs of them in batches of 8
+    summary, _ = run(config, steps=None, epochs=2)
+    assert summary["steps"] == 9
+
+
+def test_finished_run_is_not_run_again(config):
+    summary, _ = run(config)
+    stamp = (config.out / "metrics.jsonl").stat().st_mtime_ns
+    again, shown = run(config)
+    assert again == summary and "finished" in shown and str(config.out) in shown
+    assert (config.out / "metrics.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_another_configuration_needs_overwrite(config):
+    run(config)
+    with pytest.raises(ml.InputError, match="rank = 4 there, 2 now.*--overwrite"):
+        run(config, rank=2, alpha=8.0)
+    summary, _ = run(config, rank=2, alpha=8.0, overwrite=True)
+    assert summary["trainable_parameters"] == 2 * 2 * (32 + 32 + 48 + 32)
+
+
+def test_directory_of_something_else_is_left_alone(config):
+    config.out.mkdir()
+    (config.out / "thesis.tex").write_text("precious")
+    with pytest.raises(ml.InputError, match="holds no run"):
+        run(config)
+    assert [p.name for p in config.out.iterdir()] == ["thesis.tex"]
+
+
+def test_early_stopping(config):
+    summary, shown = run(config, learning_rate=1e-9, free_learning_rate=1e-9,
+                         best_metric="accuracy", patience=2)  # fmt: skip
+    assert summary["steps"] == 8 and summary["best_step"] == 0
+    assert "stopping" in shown
+
+
+def test_nan_stops_the_run_and_keeps_the_best_adapter(config, monkeypatch):
+    make_step = loop.make_step
+
+    def poisoned(*args):
+        step = make_step(*args)
+
+        def wrapped(state, frozen, batch):
+            state, metrics = step(state, frozen, batch)
+            wrapped.calls += 1
+            if wrapped.calls == 6:
+                metrics["loss"] = jnp.asarray(jnp.nan)
+            return state, metrics
+
+        wrapped.calls = 0
+        return wrapped
+
+    monkeypatch.setattr(loop, "make_step", poisoned)
+    with pytest.raises(loop.Diverged, match="step 6 .*nan.* step 4"):
+        run(config)
+    model = ml.load_llama(config.model)
+    ml.load_adapter(model, config.out / "adapter")
+    b = ml.factors(model)["layers"]["mlp"]["down_proj"]["b"]
+    assert np.isfinite(b).all()
+    assert not (config.out / "summary.json").exists()
+
+
+def test_full_disk_leaves_the_earlier_adapter(config, monkeypatch):
+    save, calls = peft.save_file, []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(peft, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(config)
+    ml.load_adapter(ml.load_llama(config.model), config.out / "adapter")
+    assert not [p for p in config.out.iterdir() if "partial" in p.name]
+
+
+def test_show_batch_prints_and_stops(config):
+    summary, shown = run(config, show_batch=True)
+    assert summary == {} and "yes" in shown and not config.out.exists()
+
+
+def test_tensorboard_needs_its_extra(config):
+    try:
+        import tensorboardX  # pyright: ignore  # noqa: F401
+    except ImportError:
+        with pytest.raises(ml.InputError, match=r"manifold-lora\[tensorboard\]"):
+            run(config, report=("tensorboard",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "stifel"}, "Did you mean stiefel"),
+        ({"targets": ("q_porj",)}, "Did you mean q_proj"),
+        ({"rank": 33}, "rank 33 does not fit"),
+        ({"sequence_length": 3}, "longer than the sequence length"),
+        ({"optimizer": "adamm"}, "Did you mean adam"),
+    ],
+)
+def test_bad_input_before_anything_is_written(config, changes, message):
+    with pytest.raises(ml.InputError, match=message):
+        run(config, **changes)
+    assert not config.out.exists()
+
+
+def test_one_record_cannot_be_split(config, tmp_path):
+    with pytest.raises(ml.InputError, match="--eval-data"):
+        run(config, data=data_file(tmp_path / "one.jsonl", 1))
