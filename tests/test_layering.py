@@ -50,7 +50,7 @@ def imports(file):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            yield node.module
+            yield node.module or ""
 
 
 @pytest.mark.parametrize("room", [p.name for p in PACKAGE.iterdir() if p.is_dir()])

@@ -1,10 +1,12 @@
 """The loss of answer tokens, the same in training and in evaluation."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 
 class TokenLoss(NamedTuple):
@@ -16,7 +18,7 @@ class TokenLoss(NamedTuple):
 
 
 def token_loss(
-    model: Any, batch: dict[str, Array], key: Array | None = None
+    model: Any, batch: Mapping[str, ArrayLike], key: Array | None = None
 ) -> TokenLoss:
     """Negative log-likelihood of every target token of a batch.
 
@@ -29,8 +31,8 @@ def token_loss(
         segment_ids=batch["segment_ids"],
         key=key,
     )[:, :-1]  # (b, t − 1, vocab)
-    targets = batch["input_ids"][:, 1:]
-    mask = batch["loss_mask"][:, 1:]
+    targets = jnp.asarray(batch["input_ids"])[:, 1:]
+    mask = jnp.asarray(batch["loss_mask"])[:, 1:]
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = jax.nn.logsumexp(logits, axis=-1) - chosen
     hit = chosen >= logits.max(axis=-1)

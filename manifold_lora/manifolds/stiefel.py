@@ -90,9 +90,9 @@ class Stiefel(Manifold):
 
         With YᵀY = I + E and I + F its inverse factor, the result is formed as
         X + (v + YF): a small step is then as accurate as the sum itself. E holds
-        XᵀX − I only where that exceeds rounding, so that drift is repaired and
-        R(X, 0) = X exactly. Where the step is large the Gram matrix loses
-        ε‖v‖², and a pass on the true Gram matrix of the result mends it.
+        XᵀX − I, so that drift is repaired, but not for v = 0: R(X, 0) = X exactly.
+        Where the step is large the Gram matrix loses ε‖v‖², and a pass on the true
+        Gram matrix of the result mends it.
 
         Args:
             x: point, (…, rows, r).
@@ -104,11 +104,9 @@ class Stiefel(Manifold):
         dtype = x.dtype
         x, v = at_least_float32(x, v)
         factor = _FACTOR[self.retraction]
-        drift = deviation(x)
-        eps = 4 * jnp.finfo(x.dtype).eps
-        drifted = jnp.max(jnp.abs(drift), axis=(-2, -1), keepdims=True) > eps
         e = 2 * sym(gram(x, v)) + gram(v, v)
-        e = e + jnp.where(drifted, drift, 0)
+        moved = jnp.any(v != 0, axis=(-2, -1), keepdims=True)
+        e = e + jnp.where(moved, deviation(x), 0)
         y = x + (v + matmul(x + v, factor(e)))
         f = jnp.where(is_large(e), factor(deviation(y)), 0)
         y = y + matmul(y, f)

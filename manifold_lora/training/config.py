@@ -15,10 +15,13 @@ _METHOD = {
     "stiefel": {"learning_rate": 0.1, "free_learning_rate": 2e-4},
 }
 # The small built-in base learns at higher rates than a large model.
-_BUILTIN = {
+_BUILTIN_BASE = {
     "lora": {"learning_rate": 5e-3, "free_learning_rate": 5e-3},
     "stiefel": {"learning_rate": 0.1, "free_learning_rate": 5e-3},
 }
+_DATA = {"batch_size": 16, "sequence_length": 512, "packing": False}
+# The built-in examples are short and many.
+_BUILTIN_DATA = {"batch_size": 8, "sequence_length": 128, "packing": True}
 _BUILTIN_STEPS = 600
 
 
@@ -55,10 +58,10 @@ class TrainConfig:
     clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     steps: int | None = None  # optimiser steps; None: by --epochs
     epochs: int | None = None  # passes over the data; None: by --steps, or else 3
-    batch_size: int = 32  # examples (packed rows) of one optimiser step
+    batch_size: int | None = None  # examples (packed rows) of a step; None: 16
     accumulate: int = 1  # equal parts of a batch that pass through memory in turn
-    sequence_length: int = 512  # tokens of a row at most
-    packing: bool = False  # several examples per row
+    sequence_length: int | None = None  # tokens of a row at most; None: 512
+    packing: bool | None = None  # several examples per row; None: only built-in data
     train_on_prompt: bool = False  # put the loss on prompts too
     seed: int = 0  # of the adapter's start, the order of the data and dropout
 
@@ -80,48 +83,60 @@ class TrainConfig:
         return self.out or Path("runs") / self.method
 
 
+@dataclasses.dataclass(frozen=True)
+class ResolvedConfig(TrainConfig):
+    """A configuration with every choice made; made by `resolve`, never by hand."""
+
+    alpha: float = 0.0
+    learning_rate: float = 0.0
+    free_learning_rate: float = 0.0
+    batch_size: int = 0
+    sequence_length: int = 0
+    packing: bool = False
+
+
 # Fields that say how a run is started, not what it is.
 _NOT_THE_RUN = {"config", "out", "overwrite", "show_batch", "debug"}
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
+def resolve(config: TrainConfig) -> ResolvedConfig:
     """Fill in what depends on other settings, and check every value.
 
     Raises:
         InputError: all values out of range, in one message.
     """
-    builtin = config.model is None
-    filled: dict[str, Any] = dict(
-        (_BUILTIN if builtin else _METHOD).get(config.method, {})
-    )
+    rates = _BUILTIN_BASE if config.model is None else _METHOD
+    filled: dict[str, Any] = dict(rates.get(config.method, {}))
+    filled |= _BUILTIN_DATA if config.data is None else _DATA
     filled["alpha"] = 2 * config.rank
     if config.steps is None and config.epochs is None:
-        by_steps = builtin and config.data is None
-        filled |= {"steps": _BUILTIN_STEPS} if by_steps else {"epochs": 3}
-    missing = {k: v for k, v in filled.items() if getattr(config, k) is None}
-    config = dataclasses.replace(config, **missing)
+        builtin = config.data is None
+        filled |= {"steps": _BUILTIN_STEPS} if builtin else {"epochs": 3}
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+    missing = {k: v for k, v in filled.items() if given[k] is None}
+    resolved = ResolvedConfig(**given | missing)
 
     problems = []
     for name, least in _AT_LEAST.items():
-        value = getattr(config, name)
+        value = getattr(resolved, name)
         if value is not None and not value >= least:
             problems.append(f"{_flag(name)} must be at least {least}, got {value}")
     for name in ("learning_rate", "free_learning_rate", "alpha"):
-        value = getattr(config, name)
+        value = getattr(resolved, name)
         if value is not None and not 0 < value < float("inf"):
             problems.append(f"{_flag(name)} must be a positive number, got {value}")
-    if not 0 <= config.dropout < 1:
-        problems.append(f"--dropout must be in [0, 1), got {config.dropout}")
-    if config.steps is not None and config.epochs is not None:
+    if not 0 <= resolved.dropout < 1:
+        problems.append(f"--dropout must be in [0, 1), got {resolved.dropout}")
+    if resolved.steps is not None and resolved.epochs is not None:
         problems.append("--steps and --epochs exclude each other: give one")
-    if config.accumulate > 0 and config.batch_size % config.accumulate:
+    if resolved.accumulate > 0 and resolved.batch_size % resolved.accumulate:
         problems.append(
-            f"--batch-size {config.batch_size} must be a multiple of --accumulate "
-            f"{config.accumulate}"
+            f"--batch-size {resolved.batch_size} must be a multiple of --accumulate "
+            f"{resolved.accumulate}"
         )
     if problems:
         raise InputError("; ".join(problems) + ".")
-    return config
+    return resolved
 
 
 _AT_LEAST = {

@@ -19,14 +19,14 @@ from manifold_lora.adapters import adapters, split
 from manifold_lora.data.tokens import Example
 from manifold_lora.evaluation.heldout import answer, complete
 from manifold_lora.models import Llama
-from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.config import ResolvedConfig
 from manifold_lora.training.run import ADAPTER, METRICS, PICTURE, SETTINGS, SUMMARY
 from manifold_lora.training.setup import Data
 
 
 def show_plan(
     console: Console,
-    config: TrainConfig,
+    config: ResolvedConfig,
     model: Llama,
     data: Data,
     steps: int,

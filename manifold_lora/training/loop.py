@@ -21,7 +21,7 @@ from manifold_lora.data.tokens import load_tokenizer
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.evaluation.heldout import Evaluation, majority, make_evaluate
 from manifold_lora.evaluation.plots import plot_loss
-from manifold_lora.training.config import TrainConfig, resolve
+from manifold_lora.training.config import ResolvedConfig, TrainConfig, resolve
 from manifold_lora.training.display import (
     progress_bar,
     show_plan,
@@ -63,10 +63,10 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     """
     console = console or Console()
     began = time.perf_counter()
-    config = resolve(config)
     if config.method not in METHODS:
         hint = nearest(config.method, METHODS)
         raise InputError(f"unknown --method {config.method!r}. {hint}")
+    config = resolve(config)
     if not config.show_batch and (summary := finished(config)):
         console.print(
             f"This run is finished: {config.run_directory}/ holds it (accuracy "
@@ -183,7 +183,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     return summary
 
 
-def _better(config: TrainConfig, found: Evaluation, best: Evaluation) -> bool:
+def _better(config: ResolvedConfig, found: Evaluation, best: Evaluation) -> bool:
     if config.best_metric == "accuracy":
         return found.accuracy > best.accuracy
     return found.loss < best.loss

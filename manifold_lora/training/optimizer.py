@@ -8,12 +8,12 @@ import optax
 
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.optimizers import stiefel_lora
-from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.config import ResolvedConfig
 
 Inner = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 
 
-def build_schedule(config: TrainConfig, peak: float, steps: int) -> optax.Schedule:
+def build_schedule(config: ResolvedConfig, peak: float, steps: int) -> optax.Schedule:
     """From 0 to the peak in the warm-up, then linear, cosine or constant to the end."""
     warmup = min(config.warmup_steps, steps - 1)
     rest = steps - warmup
@@ -55,11 +55,10 @@ def named_optimizer(name: str, weight_decay: float) -> Inner:
 
 
 def build_optimizer(
-    config: TrainConfig, manifolds: Any, steps: int
+    config: ResolvedConfig, manifolds: Any, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Clipping and the method's recipe, and the schedule of its main learning rate."""
     inner = named_optimizer(config.optimizer, config.weight_decay)
-    assert config.learning_rate is not None and config.free_learning_rate is not None
     rate = build_schedule(config, config.learning_rate, steps)
     free_rate = build_schedule(config, config.free_learning_rate, steps)
     recipe = {

@@ -9,7 +9,7 @@ from typing import Any
 import tomli_w
 
 from manifold_lora.errors import InputError
-from manifold_lora.training.config import TrainConfig, as_toml
+from manifold_lora.training.config import ResolvedConfig, as_toml
 
 SUMMARY, SETTINGS, METRICS, ADAPTER, PICTURE = (
     "summary.json",
@@ -20,7 +20,7 @@ SUMMARY, SETTINGS, METRICS, ADAPTER, PICTURE = (
 )
 
 
-def finished(config: TrainConfig) -> dict[str, Any] | None:
+def finished(config: ResolvedConfig) -> dict[str, Any] | None:
     """The summary of the same run, if it has been run to its end in this directory.
 
     Raises:
@@ -60,7 +60,7 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
     return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
 
 
-def open_run(config: TrainConfig) -> Path:
+def open_run(config: ResolvedConfig) -> Path:
     """Make the directory, empty it of earlier results, and write the config."""
     out = config.run_directory
     out.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def open_run(config: TrainConfig) -> Path:
 class Metrics:
     """Rows of numbers to metrics.jsonl and, where asked for, to a tracker."""
 
-    def __init__(self, out: Path, config: TrainConfig):
+    def __init__(self, out: Path, config: ResolvedConfig):
         self.rows: list[dict[str, Any]] = []
         self._trackers = [_TRACKERS[name](out, config) for name in config.report]
         self._file = (out / METRICS).open("w", encoding="utf-8")
@@ -95,7 +95,7 @@ class Metrics:
             close()
 
 
-def _tensorboard(out: Path, config: TrainConfig):
+def _tensorboard(out: Path, config: ResolvedConfig):
     del config
     writer = _extra("tensorboardX", "tensorboard").SummaryWriter(str(out))
 
@@ -107,7 +107,7 @@ def _tensorboard(out: Path, config: TrainConfig):
     return log, writer.close
 
 
-def _wandb(out: Path, config: TrainConfig):
+def _wandb(out: Path, config: ResolvedConfig):
     run = _extra("wandb", "wandb").init(dir=str(out), config=as_toml(config))
     return lambda row: run.log(row, step=row["step"]), run.finish
 

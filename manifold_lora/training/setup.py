@@ -16,7 +16,7 @@ from manifold_lora.errors import InputError
 from manifold_lora.evaluation.diagnostics import effective_rank
 from manifold_lora.manifolds import Euclidean
 from manifold_lora.models import Llama
-from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.config import ResolvedConfig
 
 
 class Data(NamedTuple):
@@ -28,7 +28,7 @@ class Data(NamedTuple):
     row_length: int  # columns of a training batch
 
 
-def load_data(config: TrainConfig, tokenizer: Any) -> Data:
+def load_data(config: ResolvedConfig, tokenizer: Any) -> Data:
     """Training and held-out examples, from files or built in."""
     if config.data is None:
         train_records, held_out = builtin_records()
@@ -49,7 +49,7 @@ def load_data(config: TrainConfig, tokenizer: Any) -> Data:
 
 
 def _hold_out(
-    config: TrainConfig, records: list[Record]
+    config: ResolvedConfig, records: list[Record]
 ) -> tuple[list[Record], list[Record]]:
     if len(records) < 2:
         raise InputError(
@@ -63,7 +63,7 @@ def _hold_out(
     return kept, [record for i, record in enumerate(records) if i in chosen]
 
 
-def adapter_config(config: TrainConfig) -> AdapterConfig:
+def adapter_config(config: ResolvedConfig) -> AdapterConfig:
     """The adapter that a run asks for."""
     single = len(config.targets) == 1
     return AdapterConfig(
@@ -88,7 +88,7 @@ def effective_ranks(model: Llama) -> list[float]:
     return ranks
 
 
-def load_model(config: TrainConfig) -> Llama:
+def load_model(config: ResolvedConfig) -> Llama:
     """The base in the dtype of the run, with its adapter attached."""
     on_cpu = jax.default_backend() == "cpu"
     dtype = config.dtype or ("float32" if on_cpu else "bfloat16")
@@ -98,7 +98,9 @@ def load_model(config: TrainConfig) -> Llama:
     return model
 
 
-def training_batches(config: TrainConfig, data: Data, epochs: int | None = None) -> Any:
+def training_batches(
+    config: ResolvedConfig, data: Data, epochs: int | None = None
+) -> Any:
     """The batches of a run, in an order that its seed decides."""
     return batches(
         data.train,
@@ -110,7 +112,7 @@ def training_batches(config: TrainConfig, data: Data, epochs: int | None = None)
     )
 
 
-def total_steps(config: TrainConfig, data: Data) -> int:
+def total_steps(config: ResolvedConfig, data: Data) -> int:
     """Steps of the run; where rows are packed, only packing tells how many they are."""
     if config.steps is not None:
         return config.steps

@@ -155,11 +155,11 @@ def test_jit_traces_once_and_takes_unknown_arguments(row):
 
 
 def test_extra_arguments_reach_the_inner_optimiser():
-    def update(updates, state, params=None, *, factor, **extra_args):
+    def update(updates, state, params=None, *, factor=1.0, **extra_args):
         del params, extra_args
         return optax.tree.scale(factor, updates), state
 
-    inner = optax.GradientTransformationExtraArgs(lambda _: (), update)
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
     row = OPTIMIZERS["momentum-qr"]
     params, (g, _) = problem()
     for tx in (

@@ -121,7 +121,7 @@ def test_all_problems_come_at_once():
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, 10])
 def test_schedules(kind, warmup):
-    config = TrainConfig(schedule=kind, warmup_steps=warmup)
+    config = resolve(TrainConfig(schedule=kind, warmup_steps=warmup))
     schedule = build_schedule(config, 0.5, 100)
     rates = np.array([float(schedule(step)) for step in range(101)])  # pyright: ignore
     after = np.arange(101 - warmup) / (100 - warmup)
@@ -137,7 +137,7 @@ def test_schedules(kind, warmup):
 
 
 def test_short_runs_still_warm_up():
-    schedule = build_schedule(TrainConfig(warmup_steps=100), 1.0, 3)
+    schedule = build_schedule(resolve(TrainConfig(warmup_steps=100)), 1.0, 3)
     assert [float(schedule(s)) > 0 for s in range(3)] == [True] * 3  # pyright: ignore
 
 

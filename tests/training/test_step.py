@@ -1,5 +1,7 @@
 """The training step against plain sums in NumPy and against itself in parts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +41,8 @@ def examples(lengths=(5, 9, 3, 7, 4, 6, 8, 2)):
 
 
 def batch_of(chosen, **options):
-    options = {"batch_size": len(chosen), "sequence_length": 12} | options
-    return next(iter(batches(chosen, seed=0, shuffle=False, **options)))
+    sizes: dict[str, Any] = {"batch_size": len(chosen), "sequence_length": 12}
+    return next(iter(batches(chosen, seed=0, shuffle=False, **sizes | options)))
 
 
 def run(model, batch, tx, accumulate=1, steps=1):
@@ -48,7 +50,8 @@ def run(model, batch, tx, accumulate=1, steps=1):
     step = make_step(rebuild, tx, ml.manifolds(model), accumulate)
     # the step donates its state, and the model keeps its own arrays
     factors = jax.tree.map(jnp.copy, factors)
-    state = TrainState(factors, tx.init(factors), jax.random.key(0))
+    state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))
+    metrics = {}
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)
     return state, {name: float(value) for name, value in metrics.items()}
@@ -58,9 +61,12 @@ def test_loss_is_the_mean_over_answer_tokens():
     model, chosen = adapted(), examples()
     batch = batch_of(chosen)
     _, metrics = run(model, batch, optax.sgd(0.0))
+    forward = nnx.jit(lambda model, ids: model(ids))
     total = count = 0.0
     for example in chosen:  # each by itself, log-softmax in float64
-        logits = np.asarray(model(example.input_ids[None])[0], np.float64)
+        padded = np.zeros((1, 12), np.int32)
+        padded[0, : len(example.input_ids)] = example.input_ids
+        logits = np.asarray(forward(model, padded)[0], np.float64)
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         for t in np.flatnonzero(example.loss_mask):
             total -= logs[t - 1, example.input_ids[t]]
@@ -70,12 +76,13 @@ def test_loss_is_the_mean_over_answer_tokens():
 
 def test_packed_rows_cost_what_separate_rows_cost():
     model, chosen = adapted(), examples()
-    separate = token_loss(model, batch_of(chosen))
+    loss_of = nnx.jit(token_loss)
+    separate = loss_of(model, batch_of(chosen))
     packed_batch = batch_of(
         chosen, packing=True, epochs=1, batch_size=4, sequence_length=16
     )
     assert packed_batch["segment_ids"].max() > 1
-    packed = token_loss(model, packed_batch)
+    packed = loss_of(model, packed_batch)
     assert packed.mask.sum() == separate.mask.sum()
     np.testing.assert_allclose(packed.nll.sum(), separate.nll.sum(), rtol=FLOAT32)
 
@@ -85,7 +92,7 @@ def test_packed_rows_cost_what_separate_rows_cost():
         def loss(f):
             return token_loss(rebuild(f, frozen), batch).nll.sum()
 
-        return jax.tree.leaves(jax.grad(loss)(factors))
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(factors))
 
     for a, b in zip(gradient(packed_batch), gradient(batch_of(chosen)), strict=True):
         np.testing.assert_allclose(a, b, atol=FLOAT32 * float(jnp.abs(b).max()))
@@ -169,7 +176,7 @@ def test_compile_time_does_not_grow_with_depth():
         ml.attach(model, ml.AdapterConfig("stiefel", rank=4))
         rebuild, factors, frozen = split(model)
         tx = ml.stiefel_lora(0.1, ml.manifolds(model))
-        state = TrainState(factors, tx.init(factors), jax.random.key(0))
+        state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))
         step = make_step(rebuild, tx, ml.manifolds(model))
         sizes[layers] = len(
             step.lower(state, frozen, batch_of(examples())).as_text().splitlines()  # pyright: ignore
