@@ -191,7 +191,7 @@ def load_adapter(model: Llama, path: str | os.PathLike[str]) -> None:
         AdapterConfig(
             method="lora" if folded else method,
             rslora=bool(config.get("use_rslora")) and not folded,
-            dropout=config.get("lora_dropout", 0.0),
+            dropout=config["lora_dropout"],
             targets=kinds,
             rank_pattern={name: s.a.shape[-1] for name, s in stacks.items()},
             alpha_pattern={
@@ -214,7 +214,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     used = [
         f"{key}={config[key]!r}"
         for key, plain in _PLAIN.items()
-        if config.get(key) not in (plain, None, False)
+        if config.get(key) not in (plain, None, False, [])
     ]
     start = config.get("init_lora_weights")
     if str(start).lower().startswith(_CHANGED_BASE):
@@ -224,8 +224,14 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
             f"{path / CONFIG} uses {', '.join(used)}, which cannot be read: merge that "
             "adapter into its base with PEFT first."
         )
-    if missing := [key for key in ("r", "lora_alpha") if key not in config]:
-        raise InputError(f"{path / CONFIG} lacks {', '.join(missing)}.")
+    config.setdefault("lora_dropout", 0.0)
+    bad = [
+        f"{key} (got {config.get(key)!r})"
+        for key in ("r", "lora_alpha", "lora_dropout")
+        if type(config.get(key)) not in (int, float)
+    ]
+    if bad:
+        raise InputError(f"{path / CONFIG} must have a number for {', '.join(bad)}.")
 
 
 def _setting(config: dict[str, Any], full: str) -> tuple[int, float]:

@@ -49,10 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes,),
         )
-    except (InputError, OSError) as error:
+    except InputError as error:
         if "--debug" in arguments:
             raise
         stop(error, 2)
+    except OSError as error:
+        if "--debug" in arguments:
+            raise
+        stop(
+            f"{error}. A file could not be read or written; what was written before is "
+            "whole. Free space or mend the permissions, and run again.",
+            2,
+        )
     except KeyboardInterrupt:
         stop("interrupted.", 130)
 

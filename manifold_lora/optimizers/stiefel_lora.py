@@ -30,6 +30,10 @@ def stiefel_lora(
         ξ = M − B sym(BᵀM)        projected to the tangent space
         B ← qr(B − lr·ξ)          when its manifold is `Stiefel("qr")`, as in the paper
 
+    It is meant for a B whose partner A is free: only then are its fixed points
+    stationary, since A's gradient is GᵀB. For a factor that stands alone use
+    `riemannian` with the Riemannian gradient.
+
     Free factors get plain Adam at their own rate. Weight decay does nothing to B,
     where it is normal to the manifold and projected away.
 

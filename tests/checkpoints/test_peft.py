@@ -422,7 +422,7 @@ def test_starts_that_leave_the_base_alone(start: Any, path: Path):
 
 def test_a_config_without_rank_or_alpha(path: Path):
     (path / CONFIG).write_text('{"peft_type": "LORA"}')
-    refused(path, str(path / CONFIG), "lacks r, lora_alpha")
+    refused(path, str(path / CONFIG), "r (got None), lora_alpha (got None)")
 
 
 def test_every_bad_tensor_is_named_once(path: Path):

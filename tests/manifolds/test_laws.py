@@ -96,8 +96,8 @@ def test_metric(manifold, shape, dtype):
         x64, u64, v64 = (np.asarray(a, np.float64) for a in (x, u, v))
         flat = [a.reshape(-1, *shape[-2:]) for a in (x64, u64, v64)]
         expected = [
-            reference.inner(*args, manifold.metric)
-            for args in zip(*flat, strict=True)  # pyright: ignore[reportCallIssue]
+            reference.inner(p, a, b, manifold.metric)
+            for p, a, b in zip(*flat, strict=True)
         ]
         scale = 4 * shape[-2] * shape[-1]
         close(manifold.inner(x, u, v).ravel(), expected, tolerance, scale)

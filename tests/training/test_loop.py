@@ -5,7 +5,9 @@ import errno
 import io
 import itertools
 import json
+import sys
 import tomllib
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -225,12 +227,29 @@ def test_show_batch_prints_and_stops(config):
     assert summary == {} and "yes" in shown and not config.out.exists()
 
 
-def test_tensorboard_needs_its_extra(config):
-    try:
-        import tensorboardX  # pyright: ignore  # noqa: F401
-    except ImportError:
-        with pytest.raises(ml.InputError, match=r"manifold-lora\[tensorboard\]"):
-            run(config, report=("tensorboard",))
+def test_tensorboard(config):
+    run(config, steps=2, report=("tensorboard",))
+    (events,) = config.out.glob("events.out.tfevents*")
+    assert b"grad_norm" in events.read_bytes()
+
+
+def test_wandb_gets_every_row(config, monkeypatch):
+    rows, ended = [], []
+    fake = types.SimpleNamespace(
+        log=lambda row, step: rows.append((step, row)),
+        finish=lambda: ended.append(True),
+    )
+    module = types.SimpleNamespace(init=lambda **_: fake)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    run(config, steps=2, eval_every=2, report=("wandb",))
+    assert [step for step, _ in rows] == [0, 1, 2, 2] and ended == [True]
+    assert rows[1][1]["loss"] > 0
+
+
+def test_a_missing_extra_is_named(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ml.InputError, match=r"manifold-lora\[wandb\]"):
+        run(config, report=("wandb",))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""What the README prints is what is there."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks():
+    """The indented blocks of the README."""
+    found = re.findall(r"(?:^(?: {4}.*)?\n)+", README, re.MULTILINE)
+    return [re.sub("^ {4}", "", block, flags=re.MULTILINE) for block in found]
+
+
+def test_two_commands_stand_at_the_top():
+    train, test = (b.strip() for b in blocks() if "python3 -m venv" in b)
+    assert train.endswith("pip install -q . && .venv/bin/manifold-lora train")
+    assert test.endswith("pip install -q '.[test]' && .venv/bin/pytest -q")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert all(f"\n{part.strip()}\n" in ci for part in test.split("&&"))
+
+
+def test_the_optax_example_runs():
+    (code,) = (block for block in blocks() if "ml.riemannian(" in block)
+    names = {}
+    exec(code, names)
+    names["tx"].init(names["params"])
+
+
+def test_named_files_are_there():
+    for name in re.findall(r"`((?:examples|benchmarks|tests)/[\w./]+)`", README):
+        assert (ROOT / name).exists(), name
+    rooms = ROOT / "manifold_lora"
+    for name in re.findall(r"`(\w+/\w+\.py)`", README):
+        assert (rooms / name).exists() or (ROOT / name).exists(), name
