@@ -40,9 +40,9 @@ def step_times(layers: int) -> tuple[float, float]:
     tags = ml.manifolds(model)
     tx = ml.stiefel_lora(0.1, tags)
     state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))
-    names = ("input_ids", "positions", "segment_ids")
-    batch = {name: np.ones((2, 128), np.int32) for name in names}
-    batch["loss_mask"] = np.ones((2, 128), np.float32)
+    ones = np.ones((2, 128), np.int32)
+    batch = {name: ones for name in ("input_ids", "positions", "segment_ids")}
+    batch |= {"loss_mask": ones.astype(np.float32)}
     step = jax.jit(make_step(rebuild, tx, tags))
     began = time.perf_counter()
     lowered = step.lower(state, frozen, batch)

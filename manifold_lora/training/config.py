@@ -17,7 +17,7 @@ _METHOD = {
 # The small built-in base learns at higher rates than a large model.
 _BUILTIN_BASE = {
     "lora": {"learning_rate": 5e-3, "free_learning_rate": 5e-3},
-    "stiefel": {"learning_rate": 0.1, "free_learning_rate": 5e-3},
+    "stiefel": {"learning_rate": 0.03, "free_learning_rate": 5e-3},
 }
 _DATA = {"batch_size": 16, "sequence_length": 512, "packing": False}
 # The built-in examples are short and many.

@@ -1,5 +1,8 @@
 """The same adapter in Hugging Face's PEFT and here: the same logits."""
 
+# peft is in the extra `hf` only
+# pyright: reportMissingImports=false
+
 import json
 from pathlib import Path
 from typing import Any

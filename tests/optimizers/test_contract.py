@@ -4,135 +4,32 @@ Values are compared op by op, without jit: nothing is fused, so that two optimis
 that are the same agree to the last bit. Types and shapes are compared on the trace.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.sharding import AxisType
 
 import manifold_lora as ml
+from tests.optimizers.table import (
+    OPTIMIZERS,
+    RATE,
+    assert_close,
+    assert_equal,
+    each,
+    free_leaves,
+    halves,
+    over,
+    plain,
+    problem,
+    run,
+    types,
+)
 from tests.tolerances import FLOAT32, RESIDUAL
-
-RATE = 0.1
-
-
-class Row(NamedTuple):
-    """An optimiser, the manifold of its factor, and what its free leaves get."""
-
-    stiefel: ml.Stiefel
-    make: Callable[..., optax.GradientTransformationExtraArgs]  # (rate, manifolds)
-    free: Callable[[float], optax.GradientTransformation]
-
-    @property
-    def manifolds(self):
-        return {"a": ml.Euclidean(), "b": self.stiefel, "scale": ml.Euclidean()}
-
-    @property
-    def tx(self):
-        return self.make(RATE, self.manifolds)
-
-    def by_shape(self, params):
-        return jax.tree.map(
-            lambda x: self.stiefel if x.ndim == 3 else ml.Euclidean(), params
-        )
-
-
-def wrapped(inner, stiefel, **options):
-    def make(learning_rate, manifolds):
-        return ml.riemannian(inner(learning_rate), manifolds, **options)
-
-    return Row(stiefel, make, inner)
-
-
-momentum = functools.partial(optax.sgd, momentum=0.9)
-decayed = functools.partial(optax.adamw, weight_decay=0.1)
-euclidean_metric = ml.Stiefel("qr", "euclidean")
-OPTIMIZERS = {
-    "adam": wrapped(optax.adam, ml.Stiefel()),
-    "momentum-qr": wrapped(momentum, ml.Stiefel("qr")),
-    "adamw-flat": wrapped(decayed, euclidean_metric),
-    "adamw-ambient": wrapped(decayed, ml.Stiefel("qr"), gradient="euclidean"),
-    "lion-qr-ambient": wrapped(optax.lion, ml.Stiefel("qr"), gradient="euclidean"),
-    "stiefel_lora": Row(
-        ml.Stiefel("qr"),
-        ml.stiefel_lora,
-        lambda _: optax.adamw(1e-4, weight_decay=0.0),
-    ),
-}
-
-
-def over(*names):
-    rows = [pytest.param(OPTIMIZERS[name], id=name) for name in names]
-    return pytest.mark.parametrize("row", rows)
-
-
-each = over(*OPTIMIZERS)
-
-
-@functools.cache
-def problem(layers=2):
-    """A free matrix, a stacked factor and a free vector, with two gradients."""
-    rng = np.random.default_rng(0)
-    shapes = {"a": (4, 3), "b": (layers, 8, 3), "scale": (3,)}
-
-    def draw():
-        return {
-            k: jnp.asarray(rng.normal(size=s), "float32") for k, s in shapes.items()
-        }
-
-    params = draw()
-    params["b"] = jnp.asarray(np.linalg.qr(params["b"])[0])
-    return params, [draw(), draw()]
-
-
-def halves():
-    """Two gradients for every one of the problem, which is their mean."""
-    return [optax.tree.scale(c, g) for g in problem()[1] for c in (0.5, 1.5)]
-
-
-def run(tx, params=None, gradients=None):
-    """The parameters after each step."""
-    start, drawn = problem()
-    params = start if params is None else params
-    points = []
-    with jax.disable_jit():
-        state = tx.init(params)
-        for g in drawn if gradients is None else gradients:
-            updates, state = tx.update(g, state, params)
-            params = optax.apply_updates(params, updates)
-            points.append(params)
-    return points
-
-
-@functools.cache
-def plain(row):
-    """The points that every wrapping of the optimiser should reach."""
-    return run(row.tx)
-
-
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def assert_close(a, b, tolerance=FLOAT32):
-    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=tolerance)
-    jax.tree.map(close, a, b)
-
-
-def types(tree):
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(x.shape, x.dtype, x.weak_type) for x in leaves]
-
-
-def free_leaves(tree):
-    return {"a": tree["a"], "scale": tree["scale"]}
 
 
 @each
@@ -350,77 +247,3 @@ def test_sharded_layers(row, axis_type):
     program = str(update.as_text())
     assert "all-" not in program and "collective" not in program
     assert_close(jax.device_get(updates), unsharded(row))
-
-
-@over("adam", "stiefel_lora")
-def test_prefix_trees_and_functions(row):
-    params, gradients = problem()
-    free = ml.Euclidean()
-
-    def nest(tree):
-        return {"layers": {"q": tree["b"], "k": -tree["b"]}, "rest": free_leaves(tree)}
-
-    params, gradients = nest(params), [nest(g) for g in gradients]
-    expected = run(row.make(RATE, row.by_shape(params)), params, gradients)
-    for manifolds in ({"layers": row.stiefel, "rest": free}, row.by_shape):
-        assert_equal(run(row.make(RATE, manifolds), params, gradients), expected)
-    layers = [g["layers"] for g in gradients]
-    points = run(row.make(RATE, row.stiefel), params["layers"], layers)
-    assert_equal(points, [p["layers"] for p in expected])
-
-
-class Factors(NamedTuple):
-    a: Any
-    b: Any
-    scale: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Adapter:
-    a: Any
-    b: Any
-    scale: Any
-
-
-class Module(nnx.Module):
-    def __init__(self, a, b, scale):
-        self.a, self.b, self.scale = nnx.Param(a), nnx.Param(b), nnx.Param(scale)
-
-
-def state_of(a, b, scale):
-    return nnx.state(Module(a, b, scale), nnx.Param)
-
-
-# How to build the parameters, and the tree of manifolds that goes with them.
-CONTAINERS = {
-    "NamedTuple": (Factors, Factors),
-    "dataclass": (Adapter, Adapter),
-    "nnx.State": (state_of, lambda **manifolds: nnx.State(manifolds)),
-    "pure dict": (lambda **x: nnx.to_pure_dict(state_of(**x)), dict),
-}
-
-
-@over("momentum-qr", "stiefel_lora")
-@pytest.mark.parametrize(("build", "tree"), CONTAINERS.values(), ids=CONTAINERS)
-def test_containers(row, build, tree):
-    params, gradients = problem()
-    params, gradients = build(**params), [build(**g) for g in gradients]
-    for manifolds in (tree(**row.manifolds), row.by_shape):
-        points = run(row.make(RATE, manifolds), params, gradients)
-        for point, expected in zip(points, plain(row), strict=True):
-            assert jax.tree.structure(point) == jax.tree.structure(params)
-            assert_equal(jax.tree.leaves(point), jax.tree.leaves(expected))
-
-
-@over("momentum-qr", "stiefel_lora")
-def test_nnx_optimizer(row):
-    params, gradients = problem()
-    for manifolds in (nnx.State(row.manifolds), row.by_shape):
-        module = Module(**params)
-        with jax.disable_jit():
-            tx = row.make(RATE, manifolds)
-            optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
-            for g in gradients:
-                optimizer.update(module, state_of(**g))
-        assert_equal(nnx.to_pure_dict(nnx.state(module)), plain(row)[-1])
