@@ -1,10 +1,14 @@
-"""Directories that appear complete or not at all."""
+"""Files and directories that appear complete or not at all."""
 
 import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 
 @contextlib.contextmanager
@@ -35,3 +39,16 @@ def whole_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_tensors(tensors: dict[str, np.ndarray], file: Path) -> None:
+    """Write a safetensors file as PyTorch's tools expect it.
+
+    Raises:
+        OSError: the file cannot be written; safetensors has an error of its own for
+            a full disk, which looks like a defect.
+    """
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from error

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from manifold_lora.checkpoints.atomic import whole_directory
+from manifold_lora.checkpoints.atomic import save_tensors, whole_directory
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
 
@@ -145,7 +144,7 @@ def save_llama(
     with whole_directory(path) as partial:
         config = json.dumps(model.config.to_hf(dtype.name), indent=2)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
-        save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, partial / _WEIGHTS)
 
 
 def read_json(file: Path) -> dict[str, Any]:

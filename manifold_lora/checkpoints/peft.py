@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from manifold_lora.adapters.attach import (
     METHODS,
@@ -26,7 +26,7 @@ from manifold_lora.adapters.attach import (
     projections,
 )
 from manifold_lora.adapters.config import AdapterConfig, lookup
-from manifold_lora.checkpoints.atomic import whole_directory
+from manifold_lora.checkpoints.atomic import save_tensors, whole_directory
 from manifold_lora.checkpoints.huggingface import read_json
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.models import Llama
@@ -95,7 +95,7 @@ def save_adapter(
         for file, content in ((CONFIG, config), (EXTRA, {"method": method})):
             text = json.dumps(content, indent=2) + "\n"
             (partial / file).write_text(text, encoding="utf-8")
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, partial / WEIGHTS)
         written = load_file(partial / WEIGHTS)
         if not all(tensors[key].tobytes() == written[key].tobytes() for key in tensors):
             raise OSError(

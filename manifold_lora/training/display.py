@@ -57,12 +57,13 @@ def show_plan(
         "optimiser": f"{config.optimizer}, rate {rates}, {config.schedule}",
         "output": f"{config.run_directory}/",
     }
-    if report.truncated or report.dropped:
-        rows["cut"] = (
-            f"{report.truncated:,} examples shortened to {config.sequence_length} "
-            f"tokens (longest {report.longest:,}), {report.dropped:,} left out because "
-            "they have no answer"
-        )
+    for name, part in (("cut", report), ("cut, held out", data.held_out_report)):
+        if part.truncated or part.dropped:
+            rows[name] = (
+                f"{part.truncated:,} examples shortened to {config.sequence_length} "
+                f"tokens (longest {part.longest:,}), {part.dropped:,} left out because "
+                "they have no answer"
+            )
     _show(console, "Plan", rows)
 
 
@@ -106,7 +107,7 @@ def show_predictions(
     for example, completion in zip(examples, completions, strict=True):
         start = int(example.loss_mask.argmax())
         prompt, predicted, truth = (
-            escape(tokenizer.decode(ids, skip_special_tokens=True).strip())
+            escape(" ".join(tokenizer.decode(ids, skip_special_tokens=True).split()))
             for ids in (example.input_ids[:start], completion, answer(example))
         )
         style = "green" if predicted == truth else "red"

@@ -24,7 +24,8 @@ class Data(NamedTuple):
 
     train: list[Example]
     held_out: list[Example]
-    report: Report
+    report: Report  # of the training examples
+    held_out_report: Report
     row_length: int  # columns of a training batch
 
 
@@ -41,11 +42,11 @@ def load_data(config: ResolvedConfig, tokenizer: Any) -> Data:
     encoded, report = encode(
         train_records, tokenizer, config.sequence_length, config.train_on_prompt
     )
-    evaluated, _ = encode(held_out, tokenizer, config.sequence_length)
+    evaluated, cut = encode(held_out, tokenizer, config.sequence_length)
     length = config.sequence_length
     if not config.packing:
         length = padded_length(encoded, length)
-    return Data(encoded, evaluated, report, length)
+    return Data(encoded, evaluated, report, cut, length)
 
 
 def _hold_out(

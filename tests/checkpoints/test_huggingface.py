@@ -196,7 +196,7 @@ def test_saving_is_complete_or_not_at_all(
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("manifold_lora.checkpoints.huggingface.save_file", full)
+    monkeypatch.setattr("manifold_lora.checkpoints.atomic.save_file", full)
     with pytest.raises(OSError, match="no space"):
         save_llama(model, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["model"]

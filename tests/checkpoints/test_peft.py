@@ -1,6 +1,5 @@
 """PEFT's LoRA directories, written: exact copies, the recommended keys, whole."""
 
-import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 import manifold_lora as ml
@@ -165,9 +164,9 @@ def test_a_full_disk_leaves_the_older_adapter(
 
     def full(tensors: Any, filename: Path, **_: Any) -> None:
         filename.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("manifold_lora.checkpoints.peft.save_file", full)
+    monkeypatch.setattr("manifold_lora.checkpoints.atomic.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(attached(PLAIN, seed=1), path)
     assert os.listdir(tmp_path) == (["a"] if older else [])
@@ -181,7 +180,7 @@ def test_a_disk_that_changes_bytes_is_noticed(
         first = next(iter(tensors))
         save_file(tensors | {first: tensors[first] * (1 + 1e-6)}, filename)
 
-    monkeypatch.setattr("manifold_lora.checkpoints.peft.save_file", damaged)
+    monkeypatch.setattr("manifold_lora.checkpoints.atomic.save_file", damaged)
     with pytest.raises(OSError, match="differs from what was written"):
         save_adapter(attached(PLAIN), tmp_path / "a")
     assert os.listdir(tmp_path) == []

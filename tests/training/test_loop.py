@@ -1,10 +1,10 @@
 """Whole runs on a tiny model: what they write, keep, show and refuse."""
 
 import dataclasses
-import errno
 import io
 import itertools
 import json
+import re
 import sys
 import tomllib
 import types
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors import SafetensorError
 
 import manifold_lora as ml
-from manifold_lora.checkpoints import peft
+from manifold_lora.checkpoints import atomic
 from manifold_lora.training import loop
 from manifold_lora.training.config import TrainConfig, as_toml, resolve
 from tests.tiny import data_file, model_directory
@@ -207,15 +208,15 @@ def test_nan_stops_the_run_and_keeps_the_best_adapter(config, monkeypatch):
 
 
 def test_full_disk_leaves_the_earlier_adapter(config, monkeypatch):
-    save, calls = peft.save_file, []
+    save, calls = atomic.save_file, []
 
     def full(*args, **kwargs):
         calls.append(args)
         if len(calls) > 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
         return save(*args, **kwargs)
 
-    monkeypatch.setattr(peft, "save_file", full)
+    monkeypatch.setattr(atomic, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         run(config)
     ml.load_adapter(ml.load_llama(config.model), config.out / "adapter")
@@ -266,6 +267,13 @@ def test_bad_input_before_anything_is_written(config, changes, message):
     with pytest.raises(ml.InputError, match=message):
         run(config, **changes)
     assert not config.out.exists()
+
+
+def test_shortened_examples_are_counted(config):
+    # of 40 records the 15 from number 10 on that end in "yes" have 8 tokens
+    _, shown = run(config, sequence_length=7, steps=1)
+    cut = re.findall(r"(\d+) examples shortened to 7 tokens \(longest 8\)", shown)
+    assert sum(map(int, cut)) == 15
 
 
 def test_one_record_cannot_be_split(config, tmp_path):
