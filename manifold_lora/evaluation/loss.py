@@ -25,15 +25,24 @@ def token_loss(
     Sums are left to the caller: a loss is the sum over all parts of a batch, divided
     once by the number of targets.
     """
-    logits = model(
+    targets = jnp.asarray(batch["input_ids"])[:, 1:]
+    mask = jnp.asarray(batch["loss_mask"])[:, 1:]
+    hidden = model.hidden_states(
         batch["input_ids"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
         key=key,
-    )[:, :-1]  # (b, t − 1, vocab)
-    targets = jnp.asarray(batch["input_ids"])[:, 1:]
-    mask = jnp.asarray(batch["loss_mask"])[:, 1:]
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-    hit = chosen >= logits.max(axis=-1)
+    )[:, :-1]  # (b, t − 1, d)
+
+    # Row by row, and again in the backward pass: the logits of a whole batch would
+    # be the largest array of all (4 GiB for 16 rows of 512 and 128k words).
+    @jax.checkpoint
+    def row(hidden_and_targets):
+        h, target = hidden_and_targets  # (t − 1, d), (t − 1,)
+        logits = model.unembed(h)  # (t − 1, vocab)
+        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+        return nll, chosen >= logits.max(axis=-1)
+
+    nll, hit = jax.lax.map(row, (hidden, targets))
     return TokenLoss(jnp.where(mask > 0, nll, 0), mask, hit)
