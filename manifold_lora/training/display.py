@@ -112,7 +112,7 @@ def show_predictions(
         )
         style = "green" if predicted == truth else "red"
         # The end of a long prompt says more than its beginning.
-        short = prompt if len(prompt) <= 60 else "…" + prompt[-59:]
+        short = prompt if len(prompt) <= 40 else "…" + prompt[-39:]
         table.add_row(short, f"[{style}]{predicted}", truth)
     console.print(table)
 
