@@ -1,6 +1,7 @@
 """Matrices with orthonormal columns, St(n, r) = {X : XᵀX = I}."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -132,8 +133,8 @@ class Stiefel(Manifold):
         """Uniform (Haar) on the manifold: the QR factor of a normal matrix."""
         self.check_shape(shape)
         y = jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32))
-        for _ in range(4):  # self-correcting: a square normal matrix needs four
-            y = y + matmul(y, inverse_cholesky(deviation(y)))
+        # Self-correcting: a square normal matrix needs four passes.
+        y = _repeat(4, inverse_cholesky, y)
         return y.astype(dtype)
 
     def nearest_point(self, y: Array) -> Array:
@@ -145,10 +146,8 @@ class Stiefel(Manifold):
         dtype = y.dtype
         (y,) = at_least_float32(y)
         y = y / jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
-        for _ in range(3):  # each grows small singular values, then polishes
-            e = deviation(y)
-            y = y + matmul(y, inverse_root(e))
-        return y.astype(dtype)
+        # Each pass grows the small singular values, the last ones polish.
+        return _repeat(3, inverse_root, y).astype(dtype)
 
     def residual(self, x: Array) -> Array:
         """Max |XᵀX − I|, in at least float32, of shape (…)."""
@@ -164,3 +163,12 @@ class Stiefel(Manifold):
                 f"of length {shape[-2]} cannot be orthonormal. Transpose the factor "
                 "or lower the rank."
             )
+
+
+def _repeat(passes: int, factor: Callable[[Array], Array], y: Array) -> Array:
+    """Orthonormalise Y by the inverse factor of its Gram matrix, several times."""
+
+    def once(_: Any, y: Array) -> Array:
+        return y + matmul(y, factor(deviation(y)))
+
+    return jax.lax.fori_loop(0, passes, once, y)

@@ -21,6 +21,7 @@ from tests.tolerances import FLOAT32, RESIDUAL
 
 def adapted(method="stiefel", dropout=0.0, seed=0):
     model = ml.Llama(CONFIG, rngs=nnx.Rngs(0))
+    model.remat = False  # compiles faster; tests/models compares both
     config = ml.AdapterConfig(method, rank=4, targets=["q_proj"], dropout=dropout)
     ml.attach(model, config, seed)
     noise = jax.random.split(jax.random.key(9))
@@ -98,7 +99,7 @@ def test_packed_rows_cost_what_separate_rows_cost():
         np.testing.assert_allclose(a, b, atol=FLOAT32 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("accumulate", [2, 4, 8])
+@pytest.mark.parametrize("accumulate", [2, 8])
 def test_accumulation_is_one_big_batch(accumulate):
     # Parts hold different numbers of answer tokens: a mean of means would differ.
     batch = batch_of(examples())
@@ -160,7 +161,8 @@ def test_base_is_frozen_and_factors_stay_on_their_manifold():
 
 def test_bfloat16_base_keeps_float32_factors():
     model = ml.Llama(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    ml.attach(model, ml.AdapterConfig("stiefel", rank=4))
+    model.remat = False
+    ml.attach(model, ml.AdapterConfig("stiefel", rank=4, targets="q_proj"))
     tx = ml.stiefel_lora(0.2, ml.manifolds(model), free_learning_rate=1e-2)
     state, metrics = run(model, batch_of(examples()), tx, steps=20)
     assert {x.dtype for x in jax.tree.leaves(state.factors)} == {jnp.dtype("float32")}
@@ -173,7 +175,7 @@ def test_compile_time_does_not_grow_with_depth():
     for layers in (2, 16):
         config = CONFIG.__class__(**{**vars(CONFIG), "num_hidden_layers": layers})
         model = ml.Llama(config, rngs=nnx.Rngs(0))
-        ml.attach(model, ml.AdapterConfig("stiefel", rank=4))
+        ml.attach(model, ml.AdapterConfig("stiefel", rank=4, targets="q_proj"))
         rebuild, factors, frozen = split(model)
         tx = ml.stiefel_lora(0.1, ml.manifolds(model))
         state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))
