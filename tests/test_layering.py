@@ -24,17 +24,9 @@ ROOMS = {
         "checkpoints",
         "data",
     },
-    "training": {
-        "manifolds",
-        "optimizers",
-        "models",
-        "adapters",
-        "checkpoints",
-        "data",
-        "evaluation",
-    },
     "cli": {"training", "evaluation", "checkpoints", "adapters", "models", "data"},
 }
+ROOMS["training"] = ROOMS["evaluation"] | {"evaluation"}
 # Third parties that a room must not know.
 FORBIDDEN = {
     "manifolds": {"optax", "flax"},

@@ -96,7 +96,8 @@ def test_settings_that_would_be_another_function(
 def test_starts_that_leave_the_base_alone(start: Any, path: Path):
     config = read(path / CONFIG) | {"init_lora_weights": start}
     (path / CONFIG).write_text(json.dumps(config))
-    load_adapter(tiny.base(), path)
+    load_adapter(model := tiny.base(), path)
+    assert adapters(model)
 
 
 def test_a_config_without_rank_or_alpha(path: Path):
