@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, get_args
 
 
 class InputError(ValueError):
@@ -23,3 +24,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     guess = f"Did you mean {close[0]}? " if close else ""
     return f"{guess}Known: {', '.join(known)}."
+
+
+def check_choice(owner: str, field: str, value: Any, literal: Any) -> None:
+    """Raise `InputError` unless the value is one of the members of a `Literal`."""
+    if value not in get_args(literal):
+        hint = nearest(str(value), get_args(literal))
+        raise InputError(f"{owner} has no {field} {value!r}. {hint}")

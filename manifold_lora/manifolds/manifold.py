@@ -1,7 +1,8 @@
 """What every manifold offers, in the order the optimisers use it."""
 
 import abc
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,14 @@ class Manifold(abc.ABC):
     """A matrix manifold: a small frozen value, hashable and static under `jit`.
 
     A point is an array whose last two axes are the matrix (rows, columns); any
-    axes before them are batch. The point always comes first in the arguments.
+    axes before them are batch. Where factors are coupled a point is a dict of such
+    arrays, and so are its tangents. The point always comes first in the arguments.
     Everything is computed in at least float32 and returned in the dtype of the
     point.
     """
+
+    # The keys of a point that is a dict; empty where a point is an array.
+    parts: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def project(self, x: Any, v: Any) -> Any:
@@ -30,6 +35,16 @@ class Manifold(abc.ABC):
     @abc.abstractmethod
     def retract(self, x: Any, v: Any) -> Any:
         """The point reached from x along the tangent v; R(x, 0) = x exactly."""
+
+    def step(self, xs: Sequence[Any], ds: Sequence[Any]) -> list[Any]:
+        """The points R(x, P_x(d)) reached from several points along ambient vectors.
+
+        One call for all points of a program: a manifold may share work between the
+        projection and the retraction, and between the points.
+        """
+        return [
+            self.retract(x, self.project(x, d)) for x, d in zip(xs, ds, strict=True)
+        ]
 
     @abc.abstractmethod
     def transport(self, x: Any, y: Any, v: Any) -> Any:
@@ -50,15 +65,32 @@ class Manifold(abc.ABC):
         """A random point of shape (…, rows, columns)."""
 
     def random_tangent(self, key: Array, x: Any) -> Any:
-        """A tangent at x: a standard normal matrix, projected."""
-        return self.project(x, jax.random.normal(key, jnp.shape(x), x.dtype))
+        """A tangent at x: standard normal matrices, projected."""
+        if not self.parts:
+            return self.project(x, jax.random.normal(key, jnp.shape(x), x.dtype))
+        keys = dict(
+            zip(self.parts, jax.random.split(key, len(self.parts)), strict=True)
+        )
+        normal = {k: jax.random.normal(keys[k], x[k].shape, x[k].dtype) for k in keys}
+        return self.project(x, normal)
 
     @abc.abstractmethod
     def residual(self, x: Any) -> Array:
         """The largest violation of the constraint, one number a batch entry."""
 
-    def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Raise `InputError` if no point of this manifold has that shape."""
+    def is_point(self, node: Any) -> bool:
+        """True for a dict with the parts of a point, of a manifold that has parts."""
+        return (
+            bool(self.parts)
+            and isinstance(node, Mapping)
+            and set(node) == set(self.parts)
+        )
+
+    def check_shape(self, shape: Any) -> None:
+        """Raise `InputError` if no point of this manifold has that shape.
+
+        A point with parts has a dict of shapes.
+        """
         if len(shape) < 2:
             raise InputError(
                 f"{self} needs points of shape (…, rows, columns), got {shape}. "

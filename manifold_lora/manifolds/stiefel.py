@@ -1,31 +1,33 @@
 """Matrices with orthonormal columns, St(n, r) = {X : XᵀX = I}."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from manifold_lora.errors import InputError, nearest
+from manifold_lora.errors import InputError, check_choice
+from manifold_lora.manifolds import transports
 from manifold_lora.manifolds.linalg import (
     at_least_float32,
     deviation,
-    gram,
+    expm,
+    eye_like,
+    inverse,
     inverse_cholesky,
     inverse_root,
-    is_large,
     matmul,
     sym,
+    times,
 )
 from manifold_lora.manifolds.manifold import Manifold
+from manifold_lora.manifolds.orthonormal import orthonormalise, polish
 
-Retraction = Literal["polar", "qr"]
+Retraction = Literal["polar", "qr", "cayley", "exp"]
 Metric = Literal["canonical", "euclidean"]
-
-# The inverse factor of a Gram matrix YᵀY = I + E, less the identity.
-_FACTOR = {"polar": inverse_root, "qr": inverse_cholesky}
+VectorTransport = Literal["projection", "differentiated"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +40,20 @@ class Stiefel(Manifold):
     not be orthogonal use the oblique manifold instead.
 
     Args:
-        retraction: "polar", X + v to the nearest orthonormal matrix, second order
-            (the default); or "qr", Gram–Schmidt from the first column on, first
-            order and the one of Stiefel-LoRA.
+        retraction: "polar", X + v to the nearest orthonormal matrix (the default);
+            "qr", Gram–Schmidt from the first column on, the one of Stiefel-LoRA;
+            "cayley"; or "exp", the geodesic of the metric. Polar is second order in
+            the Euclidean metric, Cayley in the canonical one, and both are first
+            order in the other; QR is first order.
         metric: "canonical", tr uᵀ(I − ½XXᵀ)v (the default, StelLA's); or
             "euclidean", tr uᵀv.
+        vector_transport: "projection" (the default), which never expands; or
+            "differentiated", the derivative of the retraction, for "polar" and
+            "qr". It costs some r×r inverses more.
 
     Raises:
-        InputError: for an unknown retraction or metric.
+        InputError: for an unknown retraction, metric or vector transport, or a
+            differentiated transport of another retraction.
 
     References:
         Edelman, Arias & Smith, "The geometry of algorithms with orthogonality
@@ -64,19 +72,29 @@ class Stiefel(Manifold):
 
     retraction: Retraction = "polar"
     metric: Metric = "canonical"
+    vector_transport: VectorTransport = "projection"
 
     def __post_init__(self):
-        for field, known in (("retraction", Retraction), ("metric", Metric)):
-            value = getattr(self, field)
-            if value not in get_args(known):
-                hint = nearest(str(value), get_args(known))
-                raise InputError(f"Stiefel has no {field} {value!r}. {hint}")
+        check_choice("Stiefel", "retraction", self.retraction, Retraction)
+        check_choice("Stiefel", "metric", self.metric, Metric)
+        check_choice(
+            "Stiefel", "vector_transport", self.vector_transport, VectorTransport
+        )
+        if (
+            self.vector_transport == "differentiated"
+            and self.retraction not in transports.DIFFERENTIATED
+        ):
+            raise InputError(
+                f"Stiefel has no differentiated transport of {self.retraction!r}. "
+                f"Use one of {', '.join(transports.DIFFERENTIATED)}, or "
+                'vector_transport="projection".'
+            )
 
     def project(self, x: Array, v: Array) -> Array:
         """P(V) = V − X sym(XᵀV), orthogonal in the embedding for both metrics."""
         dtype = x.dtype
         x, v = at_least_float32(x, v)
-        return (v - matmul(x, sym(matmul(x.mT, v)))).astype(dtype)
+        return (v - times(x, sym(matmul(x.mT, v)))).astype(dtype)
 
     def riemannian_gradient(self, x: Array, g: Array) -> Array:
         """G − X GᵀX in the canonical metric, G − X sym(XᵀG) in the Euclidean."""
@@ -84,16 +102,19 @@ class Stiefel(Manifold):
             return self.project(x, g)
         dtype = x.dtype
         x, g = at_least_float32(x, g)
-        return (g - matmul(x, matmul(g.mT, x))).astype(dtype)
+        return (g - times(x, matmul(g.mT, x))).astype(dtype)
 
     def retract(self, x: Array, v: Array) -> Array:
-        """Y (YᵀY)^(−½) or Y R⁻¹ of Y = X + v, right for ‖v‖₂ from 0 to 1e3.
+        """The point reached along v, right for ‖v‖₂ from 0 to 1e3.
 
-        With YᵀY = I + E and I + F its inverse factor, the result is formed as
-        X + (v + YF): a small step is then as accurate as the sum itself. E holds
-        XᵀX − I, so that drift is repaired, but not for v = 0: R(X, 0) = X exactly.
-        Where the step is large the Gram matrix loses ε‖v‖², and a pass on the true
-        Gram matrix of the result mends it.
+            polar    Y (YᵀY)^(−½) of Y = X + v
+            qr       Y R⁻¹ of Y = X + v = QR, R upper with positive diagonal
+            cayley   X + (v − ½XN)(I − ½A + ¼N)⁻¹
+            exp      the geodesic of the metric, by exponentials of 2r×2r matrices
+
+        with A = Xᵀv and N = v⊥ᵀv⊥ of v⊥ = v − XA. A small step is as accurate as
+        the sum x + u itself, and drift of X off the manifold is repaired, but not
+        for v = 0: R(X, 0) = X exactly.
 
         Args:
             x: point, (…, rows, r).
@@ -104,19 +125,78 @@ class Stiefel(Manifold):
         """
         dtype = x.dtype
         x, v = at_least_float32(x, v)
-        factor = _FACTOR[self.retraction]
-        e = 2 * sym(gram(x, v)) + gram(v, v)
-        moved = jnp.any(v != 0, axis=(-2, -1), keepdims=True)
-        e = e + jnp.where(moved, deviation(x), 0)
-        y = x + (v + matmul(x + v, factor(e)))
-        f = jnp.where(is_large(e), factor(deviation(y)), 0)
-        y = y + matmul(y, f)
+        if self.retraction == "polar" or self.retraction == "qr":
+            e = 2 * sym(matmul(x.mT, v)) + matmul(v.mT, v)
+            zero, eye = jnp.zeros_like(e), eye_like(e)
+            kernel = self.retraction
+            (y,), _ = orthonormalise(kernel, [x], [zero], [v], [eye], [e])
+        else:
+            u = self._cayley(x, v) if self.retraction == "cayley" else self._exp(x, v)
+            y = x + u
+            moved = jnp.any(v != 0, axis=(-2, -1), keepdims=True)
+            y = y + times(y, polish(jnp.where(moved, deviation(y), 0)))
         return y.astype(dtype)
 
+    def _cayley(self, x: Array, v: Array) -> Array:
+        a = matmul(x.mT, v)
+        normal = v - times(x, a)
+        n = matmul(normal.mT, normal)
+        b = inverse(eye_like(a) - a / 2 + n / 4)
+        return times(v, b) - times(x, matmul(n, b) / 2)
+
+    def _exp(self, x: Array, v: Array) -> Array:
+        """X⁺ − X; the lower blocks carry a scale τ = ‖·‖^½ that balances the norms."""
+        a = matmul(x.mT, v)
+        eye = eye_like(a)
+        if self.metric == "canonical":  # [X v⊥] exp([[A, −N], [I, 0]]) [I; 0]
+            w = v - times(x, a)
+            last, turn = jnp.zeros_like(a), eye
+        else:  # [X v] exp([[A, −vᵀv], [I, A]]) [I; 0] exp(−A)
+            w = v
+            last, turn = a, expm(-a)
+        n = matmul(w.mT, w)
+        tau = jnp.sqrt(jnp.linalg.norm(n, axis=(-2, -1), keepdims=True))
+        tau = jnp.where(tau > 0, tau, 1)
+        e = expm(jnp.block([[a, -n / tau], [tau * eye, last]]))
+        r = a.shape[-1]
+        upper, lower = matmul(e[..., :r, :r], turn), matmul(e[..., r:, :r], turn)
+        return times(x, upper - eye) + times(w, lower / tau)
+
+    def step(self, xs: Sequence[Array], ds: Sequence[Array]) -> list[Array]:
+        """R(x, P_x(d)) of several points: two readings of d, the rest is r×r.
+
+        With W = Xᵀd and S = sym(W) the projection is v = d − XS, so that
+        Y = X(I − S) + d has the Gram matrix I + dᵀd − 2 sym(SW) + S².
+        """
+        if self.retraction not in ("polar", "qr"):
+            return super().step(xs, ds)
+        dtypes = [x.dtype for x in xs]
+        pairs = [at_least_float32(x, d) for x, d in zip(xs, ds, strict=True)]
+        ws = [matmul(x.mT, d) for x, d in pairs]
+        ss = [sym(w) for w in ws]
+        es = [
+            matmul(d.mT, d) - 2 * sym(matmul(s, w)) + matmul(s, s)
+            for (_, d), s, w in zip(pairs, ss, ws, strict=True)
+        ]
+        eyes = [eye_like(s) for s in ss]
+        points, _ = orthonormalise(
+            self.retraction,
+            [x for x, _ in pairs],
+            [-s for s in ss],
+            [d for _, d in pairs],
+            eyes,
+            es,
+        )
+        return [y.astype(dtype) for y, dtype in zip(points, dtypes, strict=True)]
+
     def transport(self, x: Array, y: Array, v: Array) -> Array:
-        """Vector transport by projection, P_Y(v): never longer than v."""
-        del x
-        return self.project(y, v)
+        """P_y(v), or the derivative of R(x, ·) where it reaches y, applied to v."""
+        if self.vector_transport == "projection":
+            return self.project(y, v)
+        dtype = x.dtype
+        x, y, v = at_least_float32(x, y, v)
+        transport = transports.DIFFERENTIATED[self.retraction]
+        return transport(x, y, v).astype(dtype)
 
     def inner(self, x: Array, u: Array, v: Array) -> Array:
         """Tr uᵀ(I − ½XXᵀ)v in the canonical metric, tr uᵀv in the Euclidean."""
@@ -149,6 +229,12 @@ class Stiefel(Manifold):
         # Each pass grows the small singular values, the last ones polish.
         return _repeat(3, inverse_root, y).astype(dtype)
 
+    def penalty_gradient(self, x: Array) -> Array:
+        """X(XᵀX − I), the gradient of φ(X) = ¼‖XᵀX − I‖²: the pull of landing."""
+        dtype = x.dtype
+        (x,) = at_least_float32(x)
+        return times(x, deviation(x)).astype(dtype)
+
     def residual(self, x: Array) -> Array:
         """Max |XᵀX − I|, in at least float32, of shape (…)."""
         (x,) = at_least_float32(x)
@@ -169,6 +255,6 @@ def _repeat(passes: int, factor: Callable[[Array], Array], y: Array) -> Array:
     """Orthonormalise Y by the inverse factor of its Gram matrix, several times."""
 
     def once(_: Any, y: Array) -> Array:
-        return y + matmul(y, factor(deviation(y)))
+        return y + times(y, factor(deviation(y)))
 
     return jax.lax.fori_loop(0, passes, once, y)

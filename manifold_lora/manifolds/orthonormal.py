@@ -1,0 +1,70 @@
+"""Orthonormal columns, made again after every step: what all retractions share."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from manifold_lora.manifolds.linalg import (
+    deviation,
+    eye_like,
+    inverse_cholesky,
+    inverse_root,
+    matmul,
+    stacked,
+    times,
+)
+
+
+def polish(e: Array) -> Array:
+    """(I + E)^(−½) − I for an E already small, ‖E‖ ≤ 0.5."""
+    return inverse_root(e, 6 if e.dtype == jnp.float64 else 4)
+
+
+def orthonormalise(
+    kernel: Literal["polar", "qr"],
+    xs: Sequence[Array],
+    cs: Sequence[Array],
+    ds: Sequence[Array],
+    qs: Sequence[Array],
+    es: Sequence[Array],
+) -> tuple[list[Array], list[Array]]:
+    """X⁺ = Y T with orthonormal columns, for Y = X(I + C) + DQ of every list entry.
+
+    The first pass takes T from E = YᵀY − I as the caller knows it, from small
+    matrices. Where the step is large E is wrong by ε‖YᵀY‖, and X itself may have
+    drifted: the second pass takes the true Gram matrix of the first's result,
+    near the identity, and is cheap. Iterations that have not converged in the
+    first pass go on in the second, for they are functions of YᵀY.
+
+    Args:
+        kernel: "polar", T = (YᵀY)^(−½), or "qr", T = R⁻¹ of Y's QR factors.
+        xs: points, (…, rows, r).
+        cs: (…, r, r).
+        ds: vectors of the shape of the points.
+        qs: (…, r, r).
+        es: (…, r, r); where E = 0 the point does not move at all.
+
+    Returns:
+        The points X⁺ and the factors T.
+    """
+
+    def first(e: Array) -> Array:
+        return inverse_root(e, 10) if kernel == "polar" else inverse_cholesky(e)
+
+    def second(e: Array) -> Array:
+        return polish(e) if kernel == "polar" else inverse_cholesky(e)
+
+    fs = stacked(first, es)
+    ys = [
+        x + (times(x, c + f + matmul(c, f)) + times(d, q + matmul(q, f)))
+        for x, c, d, q, f in zip(xs, cs, ds, qs, fs, strict=True)
+    ]
+    moved = [jnp.any(e != 0, axis=(-2, -1), keepdims=True) for e in es]
+    rests = [jnp.where(m, deviation(y), 0) for m, y in zip(moved, ys, strict=True)]
+    gs = stacked(second, rests)
+    points = [y + times(y, g) for y, g in zip(ys, gs, strict=True)]
+    eye = [eye_like(e) for e in es]
+    factors = [i + (f + g + matmul(f, g)) for i, f, g in zip(eye, fs, gs, strict=True)]
+    return points, factors
