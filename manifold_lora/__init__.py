@@ -26,12 +26,17 @@ if TYPE_CHECKING:
     from manifold_lora.checkpoints.peft import load_adapter as load_adapter
     from manifold_lora.checkpoints.peft import save_adapter as save_adapter
     from manifold_lora.errors import InputError as InputError
+    from manifold_lora.manifolds import BoundedRank as BoundedRank
     from manifold_lora.manifolds import Euclidean as Euclidean
+    from manifold_lora.manifolds import FixedRank as FixedRank
     from manifold_lora.manifolds import Manifold as Manifold
+    from manifold_lora.manifolds import Oblique as Oblique
     from manifold_lora.manifolds import Stiefel as Stiefel
     from manifold_lora.models import Llama as Llama
     from manifold_lora.models import LlamaConfig as LlamaConfig
+    from manifold_lora.optimizers import loram as loram
     from manifold_lora.optimizers import riemannian as riemannian
+    from manifold_lora.optimizers import stella as stella
     from manifold_lora.optimizers import stiefel_lora as stiefel_lora
 
 _HOMES = {
@@ -46,9 +51,16 @@ _HOMES = {
     "checkpoints.huggingface": ["load_llama", "save_llama"],
     "checkpoints.peft": ["load_adapter", "save_adapter"],
     "errors": ["InputError"],
-    "manifolds": ["Euclidean", "Manifold", "Stiefel"],
+    "manifolds": [
+        "BoundedRank",
+        "Euclidean",
+        "FixedRank",
+        "Manifold",
+        "Oblique",
+        "Stiefel",
+    ],
     "models": ["Llama", "LlamaConfig"],
-    "optimizers": ["riemannian", "stiefel_lora"],
+    "optimizers": ["loram", "riemannian", "stella", "stiefel_lora"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]

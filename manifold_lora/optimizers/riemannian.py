@@ -1,14 +1,23 @@
 """Any Optax optimiser, made Riemannian."""
 
-from typing import Literal, get_args
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
+import jax
 import optax
-from jax import Array
 
-from manifold_lora.errors import InputError, nearest
+from manifold_lora.errors import InputError, check_choice
 from manifold_lora.manifolds import Euclidean, Manifold
 from manifold_lora.manifolds.linalg import at_least_float32
-from manifold_lora.optimizers.tree import Manifolds, check_points, map_points, resolve
+from manifold_lora.optimizers import moments
+from manifold_lora.optimizers.tree import (
+    Manifolds,
+    check_points,
+    map_points,
+    map_together,
+    resolve,
+)
 
 Gradient = Literal["riemannian", "euclidean"]
 
@@ -18,6 +27,8 @@ def riemannian(
     manifolds: Manifolds,
     *,
     gradient: Gradient = "riemannian",
+    transport: bool = False,
+    update_scale: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep parameters on their manifolds while any Optax optimiser moves them.
 
@@ -25,8 +36,10 @@ def riemannian(
 
         g ← grad f(x)          the Riemannian gradient (unless gradient="euclidean")
         d ← inner(g)           the optimiser's displacement, learning rate included
+        d ← d·scale(x)         where an update scale is given
         v ← P_x(d)             projected to the tangent space
         u = R(x, v) − x        retracted, as the additive update Optax applies
+        m ← T_{x→x+u}(m)       first moments of the inner state, where transport=True
 
     Euclidean leaves get d itself: with `Euclidean()` everywhere this is `inner`
     bit for bit.
@@ -45,6 +58,12 @@ def riemannian(
         gradient: "riemannian" feeds `inner` the Riemannian gradient (StelLA, LoRAM);
             "euclidean" feeds it the plain one, so that the moments are Euclidean
             and only the displacement is projected (Stiefel-LoRA).
+        transport: carry the first moments along with the points (LoRAM). They are
+            the fields named mu, trace, m, m1, m2 or ema of any state within the
+            inner state; second moments are no tangents and stay.
+        update_scale: factor on the displacement of a constrained point, as a
+            function of the point, for example StelLA's √(d/rows). Euclidean leaves
+            are never scaled.
 
     Returns:
         A transformation whose `update` needs `params`, with updates in the dtype of
@@ -52,7 +71,8 @@ def riemannian(
 
     Raises:
         InputError: for an unknown `gradient`; at `init`, for a tree that does not
-            fit, a point of impossible shape, or one that is off its manifold.
+            fit, a point of impossible shape, or one that is off its manifold, and
+            for `transport` where the inner state has no first moment.
 
     References:
         Absil, Mahony & Sepulchre, "Optimization Algorithms on Matrix Manifolds",
@@ -73,14 +93,19 @@ def riemannian(
         >>> bool(stiefel.residual(params["b"]) < 1e-6)
         True
     """
-    if gradient not in get_args(Gradient):
-        hint = nearest(str(gradient), get_args(Gradient))
-        raise InputError(f"riemannian has no gradient {gradient!r}. {hint}")
+    check_choice("riemannian", "gradient", gradient, Gradient)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> optax.OptState:
         check_points(resolve(manifolds, params), params)
-        return inner.init(params)
+        state = inner.init(params)
+        if transport and jax.tree.leaves(params) and not moments.found(state):
+            raise InputError(
+                "transport=True, but the inner state has no first moment: no field "
+                f"named {', '.join(moments.NAMES)}. Leave transport out, or give the "
+                "moment one of these names."
+            )
+        return state
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
@@ -91,19 +116,49 @@ def riemannian(
         if gradient == "riemannian":
             updates = map_points(_gradient, tree, params, updates)
         updates, state = inner.update(updates, state, params, **extra_args)
-        return map_points(displacement, tree, params, updates), state
+        if update_scale is not None:
+            scale = functools.partial(_scaled, update_scale)
+            updates = map_points(scale, tree, params, updates)
+        updates = map_together(displacements, tree, params, updates)
+        if transport:
+            carry = functools.partial(map_points, _transport, tree, params, updates)
+            state = moments.replace(carry, state)
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _gradient(manifold: Manifold, x: Array, g: Array) -> Array:
-    return manifold.riemannian_gradient(x, g).astype(g.dtype)
+def _gradient(manifold: Manifold, x: Any, g: Any) -> Any:
+    return like(g, manifold.riemannian_gradient(x, g))
 
 
-def displacement(manifold: Manifold, x: Array, d: Array) -> Array:
-    """The additive update R(x, P_x(d)) − x, rounded to the dtype of x first."""
+def _scaled(update_scale: Callable[[Any], Any], manifold: Manifold, x: Any, d: Any):
     if isinstance(manifold, Euclidean):
         return d
-    point, d = at_least_float32(x, d)
-    y = manifold.retract(point, manifold.project(point, d))
-    return y.astype(x.dtype) - x
+    return like(d, jax.tree.map(lambda leaf: update_scale(x) * leaf, d))
+
+
+def displacements(manifold: Manifold, xs: list[Any], ds: list[Any]) -> list[Any]:
+    """The additive updates R(x, P_x(d)) − x, rounded to the dtype of x first."""
+    if isinstance(manifold, Euclidean):
+        return ds
+    ys = manifold.step([wide(x) for x in xs], [wide(d) for d in ds])
+    return [
+        jax.tree.map(lambda y, x: y.astype(x.dtype) - x, y, x)
+        for y, x in zip(ys, xs, strict=True)
+    ]
+
+
+def _transport(manifold: Manifold, x: Any, u: Any, m: Any) -> Any:
+    y = jax.tree.map(lambda x, u: x + u, x, u)
+    return like(m, manifold.transport(wide(x), wide(y), wide(m)))
+
+
+def wide(tree: Any) -> Any:
+    """The arrays in at least float32."""
+    return jax.tree.map(lambda x: at_least_float32(x)[0], tree)
+
+
+def like(old: Any, new: Any) -> Any:
+    """The new arrays in the dtypes of the old ones."""
+    return jax.tree.map(lambda o, n: n.astype(o.dtype), old, new)

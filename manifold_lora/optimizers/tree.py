@@ -34,25 +34,68 @@ def resolve(manifolds: Manifolds, params: Any) -> Any:
 
 
 def map_points(f: Callable[..., Any], manifolds: Any, params: Any, *rest: Any) -> Any:
-    """Call f(manifold, point, *vectors) for every point of the parameters."""
+    """Call f(manifold, point, *vectors) for every point of the parameters.
+
+    Points whose leaves are masked out of one of the trees, as inside
+    `optax.partition`, are left as the last tree has them.
+    """
 
     def each(manifold: Manifold, *subtrees: Any) -> Any:
-        return jax.tree.map(lambda *leaves: f(manifold, *leaves), *subtrees)
+        def one(*nodes: Any) -> Any:
+            if not all(jax.tree.leaves(node) for node in nodes):
+                return nodes[-1]
+            return f(manifold, *nodes)
+
+        return jax.tree.map(one, *subtrees, is_leaf=manifold.is_point)
 
     return jax.tree.map(each, manifolds, params, *rest, is_leaf=is_manifold)
 
 
-def check_points(manifolds: Any, params: Any) -> None:
+def map_together(
+    f: Callable[..., list[Any]], manifolds: Any, params: Any, *rest: Any
+) -> Any:
+    """Call f(manifold, points, *lists of vectors) once for each distinct manifold.
+
+    Like `map_points`, but all points of one manifold come together, so that their
+    small matrices can be worked on in one call.
+    """
+    calls: dict[Manifold, list[tuple]] = {}
+
+    def collect(manifold: Manifold, *nodes: Any) -> int:
+        group = calls.setdefault(manifold, [])
+        group.append(nodes)
+        return len(group) - 1
+
+    places = map_points(collect, manifolds, params, *rest)
+    results = {
+        m: f(m, *map(list, zip(*nodes, strict=True))) for m, nodes in calls.items()
+    }
+
+    def pick(manifold: Manifold, place: Any) -> Any:
+        return results[manifold][place]
+
+    return jax.tree.map(
+        lambda m, below: jax.tree.map(lambda place: pick(m, place), below),
+        manifolds,
+        places,
+        is_leaf=is_manifold,
+    )
+
+
+def check_points(manifolds: Any, params: Any, within: float = 0.0) -> None:
     """Raise one `InputError` for every point that its manifold cannot hold.
 
     Shapes are always checked; the distance from the manifold only for concrete
-    arrays of this process, not for tracers, abstract shapes or placeholders.
+    arrays of this process, not for tracers, abstract shapes or placeholders. It
+    may be as large as `within`, and as the rounding of the dtype in any case.
     """
     points = []
     try:
         jax.tree_util.tree_map_with_path(
             lambda path, manifold, subtree: jax.tree_util.tree_map_with_path(
-                lambda below, x: points.append((path + below, manifold, x)), subtree
+                lambda below, x: points.append((path + below, manifold, x)),
+                subtree,
+                is_leaf=manifold.is_point if is_manifold(manifold) else None,
             ),
             manifolds,
             params,
@@ -67,35 +110,51 @@ def check_points(manifolds: Any, params: Any) -> None:
         ) from error
     problems = []
     for path, manifold, x in points:
-        if problem := _problem(manifold, x):
+        if problem := _problem(manifold, x, within):
             name = jax.tree_util.keystr(path) or "the parameter"
             problems.append(f"{name}: {problem}")
     if problems:
         raise InputError("\n".join(problems))
 
 
-def _problem(manifold: Any, x: Any) -> str | None:
+def _problem(manifold: Any, x: Any, within: float) -> str | None:
     """Why x cannot be a point of the manifold, or None."""
     if not is_manifold(manifold):
         return (
             f"{manifold!r} is no manifold. Give an instance such as Stiefel() or "
             "Euclidean()."
         )
+    leaves = jax.tree.leaves(x)
+    if manifold.is_point(x):
+        if len(leaves) < len(manifold.parts):  # masked out by optax.partition
+            return None
+        shape = {k: tuple(np.shape(x[k])) for k in manifold.parts}
+    elif manifold.parts:
+        return (
+            f"{manifold} needs a dict of {', '.join(manifold.parts)}, got an array of "
+            f"shape {np.shape(x)}. Place it on the sub-tree that holds them."
+        )
+    else:
+        shape = tuple(np.shape(x))
     try:
-        manifold.check_shape(tuple(np.shape(x)))
+        manifold.check_shape(shape)
     except InputError as error:
         return str(error)
-    if isinstance(manifold, Euclidean) or isinstance(x, Tracer):
-        return None
-    if not isinstance(x, jax.Array | np.ndarray):
-        return None
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    if isinstance(manifold, Euclidean) or not all(map(_is_known, leaves)):
         return None
     with jax.ensure_compile_time_eval():  # a constant may be met under jit, too
         distance = float(manifold.residual(x).max(initial=0))
-    if not distance <= _ON_MANIFOLD.get(x.dtype.name, 3e-2):
+    rounding = max(_ON_MANIFOLD.get(leaf.dtype.name, 3e-2) for leaf in leaves)
+    if not distance <= max(within, rounding):
         return (
             f"the point is {distance:.2g} off {manifold}. Start from "
             "random_point(key, shape), or repair it with nearest_point(x)."
         )
     return None
+
+
+def _is_known(x: Any) -> bool:
+    """True for an array whose values this process can read now."""
+    if isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray):
+        return False
+    return not isinstance(x, jax.Array) or x.is_fully_addressable

@@ -11,53 +11,70 @@ import optax
 import pytest
 
 import manifold_lora as ml
-from tests.tolerances import FLOAT32
+from tests.tolerances import FLOAT32, RESIDUAL
 
-RATE = 0.1
+RATE, ROWS = 0.1, 8
+FREE = ml.Euclidean()
 
 
 class Row(NamedTuple):
-    """An optimiser, the manifold of its factor, and what its free leaves get."""
+    """An optimiser, the manifold of its point "b", and what its free leaves get."""
 
-    stiefel: ml.Stiefel
+    manifold: ml.Manifold
     make: Callable[..., optax.GradientTransformationExtraArgs]  # (rate, manifolds)
     free: Callable[[float], optax.GradientTransformation]
+    within: float = RESIDUAL  # how far from the manifold a step may end
 
     @property
     def manifolds(self):
-        return {"a": ml.Euclidean(), "b": self.stiefel, "scale": ml.Euclidean()}
+        return {"a": FREE, "b": self.manifold, "scale": FREE}
 
     @property
     def tx(self):
         return self.make(RATE, self.manifolds)
 
-    def by_shape(self, params):
-        return jax.tree.map(
-            lambda x: self.stiefel if x.ndim == 3 else ml.Euclidean(), params
-        )
+    def of_shapes(self, params):
+        """The tree of manifolds from the shapes of the parameters."""
+
+        def one(x):
+            tall = not self.manifold.is_point(x) and x.shape[-2:-1] != (ROWS,)
+            return FREE if tall else self.manifold
+
+        return jax.tree.map(one, params, is_leaf=self.manifold.is_point)
+
+    def problem(self, layers=2):
+        return problem(self.manifold, layers)
 
 
-def wrapped(inner, stiefel, **options):
+def wrapped(inner, manifold, **options):
     def make(learning_rate, manifolds):
         return ml.riemannian(inner(learning_rate), manifolds, **options)
 
-    return Row(stiefel, make, inner)
+    return Row(manifold, make, inner)
+
+
+def row_of(recipe, manifold, free=optax.adam, **options):
+    """A recipe that takes the rate and the manifolds."""
+    return Row(manifold, functools.partial(recipe, **options), free)
 
 
 momentum = functools.partial(optax.sgd, momentum=0.9)
 decayed = functools.partial(optax.adamw, weight_decay=0.1)
 euclidean_metric = ml.Stiefel("qr", "euclidean")
+undecayed = functools.partial(optax.adamw, weight_decay=0.0)
 OPTIMIZERS = {
     "adam": wrapped(optax.adam, ml.Stiefel()),
-    "momentum-qr": wrapped(momentum, ml.Stiefel("qr")),
+    "momentum-qr": wrapped(momentum, ml.Stiefel("qr"), transport=True),
     "adamw-flat": wrapped(decayed, euclidean_metric),
-    "adamw-ambient": wrapped(decayed, ml.Stiefel("qr"), gradient="euclidean"),
+    "adamw-ambient": wrapped(decayed, ml.Stiefel("cayley"), gradient="euclidean"),
     "lion-qr-ambient": wrapped(optax.lion, ml.Stiefel("qr"), gradient="euclidean"),
-    "stiefel_lora": Row(
-        ml.Stiefel("qr"),
-        ml.stiefel_lora,
-        lambda _: optax.adamw(1e-4, weight_decay=0.0),
+    "adam-oblique": wrapped(optax.adam, ml.Oblique("exp"), transport=True),
+    "momentum-fixed": wrapped(momentum, ml.FixedRank("orthographic")),
+    "stiefel_lora": row_of(
+        ml.stiefel_lora, ml.Stiefel("qr"), lambda _: undecayed(1e-4)
     ),
+    "stella": row_of(ml.stella, ml.Stiefel(), undecayed, hidden_size=16),
+    "loram": row_of(ml.loram, ml.BoundedRank(), undecayed, second_moment="coordinate"),
 }
 
 
@@ -70,34 +87,47 @@ each = over(*OPTIMIZERS)
 
 
 @functools.cache
-def problem(layers=2):
-    """A free matrix, a stacked factor and a free vector, with two gradients."""
+def problem(manifold, layers=2):
+    """A free matrix, stacked points and a free vector, with two gradients."""
     rng = np.random.default_rng(0)
-    shapes = {"a": (4, 3), "b": (layers, 8, 3), "scale": (3,)}
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), "float32")
+
+    def orthonormal(x):
+        return jnp.asarray(np.linalg.qr(x)[0])
 
     def draw():
+        parts = {"u": (ROWS, 3), "s": (3, 3), "v": (5, 3), "a": (5, 3)}
+        b = {k: normal(layers, *parts[k]) for k in manifold.parts}
         return {
-            k: jnp.asarray(rng.normal(size=s), "float32") for k, s in shapes.items()
+            "a": normal(4, 3),
+            "b": b or normal(layers, ROWS, 3),
+            "scale": normal(3),
         }
 
     params = draw()
-    params["b"] = jnp.asarray(np.linalg.qr(params["b"])[0])
+    if manifold.parts:
+        tall = {k: orthonormal(params["b"][k]) for k in manifold.parts if k in "uv"}
+        params["b"] |= tall
+        if "s" in params["b"]:
+            params["b"]["s"] = params["b"]["s"] / 4 + 2 * jnp.eye(3)
+    else:
+        params["b"] = orthonormal(params["b"])
     return params, [draw(), draw()]
 
 
-def halves():
-    """Two gradients for every one of the problem, which is their mean."""
-    return [optax.tree.scale(c, g) for g in problem()[1] for c in (0.5, 1.5)]
+def halves(gradients):
+    """Two gradients for every one, which is their mean."""
+    return [optax.tree.scale(c, g) for g in gradients for c in (0.5, 1.5)]
 
 
-def run(tx, params=None, gradients=None):
+def run(tx, params, gradients):
     """The parameters after each step."""
-    start, drawn = problem()
-    params = start if params is None else params
     points = []
     with jax.disable_jit():
         state = tx.init(params)
-        for g in drawn if gradients is None else gradients:
+        for g in gradients:
             updates, state = tx.update(g, state, params)
             params = optax.apply_updates(params, updates)
             points.append(params)
@@ -107,7 +137,7 @@ def run(tx, params=None, gradients=None):
 @functools.cache
 def plain(row):
     """The points that every wrapping of the optimiser should reach."""
-    return run(row.tx)
+    return run(row.tx, *row.problem())
 
 
 def assert_equal(a, b):

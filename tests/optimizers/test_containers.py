@@ -14,25 +14,24 @@ from tests.optimizers.table import (
     free_leaves,
     over,
     plain,
-    problem,
     run,
 )
 
 
 @over("adam", "stiefel_lora")
 def test_prefix_trees_and_functions(row):
-    params, gradients = problem()
+    params, gradients = row.problem()
     free = ml.Euclidean()
 
     def nest(tree):
         return {"layers": {"q": tree["b"], "k": -tree["b"]}, "rest": free_leaves(tree)}
 
     params, gradients = nest(params), [nest(g) for g in gradients]
-    expected = run(row.make(RATE, row.by_shape(params)), params, gradients)
-    for manifolds in ({"layers": row.stiefel, "rest": free}, row.by_shape):
+    expected = run(row.make(RATE, row.of_shapes(params)), params, gradients)
+    for manifolds in ({"layers": row.manifold, "rest": free}, row.of_shapes):
         assert_equal(run(row.make(RATE, manifolds), params, gradients), expected)
     layers = [g["layers"] for g in gradients]
-    points = run(row.make(RATE, row.stiefel), params["layers"], layers)
+    points = run(row.make(RATE, row.manifold), params["layers"], layers)
     assert_equal(points, [p["layers"] for p in expected])
 
 
@@ -71,9 +70,9 @@ CONTAINERS = {
 @over("momentum-qr", "stiefel_lora")
 @pytest.mark.parametrize(("build", "tree"), CONTAINERS.values(), ids=CONTAINERS)
 def test_containers(row, build, tree):
-    params, gradients = problem()
+    params, gradients = row.problem()
     params, gradients = build(**params), [build(**g) for g in gradients]
-    for manifolds in (tree(**row.manifolds), row.by_shape):
+    for manifolds in (tree(**row.manifolds), row.of_shapes):
         points = run(row.make(RATE, manifolds), params, gradients)
         for point, expected in zip(points, plain(row), strict=True):
             assert jax.tree.structure(point) == jax.tree.structure(params)
@@ -82,8 +81,8 @@ def test_containers(row, build, tree):
 
 @over("momentum-qr", "stiefel_lora")
 def test_nnx_optimizer(row):
-    params, gradients = problem()
-    for manifolds in (nnx.State(row.manifolds), row.by_shape):
+    params, gradients = row.problem()
+    for manifolds in (nnx.State(row.manifolds), row.of_shapes):
         module = Module(**params)
         with jax.disable_jit():
             tx = row.make(RATE, manifolds)

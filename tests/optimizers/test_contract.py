@@ -25,16 +25,17 @@ from tests.optimizers.table import (
     halves,
     over,
     plain,
-    problem,
     run,
     types,
 )
 from tests.tolerances import FLOAT32, RESIDUAL
 
+HYPERPARAMETERS = 5e-5  # 1 − β₂ from a float32 β₂
+
 
 @each
 def test_jit_traces_once_and_takes_unknown_arguments(row):
-    params, gradients = problem()
+    params, gradients = row.problem()
     traces = []
 
     @jax.jit
@@ -47,7 +48,7 @@ def test_jit_traces_once_and_takes_unknown_arguments(row):
     for g, expected in zip(gradients, plain(row), strict=True):
         params, state = step(g, state, params)
         assert_close(params, expected)
-        assert (row.stiefel.residual(params["b"]) < RESIDUAL).all()
+        assert (row.manifold.residual(params["b"]) < row.within).all()
     assert len(traces) == 1
 
 
@@ -58,7 +59,7 @@ def test_extra_arguments_reach_the_inner_optimiser():
 
     inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
     row = OPTIMIZERS["momentum-qr"]
-    params, (g, _) = problem()
+    params, (g, _) = row.problem()
     for tx in (
         ml.riemannian(inner, row.manifolds),
         ml.stiefel_lora(RATE, row.manifolds, inner=lambda _: inner),
@@ -70,7 +71,7 @@ def test_extra_arguments_reach_the_inner_optimiser():
 
 @each
 def test_update_without_parameters_raises(row):
-    params, gradients = problem()
+    params, gradients = row.problem()
     state = row.tx.init(params)
     with pytest.raises(ValueError, match="needs the parameters"):
         row.tx.update(gradients[0], state)
@@ -80,8 +81,9 @@ def test_update_without_parameters_raises(row):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_types_are_kept_also_by_scan(row, dtype):
     with jax.enable_x64(dtype == "float64"):
-        shapes = {k: x.shape for k, x in problem()[0].items()}
-        params = {k: jax.ShapeDtypeStruct(s, dtype) for k, s in shapes.items()}
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype), row.problem()[0]
+        )
         state = jax.eval_shape(row.tx.init, params)
         updates, after = jax.eval_shape(row.tx.update, params, state, params)
         assert types(updates) == types(params)
@@ -100,8 +102,9 @@ def test_types_are_kept_also_by_scan(row, dtype):
 @each
 def test_euclidean_everywhere_is_the_inner_optimiser_bit_for_bit(row):
     flat, inner = row.make(RATE, ml.Euclidean()), row.free(RATE)
-    assert_equal(run(flat), run(inner))
-    params, (g, _) = problem()
+    params, gradients = row.problem()
+    assert_equal(run(flat, params, gradients), run(inner, params, gradients))
+    g = gradients[0]
     with jax.disable_jit():
         updates, expected = (
             tx.update(g, tx.init(params), params)[0] for tx in (flat, inner)
@@ -111,7 +114,7 @@ def test_euclidean_everywhere_is_the_inner_optimiser_bit_for_bit(row):
 
 @each
 def test_free_leaves_get_the_inner_optimiser_bit_for_bit(row):
-    params, gradients = problem()
+    params, gradients = row.problem()
     alone = run(
         row.free(RATE), free_leaves(params), [free_leaves(g) for g in gradients]
     )
@@ -121,8 +124,8 @@ def test_free_leaves_get_the_inner_optimiser_bit_for_bit(row):
 @each
 def test_multi_steps_outside_is_the_mean_gradient(row):
     tx = optax.MultiSteps(row.tx, 2).gradient_transformation()
-    points = run(tx, gradients=halves())
-    assert_equal(points[0], problem()[0])
+    points = run(tx, row.problem()[0], halves(row.problem()[1]))
+    assert_equal(points[0], row.problem()[0])
     assert_equal(points[2], points[1])
     assert_close(points[1::2], plain(row))
 
@@ -140,31 +143,31 @@ def accumulated(rate):
 )
 def test_multi_steps_inside_is_the_mean_gradient(name, make):
     row = OPTIMIZERS[name]
-    points = run(make(row.manifolds), gradients=halves())
+    points = run(make(row.manifolds), row.problem()[0], halves(row.problem()[1]))
     assert_close(points[1::2], plain(row))
 
 
 @each
 def test_inject_hyperparams(row):
     make = optax.inject_hyperparams(row.make, static_args=("manifolds",))
-    tx = make(learning_rate=RATE, manifolds=row.by_shape)
-    assert_close(run(tx), plain(row))
-    state: Any = tx.init(problem()[0])
+    tx = make(learning_rate=RATE, manifolds=row.of_shapes)
+    assert_close(run(tx, *row.problem()), plain(row), HYPERPARAMETERS)
+    state: Any = tx.init(row.problem()[0])
     assert abs(state.hyperparams["learning_rate"] - RATE) < FLOAT32
 
 
 @each
 def test_apply_if_finite_skips_bad_gradients(row):
-    params, gradients = problem()
+    params, gradients = row.problem()
     bad = jax.tree.map(lambda x: x.at[0].set(jnp.nan), gradients[0])
-    points = run(optax.apply_if_finite(row.tx, 5), gradients=[bad, *gradients])
+    points = run(optax.apply_if_finite(row.tx, 5), params, [bad, *gradients])
     assert_equal(points[0], params)
     assert_equal(points[1:], plain(row))
 
 
 @each
 def test_partition_with_another_optimiser(row):
-    params, gradients = problem()
+    params, gradients = row.problem()
     head = jnp.arange(3.0)
     manifolds = {"adapter": row.manifolds, "head": ml.Euclidean()}
     tx = optax.partition(
@@ -184,13 +187,13 @@ def test_partition_with_another_optimiser(row):
 @pytest.mark.parametrize("of_parameters", [False, True], ids=["tree", "function"])
 def test_map_params(row, of_parameters):
     def of_shapes(params):  # may look inside the parameters
-        return row.manifolds if params["b"].ndim == 3 else None
+        return row.manifolds if params["scale"].ndim == 1 else None
 
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         row.make(RATE, of_shapes if of_parameters else row.manifolds),
     )
-    state = tx.init(problem()[0])
+    state = tx.init(row.problem()[0])
     mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
     # Moments have the shapes of the parameters, counters are scalars.
     assert any(x.ndim == 3 for x in jax.tree.leaves(state))
@@ -202,31 +205,32 @@ def test_learning_rate_schedule(row):
     def once(count):
         return jnp.where(count == 0, RATE, 0.0)
 
-    points = run(row.make(once, row.manifolds))
+    points = run(row.make(once, row.manifolds), *row.problem())
     assert_close(points[0], plain(row)[0])
-    assert_close(points[1]["b"], points[0]["b"], RESIDUAL)
+    assert_close(points[1]["b"], points[0]["b"], row.within)
 
 
 @each
 def test_chain_after_clipping(row):
+    params, gradients = row.problem()
     clipped = []
-    for g in problem()[1]:
-        norm = np.sqrt(sum(np.sum(np.float64(x) ** 2) for x in g.values()))
-        clipped.append({k: x * np.float32(0.5 / norm) for k, x in g.items()})
-    points = run(optax.chain(optax.clip_by_global_norm(0.5), row.tx))
-    assert_close(points, run(row.tx, gradients=clipped))
+    for g in gradients:
+        norm = np.sqrt(sum(np.sum(np.float64(x) ** 2) for x in jax.tree.leaves(g)))
+        clipped.append(jax.tree.map(lambda x, n=norm: x * np.float32(0.5 / n), g))
+    points = run(optax.chain(optax.clip_by_global_norm(0.5), row.tx), params, gradients)
+    assert_close(points, run(row.tx, params, clipped))
 
 
 @functools.cache
 def unsharded(row):
-    params, (g, _) = problem(layers=8)
+    params, (g, _) = row.problem(layers=8)
     return jax.jit(row.tx.update)(g, row.tx.init(params), params)[0]
 
 
-@over("adam", "stiefel_lora")
+@over("adam", "stiefel_lora", "momentum-fixed", "loram")
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
 def test_sharded_layers(row, axis_type):
-    params, (g, _) = problem(layers=8)
+    params, (g, _) = row.problem(layers=8)
     mesh = jax.make_mesh((8,), ("layers",), axis_types=(axis_type,))
 
     def shard(x):

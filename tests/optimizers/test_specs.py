@@ -1,0 +1,340 @@
+"""Factors of other names, containers and orientations.
+
+The products ΔW of the layouts are NumPy's einsum on the arrays as their owners write
+them; the tall view must give the same numbers.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx, traverse_util
+
+import manifold_lora as ml
+from manifold_lora.optimizers.specs import NNX_LORA, QWIX_LORA, FactorSpec
+from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, RESIDUAL
+
+scanned = functools.partial(dataclasses.replace, QWIX_LORA)
+# A spec, the two shapes, the product of the two as their owner writes it, and the
+# tall shapes.
+LAYOUTS = {
+    "ours": (FactorSpec(), (2, 5, 3), (2, 8, 3), "lir,lor->loi", (5, 8)),
+    "ours-experts": (
+        FactorSpec(), (2, 4, 5, 3), (2, 4, 8, 3), "leir,leor->leoi", (5, 8),
+    ),
+    "nnx": (NNX_LORA, (5, 3), (3, 8), "ir,ro->oi", (5, 8)),
+    "nnx-vmap": (NNX_LORA, (2, 5, 3), (2, 3, 8), "lir,lro->loi", (5, 8)),
+    "qwix-query": (QWIX_LORA, (5, 3), (3, 4, 2), "dr,rnh->nhd", (5, 8)),
+    "qwix-key-value": (QWIX_LORA, (5, 3), (3, 2, 4, 2), "dr,rckh->ckhd", (5, 16)),
+    "qwix-output": (QWIX_LORA, (4, 2, 3), (3, 9), "nhr,rd->dnh", (8, 9)),
+    "scan-0": (
+        scanned(layer_axes=(0,)), (6, 5, 3), (6, 3, 4, 2), "ldr,lrnh->lnhd", (5, 8),
+    ),
+    "scan-1": (
+        scanned(layer_axes=(1,)), (5, 6, 3), (3, 6, 4, 2), "dlr,rlnh->lnhd", (5, 8),
+    ),
+    "scan-last": (
+        scanned(layer_axes=(-1,)), (5, 3, 6), (3, 4, 2, 6), "drl,rnhl->lnhd", (5, 8),
+    ),
+    "peft": (
+        FactorSpec("lora_A/weight", "lora_B/weight", a_rank_axis=0),
+        (3, 5), (8, 3), "ri,or->oi", (5, 8),
+    ),
+}  # fmt: skip
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def names(spec):
+    return spec.a.replace("*", "w"), spec.b.replace("*", "w")
+
+
+def drawn(layout, seed=0):
+    """A tree with two pairs of factors and another leaf."""
+    spec, a, b, *_ = LAYOUTS[layout]
+    rng = np.random.default_rng(seed)
+
+    def nested(name, x):
+        return functools.reduce(lambda x, k: {k: x}, reversed(name.split("/")), x)
+
+    def module():
+        pair = zip(names(spec), (a, b), strict=True)
+        parts = [nested(n, rng.normal(size=s).astype("float32")) for n, s in pair]
+        return {**parts[0], **parts[1], "scale": np.ones(3, "float32")}
+
+    return {"q": module(), "k": [module()]}
+
+
+def factor(module, name):
+    return functools.reduce(lambda node, k: node[k], name.split("/"), module)
+
+
+@layouts
+def test_tall_factors_have_the_product_of_their_layout(layout):
+    spec, a_shape, _, product, rows = LAYOUTS[layout]
+    params = drawn(layout)
+    tall = spec.to_tall(params)
+    assert len(spec.pairs(params)) == 2
+    for old, new in ((params["q"], tall["q"]), (params["k"][0], tall["k"][0])):
+        a, b = (np.float64(factor(old, n)) for n in names(spec))
+        tall_a, tall_b = (np.float64(factor(new, n)) for n in names(spec))
+        assert tall_a.shape[-2:] == (rows[0], 3) and tall_b.shape[-2:] == (rows[1], 3)
+        expected = np.einsum(product, a, b)
+        layers = tall_a.shape[:-2]
+        delta = tall_b @ tall_a.swapaxes(-1, -2)
+        assert delta.shape == (*layers, rows[1], rows[0])
+        np.testing.assert_allclose(
+            delta, expected.reshape(delta.shape), rtol=0, atol=FLOAT64
+        )
+        assert new["scale"] is old["scale"]
+    jax.tree.map(np.testing.assert_array_equal, spec.from_tall(tall, params), params)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    abstract = spec.to_tall(shapes)
+    jax.tree.map(lambda x, y: x.shape == y.shape or 1 / 0, abstract, tall)
+
+
+def test_the_product_sees_a_wrong_axis():
+    spec, *_, product, _ = LAYOUTS["qwix-output"]
+    module = drawn("qwix-output")["q"]
+    a, b = (np.float64(module[n]) for n in names(spec))
+    wrong = dataclasses.replace(spec, a_rank_axis=0).to_tall(module)["w_lora_a"]
+    assert wrong.shape == (6, 4) != (8, 3)
+    swapped = spec.to_tall({**module, "w_lora_a": np.swapaxes(a, 0, 1)})
+    delta = np.float64(b.T @ np.asarray(swapped["w_lora_a"]).T)
+    assert np.max(np.abs(delta - np.einsum(product, a, b).reshape(9, 8))) > 0.1
+
+
+@pytest.mark.parametrize("layout", ["nnx-vmap", "qwix-key-value", "scan-1"])
+def test_an_optimiser_within_tall_is_the_one_on_tall_arrays(layout):
+    spec, *_ = LAYOUTS[layout]
+    params = spec.start(jax.random.key(0), drawn(layout))
+    grads = [drawn(layout, seed) for seed in (1, 2)]
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        spec.tall(ml.riemannian(optax.adam(0.1), spec.manifolds(b=ml.Stiefel("qr")))),
+    )
+    a, b = names(spec)
+    tree = {a: ml.Euclidean(), b: ml.Stiefel("qr"), "scale": ml.Euclidean()}
+    plain = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        ml.riemannian(optax.adam(0.1), {"q": tree, "k": [tree]}),
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(tx, params, grads):
+        state = tx.init(params)
+        for g in grads:
+            updates, state = tx.update(g, state, params, an_unknown_argument=1)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    points, state = run(tx, params, grads)
+    expected, tall_state = run(plain, *map(spec.to_tall, (params,)), [
+        spec.to_tall(g) for g in grads
+    ])  # fmt: skip
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=FLOAT32)
+    jax.tree.map(close, spec.to_tall(points), expected)
+    jax.tree.map(close, state, tall_state)
+    assert jax.tree.structure(points) == jax.tree.structure(params)
+    assert np.max(np.abs(points["q"][a] - params["q"][a])) > 0.1
+    for module in (points["q"], points["k"][0]):
+        residual = ml.Stiefel().residual(spec.to_tall(module)[b])
+        assert (residual < RESIDUAL).all()
+
+
+def test_start():
+    spec, *_ = LAYOUTS["scan-1"]
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), drawn("scan-1"))
+    start = jax.jit(lambda p: spec.start(jax.random.key(0), p))(params)
+    for old, new in ((params["q"], start["q"]), (params["k"][0], start["k"][0])):
+        jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype) or 1 / 0,
+                     old, new)  # fmt: skip
+        assert not new["w_lora_a"].any() and (new["scale"] == 1).all()
+        b = np.float64(spec.to_tall(new)["w_lora_b"])
+        gram = b.swapaxes(-1, -2) @ b
+        assert np.max(np.abs(gram - np.eye(3))) < BFLOAT16
+    assert np.max(np.abs(start["q"]["w_lora_b"] - start["k"][0]["w_lora_b"])) > 0.1
+
+
+class Factors(NamedTuple):
+    lora_a: Any
+    lora_b: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Adapter:
+    lora_a: Any
+    lora_b: Any
+
+
+class Model(nnx.Module):
+    def __init__(self, a, b):
+        self.layers = nnx.List([nnx.LoRA(5, 3, 8, rngs=nnx.Rngs(0))])
+        self.layers[0].lora_a[...], self.layers[0].lora_b[...] = a, b
+
+
+def state_of(a, b):
+    return nnx.state(Model(a, b), nnx.LoRAParam)
+
+
+def dict_of(a, b):
+    return {"layers": [{"lora_a": a, "lora_b": b}]}
+
+
+CONTAINERS = {
+    "dict": dict_of,
+    "NamedTuple": lambda a, b: {"q": Factors(a, b), "norm": jnp.ones(3)},
+    "dataclass": lambda a, b: [Adapter(a, b), None],
+    "nnx.State": state_of,
+    "nnx pure": lambda a, b: nnx.to_pure_dict(state_of(a, b)),
+    "nnx.FlatState": lambda a, b: nnx.to_flat_state(state_of(a, b)),
+    "flat dict": lambda a, b: traverse_util.flatten_dict({"q": Factors(a, b)._asdict()}),
+    "joined": lambda a, b: {"q/lora_a": a, "q/lora_b": b},
+}
+
+
+def recipe(spec):
+    return spec.tall(ml.riemannian(optax.sgd(0.1), spec.manifolds(b=ml.Stiefel("qr"))))
+
+
+@functools.cache
+def pair():
+    rng = np.random.default_rng(0)
+    b = np.linalg.qr(rng.normal(size=(8, 3)))[0].T
+    return tuple(jnp.asarray(x, "float32") for x in (rng.normal(size=(5, 3)), b))
+
+
+@functools.cache
+def moved():
+    """The pair after a step on its own, with itself as the gradient."""
+    params = dict(zip(("lora_a", "lora_b"), pair(), strict=True))
+    grads = jax.tree.map(lambda x: x + 1, params)
+    tx = recipe(NNX_LORA)
+    with jax.disable_jit():
+        updates, _ = tx.update(grads, tx.init(params), params)
+    return list(jax.tree.leaves(optax.apply_updates(params, updates)))
+
+
+@pytest.mark.parametrize("build", CONTAINERS.values(), ids=CONTAINERS)
+def test_containers(build):
+    params = build(*pair())
+    grads = jax.tree.map(lambda x: x + 1, params)
+    if isinstance(params, nnx.State):  # as nnx.Optimizer gives them
+        grads = nnx.to_arrays(grads) if hasattr(nnx, "to_arrays") else grads
+    tx = recipe(NNX_LORA)
+    (found,) = NNX_LORA.pairs(params)
+    assert found[0].endswith("lora_a") and found[1].endswith("lora_b")
+    with jax.disable_jit():
+        state = tx.init(params)
+        updates, _ = tx.update(grads, state, params)
+        points = jax.tree.leaves(optax.apply_updates(params, updates))
+    factors = [x for x in points if x.ndim == 2]
+    jax.tree.map(np.testing.assert_array_equal, factors, moved())
+
+
+def test_nnx_optimizer():
+    module = Model(*pair())
+    grads = jax.tree.map(lambda x: x + 1, nnx.as_pure(nnx.state(module, nnx.LoRAParam)))
+    with jax.disable_jit():
+        optimizer = nnx.Optimizer(module, recipe(NNX_LORA), wrt=nnx.LoRAParam)
+        optimizer.update(module, grads)
+    layer = module.layers[0]
+    points = [layer.lora_a[...], layer.lora_b[...]]
+    jax.tree.map(np.testing.assert_array_equal, points, moved())
+
+
+def test_masks_placeholders_and_other_wrappings():
+    params = {"adapter": dict_of(*pair()), "head": jnp.ones(3)}
+    grads = jax.tree.map(lambda x: x + 1, params)
+    labels = {"adapter": "ours", "head": "sgd"}
+    tx = optax.partition({"ours": recipe(NNX_LORA), "sgd": optax.sgd(1.0)}, labels)
+    doubled = optax.MultiSteps(recipe(NNX_LORA), 1).gradient_transformation()
+    with jax.disable_jit():
+        for wrapped in (tx, optax.apply_if_finite(tx, 3)):
+            updates, _ = wrapped.update(grads, wrapped.init(params), params)
+            point = optax.apply_updates(params, updates)
+            leaves = jax.tree.leaves(point["adapter"])
+            jax.tree.map(np.testing.assert_array_equal, leaves, moved())
+            np.testing.assert_array_equal(point["head"], -1)
+        adapter, g = params["adapter"], grads["adapter"]
+        updates, _ = doubled.update(g, doubled.init(adapter), adapter)
+        leaves = jax.tree.leaves(optax.apply_updates(adapter, updates))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=FLOAT32),
+                     leaves, moved())  # fmt: skip
+    momentum = NNX_LORA.tall(optax.sgd(0.1, momentum=0.9))
+    state = momentum.init(params)
+    mapped = optax.tree.map_params(momentum, lambda x: x + 1, state)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x + 1, y), state, mapped)
+    shapes = jax.eval_shape(lambda: params)
+    tall = jax.eval_shape(momentum.init, shapes)
+    assert {x.shape for x in jax.tree.leaves(tall)} == {(5, 3), (8, 3), (3,)}
+    assert jax.tree.structure(momentum.init(shapes)) == jax.tree.structure(state)
+
+
+def test_without_parameters():
+    a, b = pair()
+    plain = NNX_LORA.tall(optax.sgd(1.0))
+    grads = dict_of(a, b)
+    updates, _ = plain.update(grads, plain.init(grads))
+    jax.tree.map(lambda u, g: np.testing.assert_array_equal(u, -g), updates, grads)
+    constrained = recipe(NNX_LORA)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        constrained.update(grads, constrained.init(grads))
+
+
+ONES = np.ones
+
+
+@pytest.mark.parametrize(
+    ("spec", "params", "messages"),
+    [
+        (NNX_LORA, {"w": ONES((3, 2))}, ["'lora_a' or 'lora_b'", "leaves are w"]),
+        (FactorSpec(), {"alpha": ONES((3, 2))}, ["No leaf is named 'a'"]),
+        (NNX_LORA, {"q": {"lora_a": ONES((3, 2))}}, ["q/lora_a has no partner"]),
+        (QWIX_LORA, {"v_lora_a": ONES((3, 2)), "w_lora_b": ONES((2, 3))},
+         ["v_lora_a has no partner", "w_lora_b has no partner", "by module"]),
+        (NNX_LORA, {"q": {"lora_a": ONES((3, 2))}, "k": {"lora_b": ONES((2, 3))}},
+         ["q/lora_a has", "k/lora_b has"]),
+        (NNX_LORA, {"lora_a": ONES((3, 2)), "lora_b": ONES((3, 2))},
+         [r"rank 2, lora_b has \(\) and 3", "Correct the axes"]),
+        (FactorSpec(), {"a": ONES((3, 2)), "b": ONES((4, 5, 2))},
+         [r"a has layers \(\) and rank 2, b has \(4,\) and 2"]),
+        (FactorSpec(), {"a": ONES(3), "b": ONES((5, 2))}, [r"a of shape \(3,\)"]),
+        (scanned(layer_axes=(3,)), {"w_lora_a": ONES((3, 2))}, [r"axes \(3,\)"]),
+    ],
+)  # fmt: skip
+def test_trees_that_do_not_fit(spec, params, messages):
+    with pytest.raises(ml.InputError) as error:
+        spec.pairs(params)
+    for message in messages:
+        assert error.match(message)
+
+
+def test_nothing_that_matches_is_an_error_everywhere():
+    params = {"w": jnp.ones((4, 2))}
+    makers = [
+        lambda: NNX_LORA.tall(optax.sgd(0.1)).init(params),
+        lambda: ml.riemannian(optax.sgd(0.1), NNX_LORA.manifolds()).init(params),
+        lambda: NNX_LORA.start(jax.random.key(0), params),
+    ]
+    for make in makers:
+        with pytest.raises(ml.InputError, match="Give a FactorSpec"):
+            make()
+
+
+@pytest.mark.parametrize(("a", "b"), [("a", "a"), ("*_a", "b")])
+def test_names_that_make_no_pairs(a, b):
+    with pytest.raises(ml.InputError, match="make no pairs"):
+        FactorSpec(a, b)
+
+
+def test_a_wide_factor_needs_tall():
+    params = dict_of(*pair())
+    tx = ml.riemannian(optax.sgd(0.1), NNX_LORA.manifolds())
+    with pytest.raises(ml.InputError, match=r"\['lora_b'\]: .* rows ≥ columns"):
+        tx.init(params)
