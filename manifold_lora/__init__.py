@@ -32,10 +32,18 @@ if TYPE_CHECKING:
     from manifold_lora.manifolds import Manifold as Manifold
     from manifold_lora.manifolds import Oblique as Oblique
     from manifold_lora.manifolds import Stiefel as Stiefel
+    from manifold_lora.manifolds import truncate as truncate
     from manifold_lora.models import Llama as Llama
     from manifold_lora.models import LlamaConfig as LlamaConfig
+    from manifold_lora.optimizers import NNX_LORA as NNX_LORA
+    from manifold_lora.optimizers import QWIX_LORA as QWIX_LORA
+    from manifold_lora.optimizers import FactorSpec as FactorSpec
+    from manifold_lora.optimizers import landing as landing
+    from manifold_lora.optimizers import landing_adamw as landing_adamw
+    from manifold_lora.optimizers import lora_plus as lora_plus
     from manifold_lora.optimizers import loram as loram
     from manifold_lora.optimizers import riemannian as riemannian
+    from manifold_lora.optimizers import scaled_gd as scaled_gd
     from manifold_lora.optimizers import stella as stella
     from manifold_lora.optimizers import stiefel_lora as stiefel_lora
 
@@ -58,9 +66,22 @@ _HOMES = {
         "Manifold",
         "Oblique",
         "Stiefel",
+        "truncate",
     ],
     "models": ["Llama", "LlamaConfig"],
-    "optimizers": ["loram", "riemannian", "stella", "stiefel_lora"],
+    "optimizers": [
+        "FactorSpec",
+        "NNX_LORA",
+        "QWIX_LORA",
+        "landing",
+        "landing_adamw",
+        "lora_plus",
+        "loram",
+        "riemannian",
+        "scaled_gd",
+        "stella",
+        "stiefel_lora",
+    ],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -9,3 +9,4 @@ from manifold_lora.manifolds.fixed_rank import FixedRank as FixedRank
 from manifold_lora.manifolds.manifold import Manifold as Manifold
 from manifold_lora.manifolds.oblique import Oblique as Oblique
 from manifold_lora.manifolds.stiefel import Stiefel as Stiefel
+from manifold_lora.manifolds.truncation import truncate as truncate

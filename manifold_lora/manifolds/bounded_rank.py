@@ -111,7 +111,8 @@ class BoundedRank(Manifold):
 
             V⁺ = (V + VₚB) H,  A⁺ = (A + K + A N B) H,  H = (I + BᵀNB)^(−½)
 
-        with N = VₚᵀVₚ, and B = I for order 1 or B = I − KᵀA M⁻¹ for order 2. So
+        with N = VₚᵀVₚ, and B = I for order 1 or B = I − C, C = KᵀA M⁻¹, for order 2
+        (C is scaled down where ‖VₚC‖ would exceed 1e3, far from any geodesic). So
         A⁺V⁺ᵀ is ΔW + ΔẆ projected to the rows that V⁺ spans. At order 1 it is the
         point of the papers' QR and SVD, but columns keep their identity, as the
         moments of an optimiser need. R(x, 0) = x exactly.
@@ -131,9 +132,9 @@ class BoundedRank(Manifold):
         a, v, k, d = map(list, zip(*wide, strict=True))
         w = [matmul(v.mT, d) for v, d in zip(v, d, strict=True)]
         n = [matmul(d.mT, d) - matmul(w.mT, w) for d, w in zip(d, w, strict=True)]
-        b = self._bend(a, k)
+        b = self._bend(a, k, n)
         nb = stacked(matmul, n, b)
-        v, h = orthonormalise(
+        v, t = orthonormalise(
             "polar",
             v,
             [-wb for wb in stacked(matmul, w, b)],
@@ -142,20 +143,29 @@ class BoundedRank(Manifold):
             stacked(lambda b, nb: sym(matmul(b.mT, nb)), b, nb),
         )
         # A⁺ − A from small numbers: a small step is as accurate as the sum.
-        c = stacked(lambda nb, h: matmul(nb, h) + (h - eye_like(h)), nb, h)
+        h = [eye_like(t) + t for t in t]
+        c = stacked(lambda nb, h, t: matmul(nb, h) + t, nb, h, t)
         a = [
             a + (times(a, c) + times(k, h))
             for a, c, k, h in zip(a, c, k, h, strict=True)
         ]
         return [_like(x, a, v) for x, a, v in zip(xs, a, v, strict=True)]
 
-    def _bend(self, a: list[Array], k: list[Array]) -> list[Array]:
-        """B of every point: it removes the acceleration −2KᵀA M⁻¹ of the space."""
-        ka = [matmul(k.mT, a) for a, k in zip(a, k, strict=True)]
+    def _bend(self, a: list[Array], k: list[Array], n: list[Array]) -> list[Array]:
+        """B of every point: it removes the acceleration −2VₚKᵀA M⁻¹ of the space."""
         if self.order == 1:
-            return [eye_like(ka) for ka in ka]
-        m = stacked(self._inverse_metric, [matmul(a.mT, a) for a in a])
-        return stacked(lambda ka, m: eye_like(m) - matmul(ka, m), ka, m)
+            return [eye_like(n) for n in n]
+
+        def bend(gram: Array, ka: Array, n: Array) -> Array:
+            c = matmul(ka, self._inverse_metric(gram))
+            # ‖VₚC‖ ≤ 1e3, or V + VₚB would lose its smallest singular value in float32.
+            far = jnp.sum(c * matmul(n, c), (-2, -1), keepdims=True) / 1e6
+            return eye_like(c) - c / jnp.sqrt(jnp.maximum(far, 1))
+
+        grams = [matmul(a.mT, a) for a in a]
+        return stacked(
+            bend, grams, [matmul(k.mT, a) for a, k in zip(a, k, strict=True)], n
+        )
 
     def _inverse_metric(self, gram: Array) -> Array:
         """M⁻¹ = (2αI + AᵀA)⁻¹ of a Gram matrix AᵀA."""
@@ -226,6 +236,15 @@ class BoundedRank(Manifold):
         a = jax.random.normal(a_key, (*batch, m, r), wide) / m**0.5
         v = Stiefel().random_point(v_key, (*batch, n, r), dtype)
         return {"a": a.astype(dtype), "v": v}
+
+    def nearest_point(self, y: Point) -> dict[str, Array]:
+        """An orthonormal v for the same ΔW: repairs a drifted point.
+
+        With V = QH by its polar factors, A Vᵀ = (A Hᵀ) Qᵀ.
+        """
+        a, v = at_least_float32(y["a"], y["v"])
+        q = Stiefel().nearest_point(v)
+        return _like(y, times(a, matmul(v.mT, q)), q)
 
     def residual(self, x: Point) -> Array:
         """Max |VᵀV − I|, in at least float32, of shape (…)."""

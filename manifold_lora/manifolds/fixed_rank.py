@@ -120,8 +120,8 @@ class FixedRank(Manifold):
         such calls can hang for ever on a CPU of few cores, and gather on a TPU pod:
         use "orthographic" in training steps. It accepts S = 0, where it returns the
         best rank r of the step, of rank 2r, and so is no retraction. "orthographic"
-        needs a regular C, right for ‖UₚC⁻¹‖₂ and ‖VₚC⁻ᵀ‖₂ from 0 to 1e3: steps of
-        spectral norm below σ_min(S)/2 are safe.
+        needs a regular C, in float32 of condition number below about 1e3: steps of
+        spectral norm below σ_min(S)/2 are safe, and any ‖UₚC⁻¹‖₂ up to 1e3 is right.
 
         Args:
             x: point.
@@ -202,6 +202,16 @@ class FixedRank(Manifold):
         s = jnp.broadcast_to(sigma, (*batch, r, r))
         return {k: part.astype(dtype) for k, part in zip("usv", (u, s, v), strict=True)}
 
+    def nearest_point(self, y: Any) -> dict[str, Array]:
+        """Orthonormal u and v for the same matrix: repairs a drifted point.
+
+        With U = QH by its polar factors, and V likewise, S becomes H_u S H_vᵀ.
+        """
+        u, s, v = _wide(y)
+        qu, qv = Stiefel().nearest_point(u), Stiefel().nearest_point(v)
+        s = matmul(matmul(matmul(qu.mT, u), s), matmul(v.mT, qv))
+        return _like(y, (qu, s, qv))
+
     def residual(self, x: Any) -> Array:
         """Max |UᵀU − I| and |VᵀV − I|, of shape (…). S is not looked at."""
         return jnp.maximum(Stiefel().residual(x["u"]), Stiefel().residual(x["v"]))
@@ -249,7 +259,9 @@ def _orthographic(xs: Sequence[Triple], ds: Sequence[Triple]) -> list[Triple]:
     """U⁺ = polar(Y) of Y = U + UₚC⁻¹, V⁺ likewise, and S⁺ = H_u C H_vᵀ.
 
     With W = UᵀD and Uₚ = D − UW, Y = U(I − WC⁻¹) + DC⁻¹ has the Gram matrix
-    I + E, E = C⁻ᵀ(DᵀD − WᵀW)C⁻¹. Where U⁺ = YT, Y = U⁺H with H = T⁻¹ = Tᵀ(I + E).
+    I + E, E = C⁻ᵀ(DᵀD − WᵀW)C⁻¹. Where U⁺ = YT, Y = U⁺H with H = T⁻¹, inverted as
+    it is: what is wrong in E where C is badly conditioned, or in a U that has
+    drifted, then changes the factors and not the matrix.
     """
     k = len(xs)
     tall = [x[0] for x in xs] + [x[2] for x in xs]  # all u, then all v
@@ -275,7 +287,7 @@ def _orthographic(xs: Sequence[Triple], ds: Sequence[Triple]) -> list[Triple]:
     )
     shifts = stacked(lambda w, q: -matmul(w, q), ws, qs)
     points, ts = orthonormalise("polar", tall, shifts, thick, qs, es)
-    hs = stacked(lambda t, e: matmul(t.mT, eye_like(e) + e), ts, es)
+    hs = stacked(lambda t: inverse(eye_like(t) + t), ts)
     ss = stacked(lambda h, c, k: matmul(matmul(h, c), k.mT), hs[:k], cs, hs[k:])
     return list(zip(points[:k], ss, points[k:], strict=True))
 

@@ -15,7 +15,16 @@ from jax import Array
 
 def matmul(a: Array, b: Array) -> Array:
     """The product of stacked matrices at full precision on every backend."""
-    return jnp.matmul(a, b, precision="highest")
+    spec = None
+    if _is_sharded(a, -1) or _is_sharded(b, -2):  # as in XᵀX with rows sharded
+        left, right = (jax.typeof(x).sharding.spec for x in (a, b))
+        spec = jax.P(*left[:-1], right[-1])
+    return jnp.matmul(a, b, precision="highest", out_sharding=spec)
+
+
+def _is_sharded(x: Array, axis: int) -> bool:
+    """True where an axis is sharded by a mesh with explicit axes."""
+    return jax.typeof(x).sharding.spec[axis] is not None
 
 
 def times(x: Array, s: Array) -> Array:
@@ -84,7 +93,7 @@ def deviation(x: Array) -> Array:
     n, r = x.shape[-2:]
     blocks, product = n // 64, matmul(x.mT, x)
     eye = jnp.eye(r, dtype=x.dtype)
-    if blocks < 2:
+    if blocks < 2 or _is_sharded(x, -2):  # each device sums its own rows
         return product - eye
     head = x[..., : blocks * 64, :].reshape(*x.shape[:-2], blocks, 64, r)
     squares = jnp.sum(jnp.sum(head**2, axis=-2), axis=-2)

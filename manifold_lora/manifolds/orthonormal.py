@@ -8,7 +8,6 @@ from jax import Array
 
 from manifold_lora.manifolds.linalg import (
     deviation,
-    eye_like,
     inverse_cholesky,
     inverse_root,
     matmul,
@@ -47,7 +46,7 @@ def orthonormalise(
         es: (…, r, r); where E = 0 the point does not move at all.
 
     Returns:
-        The points X⁺ and the factors T.
+        The points X⁺ and the deviations T − I of the factors.
     """
 
     def first(e: Array) -> Array:
@@ -65,6 +64,4 @@ def orthonormalise(
     rests = [jnp.where(m, deviation(y), 0) for m, y in zip(moved, ys, strict=True)]
     gs = stacked(second, rests)
     points = [y + times(y, g) for y, g in zip(ys, gs, strict=True)]
-    eye = [eye_like(e) for e in es]
-    factors = [i + (f + g + matmul(f, g)) for i, f, g in zip(eye, fs, gs, strict=True)]
-    return points, factors
+    return points, [f + g + matmul(f, g) for f, g in zip(fs, gs, strict=True)]

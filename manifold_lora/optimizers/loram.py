@@ -79,6 +79,8 @@ def loram(
         >>> state = tx.init({"layer": x})
     """
     check_choice("loram", "second_moment", second_moment, SecondMoment)
+    if isinstance(nuclear_decay, float | int) and nuclear_decay < 0:
+        raise InputError(f"loram needs nuclear_decay ≥ 0, got {nuclear_decay}.")
 
     def labels(params: Any) -> Any:
         return jax.tree.map(

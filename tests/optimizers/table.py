@@ -22,7 +22,8 @@ class Row(NamedTuple):
 
     manifold: ml.Manifold
     make: Callable[..., optax.GradientTransformationExtraArgs]  # (rate, manifolds)
-    free: Callable[[float], optax.GradientTransformation]
+    # None: the optimiser knows no manifolds
+    free: Callable[[float], optax.GradientTransformation] | None
     within: float = RESIDUAL  # how far from the manifold a step may end
 
     @property
@@ -46,6 +47,12 @@ class Row(NamedTuple):
         return problem(self.manifold, layers)
 
 
+momentum = functools.partial(optax.sgd, momentum=0.9)
+decayed = functools.partial(optax.adamw, weight_decay=0.1)
+euclidean_metric = ml.Stiefel("qr", "euclidean")
+undecayed = functools.partial(optax.adamw, weight_decay=0.0)
+
+
 def wrapped(inner, manifold, **options):
     def make(learning_rate, manifolds):
         return ml.riemannian(inner(learning_rate), manifolds, **options)
@@ -53,15 +60,28 @@ def wrapped(inner, manifold, **options):
     return Row(manifold, make, inner)
 
 
-def row_of(recipe, manifold, free=optax.adam, **options):
+def row_of(recipe, manifold, free=optax.adam, within=RESIDUAL, **options):
     """A recipe that takes the rate and the manifolds."""
-    return Row(manifold, functools.partial(recipe, **options), free)
+    return Row(manifold, functools.partial(recipe, **options), free, within)
 
 
-momentum = functools.partial(optax.sgd, momentum=0.9)
-decayed = functools.partial(optax.adamw, weight_decay=0.1)
-euclidean_metric = ml.Stiefel("qr", "euclidean")
-undecayed = functools.partial(optax.adamw, weight_decay=0.0)
+def landing_row(wrapper, manifold):
+    def make(learning_rate, manifolds):
+        return wrapper(optax.adam(learning_rate), manifolds)
+
+    return Row(manifold, make, optax.adam, within=0.2)
+
+
+def baseline(recipe):
+    """An optimiser of pairs of factors, which knows no manifolds."""
+
+    def make(learning_rate, manifolds):
+        del manifolds
+        return recipe(learning_rate, ml.FactorSpec())
+
+    return Row(FREE, make, None)
+
+
 OPTIMIZERS = {
     "adam": wrapped(optax.adam, ml.Stiefel()),
     "momentum-qr": wrapped(momentum, ml.Stiefel("qr"), transport=True),
@@ -75,6 +95,15 @@ OPTIMIZERS = {
     ),
     "stella": row_of(ml.stella, ml.Stiefel(), undecayed, hidden_size=16),
     "loram": row_of(ml.loram, ml.BoundedRank(), undecayed, second_moment="coordinate"),
+    "landing": landing_row(ml.landing, ml.Stiefel()),
+    "landing-oblique": landing_row(
+        functools.partial(ml.landing, simultaneous=True), ml.Oblique()
+    ),
+    "landing_adamw": row_of(
+        ml.landing_adamw, ml.Stiefel(), undecayed, lower=1.0, upper=1.0, within=0.5
+    ),
+    "scaled_gd": baseline(ml.scaled_gd),
+    "lora_plus": baseline(ml.lora_plus),
 }
 
 
@@ -84,6 +113,7 @@ def over(*names):
 
 
 each = over(*OPTIMIZERS)
+each_on_manifolds = over(*(name for name, row in OPTIMIZERS.items() if row.free))
 
 
 @functools.cache
@@ -98,10 +128,10 @@ def problem(manifold, layers=2):
         return jnp.asarray(np.linalg.qr(x)[0])
 
     def draw():
-        parts = {"u": (ROWS, 3), "s": (3, 3), "v": (5, 3), "a": (5, 3)}
+        parts = {"u": (ROWS, 3), "s": (3, 3), "v": (ROWS, 3), "a": (ROWS, 3)}
         b = {k: normal(layers, *parts[k]) for k in manifold.parts}
         return {
-            "a": normal(4, 3),
+            "a": normal(layers, 4, 3),
             "b": b or normal(layers, ROWS, 3),
             "scale": normal(3),
         }

@@ -7,12 +7,16 @@ import optax
 import pytest
 
 import manifold_lora as ml
-from tests.tolerances import RESIDUAL
+from tests.tolerances import FLOAT32, RESIDUAL
 
 STIEFEL, FREE = ml.Stiefel(), ml.Euclidean()
 MAKERS = {
     "riemannian": lambda manifolds: ml.riemannian(optax.adam(0.1), manifolds),
     "stiefel_lora": lambda manifolds: ml.stiefel_lora(0.1, manifolds),
+    "stella": lambda manifolds: ml.stella(0.1, manifolds, hidden_size=8),
+    "loram": lambda manifolds: ml.loram(0.1, manifolds),
+    "landing": lambda manifolds: ml.landing(optax.adam(0.1), manifolds),
+    "landing_adamw": lambda manifolds: ml.landing_adamw(0.1, manifolds),
 }
 each = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
@@ -43,6 +47,52 @@ def test_manifolds_that_do_not_fit(make, manifolds, params, messages):
         make(manifolds).init(params)
     for message in messages:
         assert error.match(message)
+
+
+BOUNDED = ml.BoundedRank()
+
+
+@pytest.mark.parametrize("name", ["riemannian", "loram"])
+@pytest.mark.parametrize(
+    ("manifolds", "params", "messages"),
+    [
+        (BOUNDED, {"x": point(5, 2)}, [r"\['x'\]", "a dict of a, v", "sub-tree"]),
+        ({"a": BOUNDED, "v": BOUNDED}, {"a": point(5, 2), "v": point(4, 2)},
+         [r"\['a'\]", r"\['v'\]", "a dict of a, v"]),
+        ({"x": BOUNDED}, {"x": {"a": point(5, 2), "v": point(4, 3)}},
+         [r"\['x'\]", "one rank", r"\(5, 2\)", r"\(4, 3\)"]),
+        ({"x": BOUNDED}, {"x": {"a": point(5, 2), "v": 2 * point(4, 2)}},
+         [r"\['x'\]", "3 off BoundedRank"]),
+        ({"x": STIEFEL}, {"x": {"a": point(5, 2), "v": np.ones((2, 4))}},
+         [r"\['x'\]\['v'\]", "rows ≥"]),
+        ({"x": ml.FixedRank("orthographic")},
+         {"x": {"u": point(5, 2), "s": np.ones((2, 3)), "v": point(4, 2)}},
+         [r"\['x'\]", "s needs"]),
+    ],
+)  # fmt: skip
+def test_coupled_points_that_do_not_fit(name, manifolds, params, messages):
+    with pytest.raises(ml.InputError) as error:
+        MAKERS[name](manifolds).init(params)
+    for message in messages:
+        assert error.match(message)
+
+
+@pytest.mark.parametrize("manifold", [BOUNDED, ml.FixedRank()], ids=str)
+def test_a_drifted_coupled_point_is_repaired_as_the_message_says(manifold):
+    x = manifold.random_point(jax.random.key(0), (9, 7, 2))
+    noise = 0.1 * jax.random.normal(jax.random.key(1), (7, 2))
+    drifted = {**x, "v": x["v"] + noise}
+    tx = ml.loram(0.1, manifold)
+    with pytest.raises(ml.InputError, match="nearest_point"):
+        tx.init(drifted)
+    repaired = manifold.nearest_point(drifted)
+    tx.init(repaired)
+
+    def dense(x):
+        x = {k: np.float64(part) for k, part in x.items()}
+        return (x["a"] if "a" in x else x["u"] @ x["s"]) @ x["v"].T
+
+    np.testing.assert_allclose(dense(repaired), dense(drifted), atol=FLOAT32)
 
 
 @pytest.mark.parametrize("kind", [jnp.asarray, np.asarray], ids=["jax", "numpy"])

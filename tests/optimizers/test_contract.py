@@ -5,6 +5,7 @@ that are the same agree to the last bit. Types and shapes are compared on the tr
 """
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from tests.optimizers.table import (
     assert_close,
     assert_equal,
     each,
+    each_on_manifolds,
     free_leaves,
     halves,
     over,
@@ -99,7 +101,7 @@ def test_types_are_kept_also_by_scan(row, dtype):
         assert types(carry) == types((params, state))
 
 
-@each
+@each_on_manifolds
 def test_euclidean_everywhere_is_the_inner_optimiser_bit_for_bit(row):
     flat, inner = row.make(RATE, ml.Euclidean()), row.free(RATE)
     params, gradients = row.problem()
@@ -112,7 +114,7 @@ def test_euclidean_everywhere_is_the_inner_optimiser_bit_for_bit(row):
     assert_equal(updates, expected)
 
 
-@each
+@each_on_manifolds
 def test_free_leaves_get_the_inner_optimiser_bit_for_bit(row):
     params, gradients = row.problem()
     alone = run(
@@ -227,14 +229,14 @@ def unsharded(row):
     return jax.jit(row.tx.update)(g, row.tx.init(params), params)[0]
 
 
-@over("adam", "stiefel_lora", "momentum-fixed", "loram")
-@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
-def test_sharded_layers(row, axis_type):
+def sharded_update(row, axis, axis_type):
+    """One step with the layers or the rows of the factors on eight devices."""
     params, (g, _) = row.problem(layers=8)
-    mesh = jax.make_mesh((8,), ("layers",), axis_types=(axis_type,))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
 
     def shard(x):
-        spec = jax.P("layers") if x.ndim == 3 else jax.P()
+        along = x.ndim == 3 and x.shape[axis] == 8
+        spec = jax.P(*("x" if along and k == axis else None for k in range(x.ndim)))
         return jax.device_put(x, jax.NamedSharding(mesh, spec))
 
     def same_sharding(x, y):
@@ -247,7 +249,28 @@ def test_sharded_layers(row, axis_type):
         updates, after = update(g, state, params)
         assert all(jax.tree.leaves(jax.tree.map(same_sharding, params, updates)))
         assert all(jax.tree.leaves(jax.tree.map(same_sharding, state, after)))
-    # Each device moves its own layers.
-    program = str(update.as_text())
-    assert "all-" not in program and "collective" not in program
     assert_close(jax.device_get(updates), unsharded(row))
+    return str(update.as_text())
+
+
+SHARDED = over("adam", "stiefel_lora", "momentum-fixed", "loram", "landing")
+EACH_MODE = pytest.mark.parametrize(
+    "axis_type", [AxisType.Explicit, AxisType.Auto], ids=str
+)
+
+
+@SHARDED
+@EACH_MODE
+def test_sharded_layers_exchange_nothing(row, axis_type):
+    program = sharded_update(row, 0, axis_type)
+    assert "all-" not in program and "collective" not in program
+
+
+@SHARDED
+@EACH_MODE
+def test_sharded_rows_exchange_small_sums(row, axis_type):
+    program = sharded_update(row, 1, axis_type)
+    assert "all-gather" not in program and "collective" not in program
+    shapes = re.findall(r"= (\S+) all-reduce\(", program)
+    sizes = [s for shape in shapes for s in re.findall(r"\[([\d,]+)\]", shape)]
+    assert sizes and all(size.endswith("3,3") for size in sizes)
