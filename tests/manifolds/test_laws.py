@@ -1,369 +1,385 @@
-"""The laws of geometry, one table over manifold × dtype × shape.
+"""The laws of geometry, each once, over the table of manifolds.
 
-References are float64 NumPy and SciPy (reference.py), never the code under test.
+References are float64 NumPy and SciPy (table.py, reference.py), never the code
+under test. One jitted call gives all that a law needs, for compiling takes the time.
 """
 
-import contextlib
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-import manifold_lora as ml
-from tests.manifolds import reference
-from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, RESIDUAL, SLOPE
+from tests.manifolds.table import (
+    FEASIBLE,
+    GEOMETRIES,
+    PRODUCTS_ONLY,
+    RETRACTIONS,
+    ROWS,
+    along,
+    cast,
+    close,
+    combine,
+    equal,
+    norms,
+    over,
+    over_shapes,
+    pick,
+    precision,
+    scaled,
+    shapes,
+    unit,
+    wide,
+)
+from tests.tolerances import FLOAT32, FLOAT64, RESIDUAL, SLOPE
 
-# The metric does not enter a retraction, nor the retraction a gradient.
-RETRACTIONS = [ml.Stiefel("polar"), ml.Stiefel("qr")]
-METRICS = [ml.Stiefel(metric="canonical"), ml.Stiefel(metric="euclidean")]
-MANIFOLDS = [
-    ml.Stiefel(retraction, metric)
-    for retraction in ("polar", "qr")
-    for metric in ("canonical", "euclidean")
-]
-SIZES = [0, 1e-6, 1e-3, 0.3, 0.6, 1.0, 10.0, 100.0]
-SHAPES = [(12, 4), (5, 5), (9, 1), (2, 3, 10, 3), (40, 16)]
-TOLERANCE = {"float32": FLOAT32, "float64": FLOAT64}
-
-
-@contextlib.contextmanager
-def precision(dtype):
-    with jax.enable_x64(dtype == "float64"):
-        yield TOLERANCE[dtype]
-
-
-def case(shape, dtype, seed=0, size=1.0):
-    """A point, an ambient vector, and a tangent whose spectral norm is `size`."""
-    rng = np.random.default_rng(seed)
-    x = reference.each(reference.qr, rng.normal(size=shape))
-    z = rng.normal(size=shape)
-    w = rng.normal(size=shape)
-    v = w - x @ (x.swapaxes(-1, -2) @ w + w.swapaxes(-1, -2) @ x) / 2
-    v *= size / np.maximum(np.linalg.norm(v, 2, (-2, -1), keepdims=True), 1e-30)
-    return jnp.asarray(x, dtype), jnp.asarray(z, dtype), jnp.asarray(v, dtype)
+DIFFERENCE = 1e-7  # central differences of step 1e-5 in float64
+STEPS = np.geomspace(1e-3, 1e-1, 10)
+EMBEDDED = [name for name in GEOMETRIES if "canonical" not in name]
 
 
-def close(a, b, tolerance, scale=1.0):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(scale, 1))
+@functools.cache
+def retract(manifold):
+    """The jitted retraction, one for all laws."""
+    return jax.jit(manifold.retract)
 
 
-def over(manifolds):
-    """The table of one law: manifolds × shapes × dtypes."""
-    return pytest.mark.parametrize(
-        ("manifold", "shape", "dtype"),
-        list(itertools.product(manifolds, SHAPES, TOLERANCE)),
-        ids=lambda value: str(value).replace(" ", ""),
-    )
+def retracted(row, x, v, dtype):
+    return retract(row.manifold)(cast(x, dtype), cast(v, dtype))
 
 
-once = pytest.mark.parametrize("manifold", MANIFOLDS, ids=str)
-each_retraction = pytest.mark.parametrize("manifold", RETRACTIONS, ids=str)
+@functools.cache
+def geometry(manifold):
+    """All maps but the retraction, in one program."""
+
+    def maps(x, y, z1, z2, u, v, g, normal):
+        project, inner = manifold.project, manifold.inner
+        p1, p2 = project(x, z1), project(x, z2)
+        return {
+            "p1": p1,
+            "p1 again": project(x, p1),
+            "p2": p2,
+            "p(2z1 + z2)": project(x, combine(2.0, z1, z2)),
+            "p(normal)": project(x, normal),
+            "gradient": manifold.riemannian_gradient(x, g),
+            "⟨u, v⟩": inner(x, u, v),
+            "⟨v, u⟩": inner(x, v, u),
+            "⟨u, u⟩": inner(x, u, u),
+            "|u|": manifold.norm(x, u),
+            "⟨p1, z2⟩": inner(x, p1, z2),
+            "⟨z1, p2⟩": inner(x, z1, p2),
+            "Tu": manifold.transport(x, y, u),
+            "Tv": manifold.transport(x, y, v),
+            "T(2u + v)": manifold.transport(x, y, combine(2.0, u, v)),
+            "Tu at x": manifold.transport(x, x, u),
+            "residual": manifold.residual(x),
+        }
+
+    return jax.jit(maps)
 
 
-@over([ml.Stiefel()])
-def test_random_point_and_tangent(manifold, shape, dtype):
+@over_shapes(GEOMETRIES)
+def test_projection_metric_gradient_and_transport(row, shape, dtype):
+    rng = np.random.default_rng(0)
     with precision(dtype) as tolerance:
-        make = jax.jit(manifold.random_point, static_argnums=(1, 2))
-        x = make(jax.random.key(0), shape, dtype)
-        v = manifold.random_tangent(jax.random.key(1), x)
-        assert x.shape == v.shape == shape and x.dtype == v.dtype == dtype
-        assert manifold.residual(x).shape == shape[:-2]
-        assert (manifold.residual(x) < max(RESIDUAL, tolerance)).all()
-        gram = np.asarray(x, np.float64).swapaxes(-1, -2) @ np.asarray(x, np.float64)
-        close(gram, np.broadcast_to(np.eye(shape[-1]), gram.shape), tolerance)
-        close(v, reference.each(reference.projection, x, v), tolerance, scale=4)
+        x, y = (row.draw(rng, shape) for _ in range(2))
+        z1, z2 = row.ambient(rng, x), row.ambient(rng, x)
+        u, v = row.tangent(rng, x), row.tangent(rng, x)
+        normal = row.normal(rng, x) if row.normal else scaled(0, z1)
+        w = rng.normal(size=row.embed(x).shape)
+        g = jax.grad(lambda e: jnp.sum(jnp.sin(e * w) + e * w))(row.embed(x))
+        arguments = (x, y, z1, z2, u, v, row.pull(x, wide(g)), normal)
+        arguments = cast(arguments, dtype)
+        out = wide(geometry(row.manifold)(*arguments))
+        x, y, z1, z2, u, v, _, normal = wide(arguments)
+        scale = 4 * np.prod(jax.tree.leaves(x)[-1].shape[-2:])
+        assert shapes(out["p1"]) == shapes(out["Tu"]) == shapes(x)
+        assert out["residual"].shape == out["⟨u, v⟩"].shape
+        assert (out["residual"] < FEASIBLE[dtype]).all()
+
+        # The projection is the nearest tangent, hence tangent.
+        close(row.velocity(x, out["p1"]), row.projection(x, z1), tolerance, 10)
+        jax.tree.map(
+            lambda a, b: close(a, b, tolerance, 10), out["p1"], out["p1 again"]
+        )
+        linear = combine(2, out["p1"], out["p2"])
+        jax.tree.map(
+            lambda a, b: close(a, b, tolerance, 30), out["p(2z1 + z2)"], linear
+        )
+        jax.tree.map(lambda a: close(a, 0, tolerance, 30), out["p(normal)"])
+        close(out["⟨p1, z2⟩"], out["⟨z1, p2⟩"], tolerance, scale)
+
+        # The metric, and the gradient as the dual of the differential.
+        close(out["⟨u, v⟩"], row.inner(x, u, v), tolerance, scale)
+        close(out["⟨u, v⟩"], out["⟨v, u⟩"], tolerance, scale)
+        close(out["|u|"] ** 2, out["⟨u, u⟩"], tolerance, scale)
+        assert (out["⟨u, u⟩"] > 0).all()
+        gradient = out["gradient"]
+        batch = out["residual"].ndim
+        moves = row.velocity(x, u) * wide(g)
+        differential = moves.sum(axis=tuple(range(batch, moves.ndim)))
+        close(row.inner(x, gradient, u), differential, tolerance, 10 * scale)
+        close(row.velocity(x, gradient), row.projection(x, gradient), tolerance, 30)
+
+        # The transport is tangent at y, linear, the identity from x to x, and keeps
+        # lengths or at least does not expand them.
+        moved = row.velocity(y, out["Tu"])
+        close(moved, row.projection(y, out["Tu"]), tolerance, 10)
+        linear = combine(2, out["Tu"], out["Tv"])
+        jax.tree.map(lambda a, b: close(a, b, tolerance, 30), out["T(2u + v)"], linear)
+        jax.tree.map(lambda a, b: close(a, b, tolerance, 10), out["Tu at x"], u)
+        before, after = norms(row.velocity(x, u), batch), norms(moved, batch)
+        assert (after <= before * (1 + 10 * tolerance)).all()
+        if row.isometric:
+            products = row.inner(y, out["Tu"], out["Tv"])
+            close(products, out["⟨u, v⟩"], tolerance, scale)
 
 
-@over([ml.Stiefel()])
-def test_projection_is_the_nearest_tangent(manifold, shape, dtype):
+def steps_of(row, shape, rng):
+    """A point, and tangents of all sizes and of rank one, on a new leading axis."""
+    x = row.draw(rng, shape)
+    xs, vs = along(x, unit(row.tangent(rng, x)), row.sizes)
+    z = row.ambient(rng, x)
+    flat = jax.tree.map(lambda a: a[..., :1] @ a[..., :1, :], z)  # rank one
+    tangent = row.manifold.project(cast(x, "float64"), cast(flat, "float64"))
+    last = scaled(row.sizes[4], unit(wide(tangent)))
+    xs = jax.tree.map(lambda a: np.concatenate([a, a[:1]]), xs)
+    return xs, jax.tree.map(lambda a, b: np.concatenate([a, b[None]]), vs, last)
+
+
+@over_shapes(RETRACTIONS)
+def test_retraction_reaches_the_right_point(row, shape, dtype):
+    with jax.enable_x64(True):
+        x, v = steps_of(row, shape, np.random.default_rng(1))
     with precision(dtype) as tolerance:
-        x, z, _ = case(shape, dtype)
-        p = manifold.project(x, z)
-        close(p, reference.each(reference.projection, x, z), tolerance)
-        close(manifold.project(x, p), p, tolerance)  # idempotent
-        normal = jnp.matmul(x, (z[..., : shape[-1], :] + z[..., : shape[-1], :].mT))
-        close(manifold.project(x, normal), 0 * z, tolerance, scale=10)
+        x, v = cast(x, dtype), cast(v, dtype)
+        y = retracted(row, x, v, dtype)
+        assert shapes(y) == shapes(x)
+        assert jax.tree.map(lambda a: a.dtype, y) == jax.tree.map(lambda a: a.dtype, x)
+        residual = jnp.moveaxis(row.manifold.residual(y), 0, -1)
+        assert (residual < FEASIBLE[dtype]).all(), residual
+        equal(pick(y, 0), pick(x, 0))
+        if row.retraction is None:
+            return
+        expected = row.retraction(wide(x), wide(v))
+        sizes = [*row.sizes, row.sizes[4]]
+        # X + v is known to ε‖v‖ only.
+        for got, want, size in zip(row.embed(wide(y)), expected, sizes, strict=True):
+            close(got, want, tolerance, 4 * size)
 
 
-@over(METRICS)
-def test_metric(manifold, shape, dtype):
-    with precision(dtype) as tolerance:
-        x, z, v = case(shape, dtype)
-        u = manifold.project(x, z)
-        x64, u64, v64 = (np.asarray(a, np.float64) for a in (x, u, v))
-        flat = [a.reshape(-1, *shape[-2:]) for a in (x64, u64, v64)]
-        expected = [
-            reference.inner(p, a, b, manifold.metric)
-            for p, a, b in zip(*flat, strict=True)
-        ]
-        scale = 4 * shape[-2] * shape[-1]
-        close(manifold.inner(x, u, v).ravel(), expected, tolerance, scale)
-        close(manifold.inner(x, u, v), manifold.inner(x, v, u), tolerance, scale)
-        if shape != (1, 1) and shape[-2:] != (1, 1):
-            assert (manifold.inner(x, u, u) > 0).all()
-        close(manifold.norm(x, u) ** 2, manifold.inner(x, u, u), tolerance, scale)
-
-
-@over(METRICS)
-def test_gradient_is_the_metric_dual_of_the_differential(manifold, shape, dtype):
-    with precision(dtype) as tolerance:
-        x, z, v = case(shape, dtype)
-
-        def f(x):
-            return jnp.sum(jnp.sin(x * z) + x * z, axis=(-2, -1))
-
-        gradient = manifold.riemannian_gradient(x, jax.grad(lambda x: f(x).sum())(x))
-        differential = jax.jvp(f, (x,), (v,))[1]
-        scale = 4 * shape[-2] * shape[-1]
-        close(manifold.inner(x, gradient, v), differential, tolerance, scale)
-        close(manifold.project(x, gradient), gradient, tolerance, scale=10)
-
-
-@over(RETRACTIONS)
-def test_retraction_reaches_the_right_point(manifold, shape, dtype):
-    with precision(dtype) as tolerance:
-        cases = [case(shape, dtype, size=size) for size in SIZES]
-        x, v = (jnp.stack([c[i] for c in cases]) for i in (0, 2))
-        y = jax.jit(manifold.retract)(x, v)
-        assert y.shape == x.shape and y.dtype == dtype
-        assert (manifold.residual(y) < max(RESIDUAL, tolerance)).all()
-        np.testing.assert_array_equal(y[0], x[0])
-        factor = reference.RETRACTIONS[manifold.retraction]
-        expected = reference.each(factor, np.float64(x) + np.float64(v))
-        # X + v is known to ε‖v‖ only, and the smallest singular value stays near 1.
-        for got, want, size in zip(y, expected, SIZES, strict=True):
-            close(got, want, tolerance, scale=2 * size)
-
-
-@each_retraction
-@pytest.mark.parametrize("shape", [(20, 4), (6, 6)])
-def test_huge_steps_stay_on_the_manifold(manifold, shape):
-    x, _, v = case(shape, "float32", size=1e3)
-    y = manifold.retract(x, v)
-    assert manifold.residual(y) < RESIDUAL
-    with precision("float64"):
-        x, _, v = case(shape, "float64", size=1e3)
-        factor = reference.RETRACTIONS[manifold.retraction]
-        expected = reference.each(factor, np.asarray(x) + np.asarray(v))
-        close(manifold.retract(x, v), expected, FLOAT64, scale=1e4)
-
-
-@each_retraction
-def test_rank_one_tangent(manifold):
-    with precision("float64"):
-        x, _, _ = case((20, 5), "float64")
-        g = jnp.outer(jnp.arange(20.0), jnp.arange(1.0, 6.0))
-        v = manifold.project(x, g)
-        factor = reference.RETRACTIONS[manifold.retraction]
-        expected = reference.each(factor, np.asarray(x) + np.asarray(v))
-        close(manifold.retract(x, v), expected, FLOAT64, scale=1e3)
-
-
-def slope(errors, steps):
+def slope(errors, steps=STEPS):
     return np.polyfit(np.log(steps), np.log(errors), 1)[0]
 
 
-def retract_by(manifold, x, v, steps):
-    """R(x, t·v) for all steps t at once."""
-    v = jnp.asarray(steps)[:, None, None] * v
-    return np.asarray(jax.jit(manifold.retract)(jnp.broadcast_to(x, v.shape), v))
+def curve(row, sign=1):
+    """A point, a tangent, and the points R(x, t·v) of all steps, in float64."""
+    rng = np.random.default_rng(2)
+    x = row.draw(rng, row.stacked)
+    v = unit(row.tangent(rng, x))
+    return x, v, wide(retracted(row, *along(x, v, sign * STEPS), "float64"))
 
 
-# Against the geodesic of each metric: t³ where the retraction is second order, t²
-# where it is not. A wrong label fails either way.
-ORDERS = {
-    ("polar", "euclidean"): 3,
-    ("polar", "canonical"): 2,
-    ("qr", "euclidean"): 2,
-    ("qr", "canonical"): 2,
-}
-
-
-@once
-def test_order_of_the_retraction(manifold):
+@over(RETRACTIONS)
+def test_first_order_defect_has_slope_two_through_zero(row):
     with precision("float64"):
-        x, _, v = case((7, 3), "float64")
-        steps = np.geomspace(1e-3, 1e-1, 6)
-        exact = [
-            reference.geodesic(np.asarray(x), np.asarray(v), t, manifold.metric)
-            for t in steps
-        ]
-        reached = retract_by(manifold, x, v, steps)
-        errors = np.linalg.norm(reached - np.stack(exact), axis=(-2, -1))
-        order = ORDERS[manifold.retraction, manifold.metric]
-        assert abs(slope(errors, steps) - order) < SLOPE
-
-
-@each_retraction
-def test_first_order_defect_has_slope_two_through_zero(manifold):
-    with precision("float64"):
-        x, _, v = case((8, 3), "float64")
-        steps = np.geomspace(1e-4, 1e-1, 6)
         for sign in (1, -1):
-            linear = x + sign * steps[:, None, None] * v
-            reached = retract_by(manifold, x, sign * v, steps)
-            errors = np.linalg.norm(reached - linear, axis=(-2, -1))
-            assert abs(slope(errors, steps) - 2) < SLOPE
+            x, v, y = curve(row, sign)
+            speed = row.velocity(x, v)
+            linear = np.stack([row.embed(x) + sign * t * speed for t in STEPS])
+            errors = norms(row.embed(y) - linear, 1)
+            if row.manifold == ROWS["euclidean"].manifold:
+                close(errors, 0, FLOAT64)
+            else:
+                assert abs(slope(errors) - 2) < SLOPE
 
 
-@over([ml.Stiefel()])
-def test_transport(manifold, shape, dtype):
-    with precision(dtype) as tolerance:
-        x, z, v = case(shape, dtype)
-        w = manifold.project(x, z)
-        y = jax.jit(manifold.retract)(x, v)
-        moved = manifold.transport(x, y, w)
-        close(moved, reference.each(reference.projection, y, w), tolerance)
-        close(manifold.transport(x, x, w), w, tolerance)
-        assert (jnp.linalg.norm(moved) <= jnp.linalg.norm(w) * (1 + tolerance)).all()
-        close(manifold.transport(x, y, 2 * w + v), 2 * moved + manifold.project(y, v),
-              tolerance, scale=10)  # fmt: skip
+def order_of(row):
+    """The slope of the distance from the geodesic."""
+    x, v, y = curve(row)
+    first = (0,) * (x.ndim - 2)
+    exact = row.geodesic(x[first], v[first], STEPS)
+    return slope(norms(y[(slice(None), *first)] - exact, 1))
 
 
-@once
-def test_left_orthogonal_equivariance(manifold):
+@over([name for name, row in ROWS.items() if row.order])
+def test_order_of_the_retraction(row):
     with precision("float64"):
-        x, z, v = case((9, 3), "float64")
-        q = ml.Stiefel().random_point(jax.random.key(7), (9, 9), "float64")
-        close(manifold.retract(q @ x, q @ v), q @ manifold.retract(x, v), FLOAT64, 10)
-        gradient = manifold.riemannian_gradient
-        close(gradient(q @ x, q @ z), q @ gradient(x, z), FLOAT64, 10)
+        assert abs(order_of(row) - row.order) < SLOPE
 
 
-@each_retraction
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_batch_is_a_loop_and_jit_and_vmap(manifold, dtype):
-    with precision(dtype) as tolerance:
-        x, z, v = case((6, 10, 3), dtype, size=2)
-        for f, vector in [
-            (manifold.retract, v),
-            (manifold.project, z),
-            (manifold.riemannian_gradient, z),
-        ]:
-            f = jax.jit(f)
-            stacked = f(x, vector)
-            loop = jnp.stack([f(x[i], vector[i]) for i in range(6)])
-            close(loop, stacked, tolerance)
-            close(jax.vmap(f)(x, vector), stacked, tolerance)
-
-
-@each_retraction
-def test_retraction_is_differentiable(manifold):
+@over([name for name, row in ROWS.items() if row.geodesic and not row.order])
+def test_exponential_is_the_geodesic(row):
     with precision("float64"):
-        x, z, v = case((7, 3), "float64", size=0.4)
-        w = manifold.project(x, z)
-        retract = jax.jit(lambda v: manifold.retract(x, v))
-        _, derivative = jax.jvp(retract, (v,), (w,))
-        h = 1e-6
-        difference = (retract(v + h * w) - retract(v - h * w)) / (2 * h)
-        close(derivative, difference, 1e-8)
+        x, v, y = curve(row)
+        first = (0,) * (x.ndim - 2)
+        exact = row.geodesic(x[first], v[first], STEPS)
+        close(y[(slice(None), *first)], exact, FLOAT64, 10)
 
 
-@each_retraction
-def test_drift_is_repaired(manifold):
-    x, z, v = case((50, 8), "float32", size=1e-3)
-    drifted = x + 1e-3 * z
-    assert manifold.residual(drifted) > 1e-4
-    assert manifold.residual(manifold.retract(drifted, v)) < RESIDUAL
+@over(EMBEDDED)
+def test_transport_is_parallel_to_first_order(row):
+    # The tangential part of the derivative of the carried vector is zero.
+    with precision("float64"):
+        x, v, y = curve(row)
+        w = unit(row.tangent(np.random.default_rng(3), x))
+        transport = jax.jit(jax.vmap(row.manifold.transport, in_axes=(None, 0, None)))
+        moved = transport(cast(x, "float64"), cast(y, "float64"), cast(w, "float64"))
+        if isinstance(x, dict):  # a transport by projection, there and back
+            back = jax.jit(jax.vmap(row.manifold.transport, in_axes=(0, None, 0)))
+            moved = back(cast(y, "float64"), cast(x, "float64"), moved)
+        start, moved = row.velocity(x, w), wide(moved)
+        ends = [row.projection(x, pick(moved, i)) for i in range(len(STEPS))]
+        errors = norms(np.stack(ends) - start, 1)
+        if row.manifold == ROWS["euclidean"].manifold:
+            close(errors, 0, FLOAT64)
+        else:
+            assert abs(slope(errors) - 2) < SLOPE
 
 
-@each_retraction
-def test_bfloat16_points_are_computed_in_float32(manifold):
-    x, _, v = case((64, 4), "float32")
-    x, v = x.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
-    y = manifold.retract(x, v)
-    assert y.dtype == jnp.bfloat16
-    wide = manifold.retract(x.astype(jnp.float32), v.astype(jnp.float32))
-    np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
-    assert manifold.residual(y) < BFLOAT16
+# Not of LAPACK's SVD: singular values coincide at 0, where it has no derivative.
+@over(PRODUCTS_ONLY)
+def test_derivative_of_the_retraction(row):
+    with precision("float64"):
+        rng = np.random.default_rng(4)
+        x = row.draw(rng, row.shapes[-1])
+        v, w = (scaled(0.3, unit(row.tangent(rng, x))) for _ in range(2))
+        h = 1e-5
+        points, _ = along(x, v, STEPS)
+        hs = np.resize([h, -h], len(STEPS))  # as many as in the other laws
+        ends = jax.tree.map(lambda v, w: np.stack([v + h * w for h in hs]), v, w)
+        ends = wide(retracted(row, points, ends, "float64"))
+        x, v, w = cast((x, v, w), "float64")
+
+        @jax.jit
+        def derivative(v):
+            return jax.jvp(lambda v: row.manifold.retract(x, v), (v,), (w,))[1]
+
+        forward = derivative(v)
+        difference = jax.tree.map(lambda a: (a[0] - a[1]) / (2 * h), ends)
+        jax.tree.map(lambda a, b: close(a, b, DIFFERENCE), forward, difference)
+        at_zero, x, w = wide((derivative(scaled(0.0, v)), x, w))
+        ends = [row.embed(combine(t, at_zero, x)) for t in (h, -h)]
+        close((ends[0] - ends[1]) / (2 * h), row.velocity(x, w), DIFFERENCE)
 
 
-@each_retraction
-def test_two_thousand_float32_steps(manifold):
-    x, _, _ = case((2, 64, 8), "float32")
+@over([name for name in RETRACTIONS if name.startswith(("stiefel-p", "oblique"))])
+def test_reverse_derivative_is_the_transpose(row):
+    rng = np.random.default_rng(4)
+    x = row.draw(rng, row.shapes[-1])
+    v, w, g = (scaled(0.3, unit(row.tangent(rng, x))) for _ in range(3))
+    x, v, w, g = cast((x, v, w, g), "float32")
+
+    @jax.jit
+    def both(x, v, w, g):
+        reached, forward = jax.jvp(lambda v: row.manifold.retract(x, v), (v,), (w,))
+        reverse = jax.vjp(lambda v: row.manifold.retract(x, v), v)[1](g)[0]
+        return jnp.vdot(forward, g), jnp.vdot(reverse, w)
+
+    along_g, along_w = both(x, v, w, g)
+    close(along_g, along_w, FLOAT32)
+
+
+@over(PRODUCTS_ONLY)
+def test_batch_is_a_loop_and_vmap_and_step(row):
+    # Points of dicts are compared as matrices: a gauge may change sign.
+    rng = np.random.default_rng(5)
+    manifold, shape = row.manifold, row.stacked
+    x = row.draw(rng, (len(STEPS), *shape))
+    d = scaled(0.1, row.ambient(rng, x))
+    v = jax.jit(manifold.project)(*cast((x, d), "float32"))
+    other = row.draw(rng, (*shape[:-2], shape[-2] + 2, shape[-1]))  # of other rows
+    e = scaled(0.1, row.ambient(rng, other))
+    x, d, other, e = cast((x, d, other, e), "float32")
+    small = cast((pick(x, 1), pick(v, 1)), "bfloat16")
+    x, v = jax.tree.map(lambda a, b: a.at[1].set(b), (x, v), small)
+    reached = retract(manifold)(x, v)
+    expected = row.embed(wide(reached))
+
+    @jax.jit
+    def ways(x, v, xs, ds, small):
+        mapped = jax.vmap(jax.vmap(manifold.retract))(x, v)
+        return mapped, manifold.step(xs, ds), manifold.retract(*small)
+
+    x, v, d = pick((x, v, d), 0)
+    mapped, steps, rounded = ways(x, v, [x, other], [d, e], small)
+    close(row.embed(wide(mapped)), expected[0], FLOAT32)
+    close(row.embed(wide(steps[0])), expected[0], FLOAT32, 2)
+    if row.retraction:  # at fixed rank of any triple, elsewhere of tangents
+        other, e = wide((other, e))
+        tangent = e if isinstance(e, dict) else row.projection(other, e)
+        close(row.embed(wide(steps[1])), row.retraction(other, tangent), FLOAT32, 2)
+    # In bfloat16 only storage is rounded.
+    equal(rounded, cast(pick(reached, 1), "bfloat16"))
+    assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(rounded))
+
+
+@over(GEOMETRIES)
+def test_bfloat16_is_computed_in_float32(row):
+    rng = np.random.default_rng(6)
+    x = row.draw(rng, row.stacked)
+    x, v = cast((x, row.tangent(rng, x)), "bfloat16")
+    m = row.manifold
+
+    def maps(x, v):
+        return m.project(x, v), m.riemannian_gradient(x, v), m.transport(x, x, v)
+
+    got, rounded = maps(x, v), cast(maps(*cast((x, v), "float32")), "bfloat16")
+    assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(got))
+    equal(got, rounded)
+
+
+@over([name for name in RETRACTIONS if name != "euclidean"])
+def test_drift_is_repaired_and_nan_stays_where_it_is(row):
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        x, v = steps_of(row, row.stacked, rng)
+    drifted = combine(1e-3, row.ambient(rng, x), x)
+    assert (row.manifold.residual(cast(drifted, "float32")) > 1e-4).all()
+    y = retracted(row, drifted, v, "float32")
+    sizes = np.array([*row.sizes, row.sizes[4]])
+    repaired = (sizes > 0) & (sizes <= 1)
+    assert (row.manifold.residual(y)[repaired] < RESIDUAL).all()
+    for part in jax.tree.leaves(v):
+        part[3, 0, 0] = np.nan
+    v = pick(v, np.minimum(np.arange(len(sizes)), 5))
+    for part in jax.tree.leaves(retracted(row, x, v, "float32")):
+        finite = np.isfinite(part).all(axis=(-2, -1))
+        assert not finite[3, 0, 0] and finite.sum() == finite.size - 1
+
+
+@over([name for name in RETRACTIONS if name.startswith(("stiefel", "oblique"))])
+def test_two_thousand_float32_steps(row):
+    x = cast(row.draw(np.random.default_rng(7), (40, 4)), "float32")
 
     def step(x, key):
-        size = 10.0 ** jax.random.uniform(key, minval=-4, maxval=1.5)
-        v = manifold.random_tangent(key, x)
-        x = manifold.retract(x, manifold.project(x, size * v / 10))
-        return x, manifold.residual(x).max()
+        size = 10.0 ** jax.random.uniform(key, minval=-5, maxval=0.5)
+        d = size * row.manifold.random_tangent(key, x)
+        (x,) = row.manifold.step([x], [d])
+        return x, row.manifold.residual(x).max()
 
     keys = jax.random.split(jax.random.key(1), 2000)
     _, residuals = jax.jit(lambda x, keys: jax.lax.scan(step, x, keys))(x, keys)
     assert residuals.max() < RESIDUAL
 
 
-@pytest.mark.parametrize("shape", [(30, 5), (4, 6, 6)])
-def test_nearest_point(shape):
-    with precision("float64"):
-        z = jax.random.normal(jax.random.key(3), shape, "float64")
-        expected = reference.each(reference.polar, z)
-        close(jax.jit(ml.Stiefel().nearest_point)(z), expected, FLOAT64, scale=100)
+@over([name for name in GEOMETRIES if "rank" not in name])
+def test_random_point_and_tangent(row):
+    manifold = row.manifold
 
+    @jax.jit
+    def make(key, other):
+        x = manifold.random_point(key, row.stacked)
+        return x, manifold.random_tangent(other, x)
 
-def test_random_points_are_uniform():
-    x = ml.Stiefel().random_point(jax.random.key(0), (20000, 3, 2))
-    # Haar measure: mean 0, E[xᵢⱼ²] = 1/n, and E[x₁₁² x₂₂²] from its Weingarten sum.
-    x = np.asarray(x, np.float64)
-    close(x.mean(0), np.zeros((3, 2)), 0.02)
-    close((x**2).mean(0), np.full((3, 2), 1 / 3), 0.01)
-    close((x[:, 0, 0] ** 2 * x[:, 1, 1] ** 2).mean(), 4 / 30, 0.01)
-
-
-def test_no_lapack_call_in_any_map():
-    for manifold in MANIFOLDS:
-        x, _, v = case((2, 12, 4), "float32")
-        for f in (manifold.retract, manifold.project, manifold.riemannian_gradient):
-            text = jax.jit(f).lower(x, v).as_text()
-            assert "custom_call" not in text
-        make = jax.jit(lambda key, m=manifold: m.random_point(key, (12, 4)))
-        assert "lapack" not in make.lower(jax.random.key(0)).as_text()
-
-
-def test_forty_leaves_in_one_program():
-    manifold = ml.Stiefel("qr")
-    points = {i: case((2, 32, 4), "float32", seed=i)[0] for i in range(40)}
-    step = jax.jit(lambda t: jax.tree.map(lambda x: manifold.retract(x, x * 0), t))
-    for i, y in step(points).items():
-        np.testing.assert_array_equal(y, points[i])
-
-
-def test_precision_is_high_whatever_the_default():
-    # CPU runs everything in float32, so look at what is asked of the compiler.
-    manifold = ml.Stiefel()
-    x, _, v = case((12, 4), "float32")
-    with jax.default_matmul_precision("bfloat16"):
-        text = jax.jit(manifold.retract).lower(x, v).as_text()
-    products = [line for line in text.splitlines() if "dot_general" in line]
-    assert products and all("HIGHEST" in line for line in products)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: ml.Stiefel("ploar"), "Did you mean polar"),  # pyright: ignore
-        (lambda: ml.Stiefel(metric="flat"), "canonical, euclidean"),  # pyright: ignore
-        (lambda: ml.Stiefel().check_shape((3, 4)), "rows ≥ columns"),
-        (lambda: ml.Stiefel().check_shape((4,)), "rows, columns"),
-        (lambda: ml.Stiefel().random_point(jax.random.key(0), (3, 4)), "rows ≥"),
-    ],
-)
-def test_bad_input(make, message):
-    with pytest.raises(ml.InputError, match=message):
-        make()
-
-
-def test_euclidean_is_flat():
-    flat = ml.Euclidean()
-    x = flat.random_point(jax.random.key(0), (2, 4, 3))
-    v = flat.random_tangent(jax.random.key(1), x)
-    np.testing.assert_array_equal(flat.retract(x, v), x + v)
-    np.testing.assert_array_equal(flat.project(x, v), v)
-    np.testing.assert_array_equal(flat.riemannian_gradient(x, v), v)
-    np.testing.assert_array_equal(flat.transport(x, x + v, v), v)
-    close(flat.inner(x, v, v), np.square(v).sum((-2, -1)), FLOAT32, scale=10)
-    assert flat.residual(x).shape == (2,) and not flat.residual(x).any()
-    assert hash(flat) == hash(ml.Euclidean())
+    x, v = make(*jax.random.split(jax.random.key(0)))
+    assert (
+        shapes(x)
+        == shapes(v)
+        == shapes(row.draw(np.random.default_rng(0), row.stacked))
+    )
+    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves((x, v)))
+    assert (manifold.residual(x) < RESIDUAL).all()
+    x, v = wide((x, v))
+    close(row.velocity(x, v), row.projection(x, v), FLOAT32, 4)
+    assert norms(row.velocity(x, v), 2).min() > 0.1
