@@ -15,7 +15,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 # Eight devices on a CPU, to compile the sharded step for; the timings use the first.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -27,6 +27,7 @@ import optax
 import scipy.linalg
 
 import manifold_lora as ml
+from manifold_lora.manifolds.stiefel import Retraction
 
 LAYERS, RANK, WIDTH, HIDDEN, KEYS = 32, 16, 4096, 14336, 1024
 # Rows of A (inputs) and of B (outputs) of each linear.
@@ -190,14 +191,17 @@ def retractions(plot: str | None) -> None:
     layer = x[:2]  # accuracy on two layers
     d = STIEFEL.random_tangent(jax.random.key(1), layer)
     d = d / jnp.linalg.norm(d, ord=2, axis=(-2, -1), keepdims=True)
-    names = ["polar", "qr", "cayley", "exp"]
+    names: list[Retraction] = list(get_args(Retraction))
     moves, errors, residuals = {"adam": adam}, {}, {}
     for name in names:
         manifold = ml.Stiefel(name)
         moves[name] = Step(ml.riemannian(optax.sgd(RATE), manifold), {"x": x})
         retract = jax.jit(manifold.retract)
         points = [retract(layer, size * d) for size in sizes]
-        exact = [truth(name, np.float64(layer), np.float64(size * d)) for size in sizes]
+        exact = [
+            truth(name, np.asarray(layer, np.float64), np.asarray(size * d, np.float64))
+            for size in sizes
+        ]
         errors[name] = [
             np.max(np.abs(np.float64(y) - t))
             for y, t in zip(points, exact, strict=True)
@@ -234,7 +238,7 @@ def draw(path: str, sizes: list[float], errors: dict, ratios: dict) -> None:
 def long_run(steps: int = 2000) -> None:
     """The residual after many float32 steps with large and small rates."""
     x = jnp.asarray(orthonormal(WIDTH)[:2])
-    for name in ("polar", "qr", "cayley", "exp"):
+    for name in get_args(Retraction):
         manifold = ml.Stiefel(name)
         tx = ml.riemannian(
             optax.adam(optax.cosine_decay_schedule(0.1, steps)), manifold
@@ -268,15 +272,16 @@ def collectives() -> None:
 
             def spec(x, axis=axis):
                 sharded = x.ndim == 3 and (axis == 0 or x.shape[1] > RANK)
-                names = [None] * x.ndim
-                if sharded:
-                    names[axis] = "x"
+                names = ("x" if sharded and k == axis else None for k in range(x.ndim))
                 sharding = jax.NamedSharding(mesh, jax.P(*names))
                 return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
             params = jax.tree.map(spec, start)
             state = jax.tree.map(spec, jax.eval_shape(tx.init, params))
-            text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
+            text = (
+                jax.jit(tx.update).lower(params, state, params).compile().as_text()
+                or ""
+            )
             found = re.findall(r"= (.*?) (all-\w+|collective-\w+|reduce-\w+er)\(", text)
             shapes = sorted(
                 {s for shape, _ in found for s in re.findall(r"\[.*?\]", shape)}
@@ -288,8 +293,8 @@ def collectives() -> None:
 def torch_peers(ours: float) -> None:
     """Geoopt's RiemannianAdam and StelLA's way, AdamW and a batched SVD, in torch."""
     try:
-        import geoopt
-        import torch
+        import geoopt  # pyright: ignore[reportMissingImports]
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         print("  torch and geoopt are not installed ([peers]): not measured")
         return

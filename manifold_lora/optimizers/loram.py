@@ -1,5 +1,6 @@
 """The optimiser of LoRAM: Riemannian Adam with transported momentum."""
 
+from collections.abc import Hashable
 from typing import Any, Literal
 
 import jax
@@ -92,7 +93,7 @@ def loram(
     def carries_weight(params: Any) -> Any:
         return map_points(_carries_weight, resolve(manifolds, params), params)
 
-    moments = {
+    moments: dict[Hashable, optax.GradientTransformation] = {
         "constrained": scale_by_mean_adam(
             b1, b2, eps, second_moment, bias_correction=bias_correction
         ),
@@ -171,7 +172,7 @@ def _shrink(
             )
         return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         value = threshold * (rate(state.count) if callable(rate) else rate)
 
         def shrink(manifold: Manifold, x: Any, u: Any) -> Any:

@@ -94,7 +94,7 @@ OPTIMIZERS = {
         ml.stiefel_lora, ml.Stiefel("qr"), lambda _: undecayed(1e-4)
     ),
     "stella": row_of(ml.stella, ml.Stiefel(), undecayed, hidden_size=16),
-    "loram": row_of(ml.loram, ml.BoundedRank(), undecayed, second_moment="coordinate"),
+    "loram": row_of(ml.loram, ml.BoundedRank(), undecayed, bias_correction=True),
     "landing": landing_row(ml.landing, ml.Stiefel()),
     "landing-oblique": landing_row(
         functools.partial(ml.landing, simultaneous=True), ml.Oblique()

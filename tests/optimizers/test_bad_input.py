@@ -89,7 +89,7 @@ def test_a_drifted_coupled_point_is_repaired_as_the_message_says(manifold):
     tx.init(repaired)
 
     def dense(x):
-        x = {k: np.float64(part) for k, part in x.items()}
+        x = {k: np.asarray(part, "float64") for k, part in x.items()}
         return (x["a"] if "a" in x else x["u"] @ x["s"]) @ x["v"].T
 
     np.testing.assert_allclose(dense(repaired), dense(drifted), atol=FLOAT32)

@@ -37,7 +37,8 @@ class Adam:
     """m and v of one block, without bias correction."""
 
     def __init__(self, mean):
-        self.m, self.v, self.mean = 0.0, 0.0, mean
+        self.m: Any = 0.0
+        self.v, self.mean = 0.0, mean
 
     def __call__(self, g):
         square = g**2
@@ -238,7 +239,7 @@ def test_free_leaves_get_adamw_bit_for_bit():
     tx = ml.loram(RATE, {"point": BOUNDED, "free": ml.Euclidean()}, weight_decay=0.1)
     alone = optax.adamw(RATE, weight_decay=0.1)
     with jax.disable_jit():
-        ours, _ = tx.update(grads, tx.init(params), params)
+        ours: Any = tx.update(grads, tx.init(params), params)[0]
         theirs, _ = alone.update(
             grads["free"], alone.init(params["free"]), params["free"]
         )
@@ -252,7 +253,7 @@ def test_weight_decay_shrinks_the_matrix_alone(manifold):
         tx = ml.loram(0.1, manifold, weight_decay=0.3)
         zero = jax.tree.map(jnp.zeros_like, x)
         updates, _ = jax.jit(tx.update)(zero, tx.init(x), x)
-        after = jax.tree.map(lambda x, u: np.asarray(x + u), x, updates)
+        after: Any = jax.tree.map(lambda x, u: np.asarray(x + u), x, updates)
     np.testing.assert_allclose(
         dense(after), 0.97 * dense(point(manifold)), atol=FLOAT64
     )

@@ -92,8 +92,9 @@ def test_first_moments_are_found_and_become_tangents(name):
         states = {}
         for transport in (True, False):
             tx = ml.riemannian(make(), STIEFEL, transport=transport)
+            updates: Any
             updates, states[transport] = tx.update(g, tx.init(params), params)
-        y = np.asarray(params["b"] + updates["b"])
+            y = np.asarray(params["b"] + updates["b"])
         pairs = zip(
             optax.tree.get_all_with_path(states[True], field),
             optax.tree.get_all_with_path(states[False], field),
