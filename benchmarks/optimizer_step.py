@@ -227,7 +227,11 @@ def draw(path: str, sizes: list[float], errors: dict, ratios: dict) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for name, values in errors.items():
         left.loglog(sizes, values, "o-", label=name)
-    left.set(xlabel="‖v‖₂", ylabel="distance to the float64 truth", title="float32")
+    left.set(
+        xlabel="‖v‖₂",
+        ylabel="distance to the float64 truth",
+        title="accuracy in float32",
+    )
     left.legend()
     right.barh(list(ratios), list(ratios.values()), color="tab:gray")
     right.set(title="project and retract, × an Adam step", xlabel="(32, 4096, 16)")
