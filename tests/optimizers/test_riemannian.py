@@ -3,7 +3,7 @@
 The references are loops over the printed formulas, never the code under test.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import manifold_lora as ml
+from manifold_lora.manifolds.stiefel import Retraction
 from tests.manifolds import reference
 from tests.optimizers.by_hand import (
     STEPS,
@@ -216,31 +217,52 @@ LONG = 400
 decaying = optax.cosine_decay_schedule(0.1, LONG)
 
 
+def gains(p, matrix, target):
+    """What the problems maximise: tr XᵀAX and tr YᵀB."""
+    return jnp.sum(p["eigenspace"] * (matrix @ p["eigenspace"])), jnp.sum(
+        p["procrustes"] * target
+    )
+
+
+def two_problems(dtype):
+    """A symmetric matrix with its eigenvalues, a target, and a start for both."""
+    rng = np.random.default_rng(1)
+    basis = reference.qr(rng.normal(size=(12, 12)))
+    values = np.linspace(3, 0.1, 12)
+    target = rng.normal(size=(10, 4))
+    start = {
+        "eigenspace": jnp.asarray(reference.qr(rng.normal(size=(12, 3))), dtype),
+        "procrustes": jnp.asarray(reference.qr(rng.normal(size=(10, 4))), dtype),
+    }
+    return basis @ np.diag(values) @ basis.T, values, target, start
+
+
 @pytest.mark.parametrize(
     "inner", [optax.sgd(0.05, 0.9), optax.adam(decaying)], ids=["momentum", "adam"]
 )
 def test_known_optima_are_reached(inner):
-    rng = np.random.default_rng(1)
-    basis = reference.qr(rng.normal(size=(12, 12)))
-    values = np.linspace(3, 0.1, 12)
-    matrix = basis @ np.diag(values) @ basis.T
-    target = rng.normal(size=(10, 4))
-
-    def gains(p):
-        x, y = p["eigenspace"], p["procrustes"]
-        return jnp.sum(x * (matrix @ x)), jnp.sum(y * target)
-
-    params = {
-        "eigenspace": jnp.asarray(reference.qr(rng.normal(size=(12, 3))), "float32"),
-        "procrustes": jnp.asarray(reference.qr(rng.normal(size=(10, 4))), "float32"),
-    }
+    matrix, values, target, start = two_problems("float32")
     tx = ml.riemannian(inner, ml.Stiefel())
-    points = train(tx, params, lambda p: -sum(gains(p)), LONG)
-    quotient, overlap = gains(jax.tree.map(lambda x: x[-1], points))
+    points = train(tx, start, lambda p: -sum(gains(p, matrix, target)), LONG)
+    end = jax.tree.map(lambda x: x[-1], points)
+    quotient, overlap = gains(end, matrix, target)
     # The sum of the three largest eigenvalues, and the polar factor of the target.
     best = values[:3].sum(), np.trace(reference.polar(target).T @ target)
     assert abs(quotient / best[0] - 1) < CONVERGENCE
     assert abs(overlap / best[1] - 1) < CONVERGENCE
+
+
+@pytest.mark.parametrize("name", get_args(Retraction))
+def test_gradients_vanish_at_the_optima(name):
+    with jax.enable_x64(True):
+        matrix, values, target, start = two_problems("float64")
+        tx = ml.riemannian(optax.sgd(0.05, 0.9), ml.Stiefel(name), transport=True)
+        points = train(tx, start, lambda p: -sum(gains(p, matrix, target)), 2 * LONG)
+    x, y = points["eigenspace"][-1], points["procrustes"][-1]
+    assert np.linalg.norm(matrix @ x - x @ (x.T @ matrix @ x)) < 1e-10
+    assert np.linalg.norm(projected(y, target)) < 1e-10
+    assert abs(np.trace(x.T @ matrix @ x) - values[:3].sum()) < FLOAT64 * 10
+    np.testing.assert_allclose(y, reference.polar(target), atol=1e-9)
 
 
 def test_stiefel_lora_finds_the_best_low_rank_approximation():
