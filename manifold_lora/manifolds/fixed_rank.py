@@ -40,7 +40,8 @@ class FixedRank(Manifold):
     with its Euclidean metric. No m×n matrix is ever formed. The manifold ends where
     S becomes singular: to start from the zero matrix use `BoundedRank`, or S = s₀I.
     Where the three factors are to be free of each other, as in StelLA, use
-    `Stiefel` on u and v.
+    `Stiefel` on u and v. Weight decay belongs on s alone, as `loram` has it: on u
+    and v it would be folded into M.
 
     Args:
         retraction: "truncation" (the default), the best approximation of rank r to
