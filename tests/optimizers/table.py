@@ -117,6 +117,7 @@ each_on_manifolds = over(*(name for name, row in OPTIMIZERS.items() if row.free)
 
 
 @functools.cache
+@jax.enable_x64(False)  # whichever test asks first
 def problem(manifold, layers=2):
     """A free matrix, stacked points and a free vector, with two gradients."""
     rng = np.random.default_rng(0)
