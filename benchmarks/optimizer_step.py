@@ -5,7 +5,7 @@
 All seven linears, 32 layers, rank 16, float32, jitted and donated. Ratios of medians,
 taken in turn in one run, against plain Optax on the same tree; where torch and geoopt
 are installed (the [peers] extra) against them as well. Nothing in it depends on the
-device: on a GPU it runs unchanged. About four minutes on two cores.
+device: on a GPU it runs unchanged. Needs the [test] extra; four minutes on two cores.
 """
 
 import argparse
