@@ -1,10 +1,10 @@
 """Parametrisations of ΔW, their factors' manifolds, and how they enter a model.
 
 One file a method, the same members in the same order: `manifolds`, `start`,
-`scale`, `__call__`, `weight`, `fuse`.
+`delta`, `pair`; what they share is in `low_rank.py`.
 """
 
-from manifold_lora.adapters.attach import METHODS as METHODS
+from manifold_lora.adapters.attach import adapter_class as adapter_class
 from manifold_lora.adapters.attach import adapters as adapters
 from manifold_lora.adapters.attach import attach as attach
 from manifold_lora.adapters.attach import factors as factors

@@ -1,5 +1,6 @@
 """Adapters into a model, and the trees that the optimiser sees."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,14 +14,22 @@ from manifold_lora.adapters.config import (
     lookup,
     matches_end,
 )
-from manifold_lora.adapters.lora import LoRALinear
-from manifold_lora.adapters.stiefel import StiefelLinear
-from manifold_lora.errors import InputError, nearest
+from manifold_lora.adapters.low_rank import LowRankLinear
+from manifold_lora.adapters.scaled import ScaledLinear
+from manifold_lora.errors import InputError
+from manifold_lora.manifolds import Manifold
+from manifold_lora.methods import find_method
 from manifold_lora.models import Linear
 
-METHODS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "stiefel": StiefelLinear}
 # A decoder's projections; anything called with (x, key) and a layer axis in front.
-PROJECTIONS = (Linear, LoRALinear)
+PROJECTIONS = (Linear, LowRankLinear, ScaledLinear)
+
+
+def adapter_class(method: str) -> type[LowRankLinear]:
+    """The class of a method's adapter; its file is imported on first use."""
+    file, _, name = find_method(method).adapter.partition(".")
+    module = importlib.import_module(f"manifold_lora.adapters.{file}")
+    return getattr(module, name)
 
 
 def projections(model: Any) -> Iterator[tuple[str, Any, str]]:
@@ -31,10 +40,16 @@ def projections(model: Any) -> Iterator[tuple[str, Any, str]]:
                 yield ".".join([*map(str, path), attribute]), module, attribute
 
 
-def adapters(model: Any) -> dict[str, LoRALinear]:
+def adapters(model: Any) -> dict[str, LowRankLinear]:
     """The adapted projections by name, such as "self_attn.q_proj"."""
-    found = ((name, getattr(parent, at)) for name, parent, at in projections(model))
-    return {name: module for name, module in found if isinstance(module, LoRALinear)}
+    found = {}
+    for name, parent, attribute in projections(model):
+        module = getattr(parent, attribute)
+        if isinstance(module, ScaledLinear):
+            module = module.adapter
+        if isinstance(module, LowRankLinear):
+            found[name] = module
+    return found
 
 
 def full_names(model: Any, name: str) -> list[str]:
@@ -55,8 +70,9 @@ def check_bare(model: Any) -> None:
 def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
     """Replace the targeted projections of a model by adapted ones, in place.
 
-    The base weights are shared, not copied or changed. Layers are stacked, so a
-    projection is adapted in all layers or in none.
+    The base weights are shared, not copied or changed. Layers are stacked: where
+    they differ in rank, or some are not adapted, the smaller ones are filled up to
+    the largest, which costs memory and changes nothing that is computed.
 
     Args:
         model: a `Llama` without adapters.
@@ -64,8 +80,8 @@ def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
         seed: of the random start.
 
     Raises:
-        InputError: for an unknown method, targets or pattern keys that match
-            nothing, layers that would differ, or a rank larger than a layer.
+        InputError: for targets or pattern keys that match nothing, or a rank larger
+            than a layer.
 
     Examples:
         >>> from flax import nnx
@@ -78,10 +94,6 @@ def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
         >>> ml.factors(model)["layers"]["self_attn"]["q_proj"]["b"].shape
         (2, 8, 2)
     """
-    if config.method not in METHODS:
-        raise InputError(
-            f"unknown method {config.method!r}. {nearest(config.method, METHODS)}"
-        )
     check_bare(model)
     sites = list(projections(model))
     names = [full for name, *_ in sites for full in full_names(model, name)]
@@ -93,39 +105,36 @@ def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
         check_names(what, getattr(config, what), names, matches_end)
 
     chosen = []
+    assert config.alpha is not None
     for index, (name, parent, attribute) in enumerate(sites):
         full = full_names(model, name)
-        if not _equal(
-            f"targets for {name}", [is_target(config.targets, n) for n in full]
-        ):
+        ranks = [
+            lookup(config.rank_pattern, n, config.rank)
+            if is_target(config.targets, n)
+            else 0
+            for n in full
+        ]
+        if not any(ranks):
             continue
-        ranks = [lookup(config.rank_pattern, n, config.rank) for n in full]
-        alphas = [lookup(config.alpha_pattern, n, config.alpha) for n in full]
         try:
-            adapter = METHODS[config.method](
+            adapter = adapter_class(config.method)(
                 getattr(parent, attribute),
-                rank=_equal(f"ranks of {name}", ranks),
-                alpha=_equal(f"alphas of {name}", alphas),
-                rslora=config.rslora,
-                dropout=config.dropout,
+                config,
+                ranks=ranks,
+                alphas=[lookup(config.alpha_pattern, n, config.alpha) for n in full],
                 key=jax.random.fold_in(jax.random.key(seed), index),
             )
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
         chosen.append((parent, attribute, adapter))
     for parent, attribute, adapter in chosen:
-        setattr(parent, attribute, adapter)
+        put(parent, attribute, adapter)
 
 
-def _equal(what: str, values: list[Any]) -> Any:
-    """The one value that all layers share."""
-    if len(set(values)) > 1:
-        shown = ", ".join(f"layer {i}: {value}" for i, value in enumerate(values))
-        raise InputError(
-            f"the {what} differ between layers ({shown}), but the layers of a module "
-            "are stacked and share them. Write the pattern for all layers."
-        )
-    return values[0]
+def put(parent: Any, attribute: str, adapter: LowRankLinear) -> None:
+    """Replace a projection by its adapter, with the diagonal scaling it asks for."""
+    scaled = adapter.config.diagonal_scaling
+    setattr(parent, attribute, ScaledLinear(adapter) if scaled else adapter)
 
 
 def factors(model: Any) -> dict[str, Any]:
@@ -158,14 +167,28 @@ def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def manifolds(model: Any) -> dict[str, Any]:
-    """The manifold of every factor, from the tag beside it; like `factors(model)`."""
+    """The manifold of every factor or group of coupled ones, from the tags beside them.
+
+    A prefix tree of `factors(model)`: where factors are the parts of one point, such as
+    u, s and v of `FixedRank`, their manifold stands in place of the dict of them.
+    """
     state = nnx.state(model, nnx.LoRAParam)
     tags = jax.tree.map(
         lambda variable: variable.manifold,
         state,
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
-    return nnx.to_pure_dict(tags)
+    return _coupled(nnx.to_pure_dict(tags))
+
+
+def _coupled(tags: Any) -> Any:
+    """The tree with one manifold for every dict of its parts."""
+    if isinstance(tags, Manifold):
+        return tags
+    first = next(iter(tags.values()), None)
+    if isinstance(first, Manifold) and first.is_point(tags):
+        return first
+    return {key: _coupled(below) for key, below in tags.items()}
 
 
 def split(model: Any) -> tuple[Callable[..., Any], dict[str, Any], Any]:
@@ -200,5 +223,5 @@ def merge(model: Any) -> None:
     """
     for _, parent, attribute in list(projections(model)):
         module = getattr(parent, attribute)
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LowRankLinear | ScaledLinear):
             setattr(parent, attribute, module.fuse())

@@ -4,11 +4,18 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
-from manifold_lora.errors import InputError, nearest
+from manifold_lora.errors import InputError, check_choice, nearest
+from manifold_lora.methods import find_method, problems
 
 T = TypeVar("T")
+FixedA = Literal["random", "projection"]
+
+
+def _pattern() -> Any:
+    # Left out of the hash: a config stands in the static part of a module.
+    return dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +23,7 @@ class AdapterConfig:
     """The choice of an adapter, in the words of PEFT.
 
     Args:
-        method: one of `manifold_lora.adapters.METHODS`, such as "stiefel".
+        method: one of `manifold_lora.methods.METHODS`, such as "stiefel".
         rank: columns r of the factors.
         alpha: numerator of the scale; None takes 2·rank.
         rslora: scale by alpha/√r instead of alpha/r.
@@ -25,9 +32,15 @@ class AdapterConfig:
             regular expression for the whole name, "model.layers.0.self_attn.q_proj".
         rank_pattern: rank by module name or regular expression for the end of it.
         alpha_pattern: alpha likewise.
+        start: of the factors, one of the method's; None takes its first.
+        fixed_a: of "lora" and "stiefel": A is not trained, but fixed at "random", or
+            at a "projection" of the weight.
+        diagonal_s: of "stella": S is a diagonal.
+        diagonal_scaling: of "lora" and LoRAM: D₁ W D₂ + ΔW in place of W + ΔW.
 
     Raises:
-        InputError: for a value out of range.
+        InputError: for a value out of range, and for a method and an option that
+            exclude each other, all in one message.
 
     Examples:
         >>> AdapterConfig(method="lora", rank=8, targets=["q_proj", "v_proj"]).alpha
@@ -40,26 +53,47 @@ class AdapterConfig:
     rslora: bool = False
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = _pattern()
+    alpha_pattern: Mapping[str, float] = _pattern()
+    start: str | None = None
+    fixed_a: FixedA | None = None
+    diagonal_s: bool = False
+    diagonal_scaling: bool = False
 
     def __post_init__(self):
+        wrong = problems(self.method, vars(self))
+        if self.fixed_a is not None:
+            check_choice("AdapterConfig", "fixed_a", self.fixed_a, FixedA)
+        filled: dict[str, Any] = {}
         if self.alpha is None:
-            object.__setattr__(self, "alpha", 2 * self.rank)
+            filled["alpha"] = 2 * self.rank
+        filled["start"] = self.start or find_method(self.method).starts[0]
+        if not isinstance(self.targets, str):
+            filled["targets"] = tuple(self.targets)
+        for name, value in filled.items():
+            object.__setattr__(self, name, value)
         assert self.alpha is not None
-        problems = []
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
-                problems.append(f"rank must be at least 1, got {rank} for {name}")
+                wrong.append(f"rank must be at least 1, got {rank} for {name}")
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if not 0 < alpha < math.inf:
-                problems.append(f"alpha must be positive, got {alpha} for {name}")
+                wrong.append(f"alpha must be positive, got {alpha} for {name}")
         if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
+            wrong.append(f"dropout must be in [0, 1), got {self.dropout}")
         if not self.targets:
-            problems.append("targets must name at least one module")
-        if problems:
-            raise InputError("; ".join(problems) + ".")
+            wrong.append("targets must name at least one module")
+        if self.start == "orthogonal":
+            odd = [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]
+            if odd:
+                wrong.append(f"start orthogonal needs even ranks, got {odd[0]}")
+        if wrong:
+            raise InputError("; ".join(wrong) + ".")
+
+    def scale(self, rank: int) -> float:
+        """The s of ΔW without patterns: alpha/r, or alpha/√r with `rslora`."""
+        assert self.alpha is not None
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 def is_target(targets: str | Sequence[str], name: str) -> bool:

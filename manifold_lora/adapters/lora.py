@@ -1,97 +1,116 @@
 """LoRA: ΔW = s B Aᵀ with both factors free."""
 
 import math
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from manifold_lora.errors import InputError
+from manifold_lora.adapters.config import AdapterConfig
+from manifold_lora.adapters.low_rank import Arrays, LowRankLinear
+from manifold_lora.adapters.starts import orthonormal, singular_vectors, tall_shapes
 from manifold_lora.manifolds import Euclidean, Manifold
-from manifold_lora.models import Linear
 
 
-class LoRALinear(nnx.Module):
-    """A frozen linear layer and a trained low-rank update, y = W x + s B (Aᵀ x).
+class LoRALinear(LowRankLinear):
+    """y = W x + s B (Aᵀ x), with A (in, r) and B (out, r).
 
-    Both factors are tall and float32: `a` is ((layers,) in, r) and `b` is
-    ((layers,) out, r), so ΔW = s B Aᵀ is (out, in) as in the papers. The product is
-    computed in the dtype of x. B starts at zero, A uniform on ±1/√in as in PEFT, so
-    that the model starts as its base, bit for bit.
+    The starts, in PEFT's words:
 
-    A method with two factors is a subclass: its manifolds and its `start`.
+    - "kaiming": A uniform on ±1/√in, B = 0;
+    - "gaussian": A normal with deviation 1/r, B = 0;
+    - "orthogonal": A and B normal of deviation 1/10 on orthogonal halves of an r×r
+      basis, so that B Aᵀ = 0 to rounding; r must be even;
+    - "pissa": B Aᵀ the best approximation of W of rank r, divided by s;
+    - "olora": B and Aᵀ the first r columns and rows of Q and R in W = QR.
+
+    The last two would change the model. PEFT takes s B Aᵀ out of the base weight;
+    here the base stays as it is, and the start is kept as a fixed correction
+    −s B₀A₀ᵀ, exact and of rank 2r in an export. All but "orthogonal" begin as the
+    base, bit for bit.
+
+    With `fixed_a` only B is trained (the ablation of Stiefel-LoRA): A is the random
+    start, or WᵀP with a random orthonormal P (out, r), a projection of the weight.
 
     References:
         Hu et al., "LoRA", 2021, arXiv:2106.09685; Kalajdzievski, "Rank-stabilized
-        LoRA", 2023, arXiv:2312.03732, for the scale alpha/√r.
+        LoRA", 2023, arXiv:2312.03732, for the scale alpha/√r; Meng et al., "PiSSA",
+        2024, arXiv:2404.02948; Büyükakyüz, "OLoRA", 2024, arXiv:2406.01775.
     """
 
-    manifolds: ClassVar[dict[str, Manifold]] = {"a": Euclidean(), "b": Euclidean()}
-
-    def __init__(
-        self,
-        base: Linear,
-        *,
-        rank: int,
-        alpha: float,
-        rslora: bool = False,
-        dropout: float = 0.0,
-        key: jax.Array,
-    ):
-        limit = min(base.in_features, base.out_features)
-        if not 1 <= rank <= limit:
-            raise InputError(
-                f"rank {rank} does not fit a layer of {base.in_features} inputs and "
-                f"{base.out_features} outputs: it may be 1 to {limit}. Lower --rank, "
-                "or give this module its own in --rank-pattern."
-            )
-        self.base = base
-        self.rank = rank
-        self.alpha = alpha
-        self.rslora = rslora
-        self.dropout = dropout
-        batch = base.kernel.shape[:-2]
-        # Compiled once a shape: the loops inside a random point compile at every call.
-        a, b = jax.jit(self.start, static_argnums=(1, 2))(
-            key, (*batch, base.in_features, rank), (*batch, base.out_features, rank)
-        )
-        # The tag beside the factor is all that the optimiser needs to know.
-        self.a = nnx.LoRAParam(a, manifold=self.manifolds["a"])
-        self.b = nnx.LoRAParam(b, manifold=self.manifolds["b"])
+    @staticmethod
+    def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
+        """A and B are free; A is not trained where it is fixed."""
+        return free_a(config) | {"b": Euclidean()}
 
     @staticmethod
     def start(
-        key: jax.Array, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-    ) -> tuple[jax.Array, jax.Array]:
-        """The factors before the first step."""
+        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+    ) -> Arrays:
+        """A and B, and for "pissa" and "olora" the same again as "a0" and "b0"."""
+        a_shape, b_shape = tall_shapes(kernel, rank)
+        kind = config.start
+        if kind in ("pissa", "olora"):
+            a, b = _from_weight(kernel, rank, config)
+            return {"a": a, "b": b, "a0": a, "b0": b}
+        if kind == "orthogonal":
+            return _orthogonal(key, a_shape, b_shape)
+        b = jnp.zeros(b_shape, jnp.float32)
+        if config.fixed_a == "projection":
+            _, p = orthonormal(key, kernel, rank)
+            return {"a": jnp.matmul(kernel, p, precision="highest"), "b": b}
+        if kind == "gaussian":
+            return {"a": jax.random.normal(key, a_shape) / rank, "b": b}
         bound = 1 / math.sqrt(a_shape[-2])
         a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
-        return a, jnp.zeros(b_shape, jnp.float32)
+        return {"a": a, "b": b}
 
-    @property
-    def scale(self) -> float:
-        """The s of ΔW = s B Aᵀ: alpha/r, or alpha/√r with `rslora`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def delta(self, x: jax.Array) -> jax.Array:
+        """S B (Aᵀ x), less the fixed correction where there is one."""
+        y = self._product(x, "a", "b")
+        # Two products of one form: at the start they are equal to the last bit.
+        return y - self._product(x, "a0", "b0") if "a0" in self.names else y
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Shapes (…, in) to (…, out); `key` switches dropout on."""
-        y = self.base(x)
-        if key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), 0)
-        a = self.a[...].astype(x.dtype)
-        b = (self.scale * self.b[...]).astype(x.dtype)
-        return y + (x @ a) @ b.mT
+    def pair(self) -> tuple[jax.Array, jax.Array]:
+        """A and B themselves, or [A A₀] and [B −B₀]."""
+        a, b = self.inputs("a"), self.outputs("b")
+        if "a0" not in self.names:
+            return a, b
+        a0, b0 = self.inputs("a0"), self.outputs("b0")
+        return jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -1)
 
-    def weight(self) -> jax.Array:
-        """ΔW in float32, laid out as the kernel: ((layers,) in, out)."""
-        product = jnp.matmul(self.a[...], self.b[...].mT, precision="highest")
-        return self.scale * product
+    def _product(self, x: jax.Array, a: str, b: str) -> jax.Array:
+        scaled = self.scale[...][..., None, None] * self.outputs(b)
+        return (x @ self.inputs(a).astype(x.dtype)) @ scaled.astype(x.dtype).mT
 
-    def fuse(self) -> Linear:
-        """The plain layer with W + ΔW, summed in float32 and rounded once."""
-        kernel = self.base.kernel
-        fused = kernel[...].astype(jnp.float32) + self.weight()
-        kernel.set_value(fused.astype(kernel.dtype))
-        return self.base
+
+def free_a(config: AdapterConfig) -> dict[str, Manifold]:
+    """A is a free factor, unless it is fixed."""
+    return {} if config.fixed_a else {"a": Euclidean()}
+
+
+def _from_weight(
+    kernel: jax.Array, rank: int, config: AdapterConfig
+) -> tuple[jax.Array, jax.Array]:
+    if config.start == "olora":
+        q, r = jnp.linalg.qr(kernel.mT)
+        return r[..., :rank, :].mT, q[..., :rank]
+    v, sigma, u = singular_vectors(kernel)
+    root = jnp.sqrt(sigma[..., None, :rank] / config.scale(rank))
+    return v[..., :rank] * root, u[..., :rank] * root
+
+
+def _orthogonal(key: jax.Array, a_shape: tuple, b_shape: tuple) -> Arrays:
+    *batch, _, rank = a_shape
+    keys = jax.random.split(key, 3)
+    q, _ = jnp.linalg.qr(jax.random.normal(keys[0], (*batch, rank, rank)))
+    return {
+        name: jnp.matmul(
+            jax.random.normal(k, (*shape[:-1], rank // 2)) / 10,
+            half,
+            precision="highest",
+        )
+        for name, k, shape, half in (
+            ("a", keys[1], a_shape, q[..., 0::2, :]),
+            ("b", keys[2], b_shape, q[..., 1::2, :]),
+        )
+    }

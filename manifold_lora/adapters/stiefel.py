@@ -1,32 +1,48 @@
 """Stiefel-LoRA: ΔW = s B Aᵀ with orthonormal B and free A."""
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 
-from manifold_lora.adapters.lora import LoRALinear
-from manifold_lora.manifolds import Euclidean, Manifold, Stiefel
+from manifold_lora.adapters.config import AdapterConfig
+from manifold_lora.adapters.lora import LoRALinear, free_a
+from manifold_lora.adapters.low_rank import Arrays
+from manifold_lora.adapters.starts import random_point, tall_shapes
+from manifold_lora.manifolds import Manifold, Stiefel
 
 
 class StiefelLinear(LoRALinear):
-    """A frozen linear layer and an update whose B keeps orthonormal columns.
+    """y = W x + s B (Aᵀ x), with orthonormal columns of B (out, r).
 
     B stays on the Stiefel manifold, so that all r directions of the output are used
-    (entropy effective rank r) where LoRA's collapse. B starts orthonormal and
-    random, A at zero: the model starts as its base, bit for bit. Train it with
-    `manifold_lora.stiefel_lora`.
+    (entropy effective rank r) where LoRA's collapse. B starts as the Q of a random
+    matrix, uniform on the manifold, and A at zero: the model starts as its base, bit
+    for bit. Train it with `manifold_lora.stiefel_lora`.
+
+    The paper's ablations fix A, which then cannot be zero, so that the model does not
+    start as its base: `fixed_a="random"` takes LoRA's uniform A, "projection" takes
+    A = WᵀB of the starting B.
 
     References:
         "Riemannian optimization for LoRA on the Stiefel manifold", 2025,
-        arXiv:2508.17901.
+        arXiv:2508.17901, section 4.3 for the ablations.
     """
 
-    manifolds: ClassVar[dict[str, Manifold]] = {"a": Euclidean(), "b": Stiefel("qr")}
+    @staticmethod
+    def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
+        """B is on the Stiefel manifold; A is free, or not trained."""
+        return free_a(config) | {"b": Stiefel("qr")}
 
     @staticmethod
     def start(
-        key: jax.Array, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-    ) -> tuple[jax.Array, jax.Array]:
-        """A = 0, and B uniform on the Stiefel manifold."""
-        return jnp.zeros(a_shape, jnp.float32), Stiefel("qr").random_point(key, b_shape)
+        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+    ) -> Arrays:
+        """Orthonormal B, and A = 0 or the fixed one."""
+        a_shape, b_shape = tall_shapes(kernel, rank)
+        b = random_point(Stiefel("qr"), key, b_shape)
+        if config.fixed_a == "projection":
+            a = jnp.matmul(kernel, b, precision="highest")
+        elif config.fixed_a == "random":
+            a = LoRALinear.start(jax.random.fold_in(key, 1), kernel, rank, config)["a"]
+        else:
+            a = jnp.zeros(a_shape, jnp.float32)
+        return {"a": a, "b": b}

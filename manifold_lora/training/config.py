@@ -8,17 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from manifold_lora.errors import InputError, nearest
+from manifold_lora.methods import find_method
+from manifold_lora.methods import problems as exclusions
 
-# Rates of the papers, for models of billions of parameters.
-_METHOD = {
-    "lora": {"learning_rate": 2e-4, "free_learning_rate": 2e-4},
-    "stiefel": {"learning_rate": 0.1, "free_learning_rate": 2e-4},
-}
-# The small built-in base learns at higher rates than a large model.
-_BUILTIN_BASE = {
-    "lora": {"learning_rate": 5e-3, "free_learning_rate": 5e-3},
-    "stiefel": {"learning_rate": 0.03, "free_learning_rate": 5e-3},
-}
 _DATA = {"batch_size": 16, "sequence_length": 512, "packing": False}
 # The built-in examples are short and many.
 _BUILTIN_DATA = {"batch_size": 8, "sequence_length": 128, "packing": True}
@@ -36,7 +28,8 @@ class TrainConfig:
     out: Path | None = None  # run directory; None: runs/METHOD
     overwrite: bool = False  # replace a run with another configuration in --out
 
-    method: str = "stiefel"  # lora or stiefel
+    method: str = "stiefel"  # as listed by `manifold-lora methods`
+    adapter: Path | None = None  # directory of an adapter to go on from
     rank: int = 16  # columns of the factors
     alpha: float | None = None  # the update is scaled by alpha/rank; None: 2·rank
     rslora: bool = False  # scale by alpha/√rank instead
@@ -48,9 +41,25 @@ class TrainConfig:
     # alpha by module, likewise
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    # of constrained factors (of all, for lora); None: the method's
+    # of the factors before training: as listed by `manifold-lora methods`
+    start: str | None = None
+    # lora, stiefel: do not train A, but fix it
+    fixed_a: Literal["random", "projection"] | None = None
+    diagonal_s: bool = False  # stella: S is a diagonal
+    diagonal_scaling: bool = False  # lora, loram: D₁ W D₂ + ΔW; can only be merged
+    truncate_below: float | None = None  # loram_br: drop singular values on saving
+    project_on_export: bool = False  # landing: save the nearest point of the manifold
+
+    # of constrained factors, or of all (lora, stella, loram, landing); None: the
+    # method's
     learning_rate: float | None = None
-    free_learning_rate: float | None = None  # of the others; None: the method's
+    # of the free factors, stiefel only; None: the method's
+    free_learning_rate: float | None = None
+    lora_plus_ratio: float | None = None  # lora, dora: B's rate over A's; None: 1
+    # loram: None: row
+    second_moment: Literal["row", "coordinate", "scalar"] | None = None
+    nuclear_decay: float | None = None  # loram_br: λ, off every singular value a step
+    attraction: float | None = None  # landing: μ, the pull to the manifold; None: 1
     optimizer: str = "adamw"  # any Optax optimiser by name
     weight_decay: float = 0.0  # decoupled; without effect on orthonormal factors
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
@@ -89,7 +98,6 @@ class ResolvedConfig(TrainConfig):
 
     alpha: float = 0.0
     learning_rate: float = 0.0
-    free_learning_rate: float = 0.0
     batch_size: int = 0
     sequence_length: int = 0
     packing: bool = False
@@ -105,8 +113,15 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     Raises:
         InputError: all values out of range, in one message.
     """
-    rates = _BUILTIN_BASE if config.model is None else _METHOD
-    filled: dict[str, Any] = dict(rates.get(config.method, {}))
+    method = find_method(config.method)
+    filled: dict[str, Any] = {
+        "learning_rate": method.rate,
+        "free_learning_rate": method.free_rate,
+        "start": method.starts[0],
+    }
+    if config.model is None:  # the small base learns at higher rates
+        filled["learning_rate"] = method.builtin_rate
+        filled["free_learning_rate"] = method.builtin_free_rate
     filled |= _BUILTIN_DATA if config.data is None else _DATA
     filled["alpha"] = 2 * config.rank
     if config.steps is None and config.epochs is None:
@@ -116,12 +131,12 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     missing = {k: v for k, v in filled.items() if given[k] is None}
     resolved = ResolvedConfig(**given | missing)
 
-    problems = []
+    problems = exclusions(config.method, vars(config))
     for name, least in _AT_LEAST.items():
         value = getattr(resolved, name)
         if value is not None and not value >= least:
             problems.append(f"{_flag(name)} must be at least {least}, got {value}")
-    for name in ("learning_rate", "free_learning_rate", "alpha"):
+    for name in _POSITIVE:
         value = getattr(resolved, name)
         if value is not None and not 0 < value < float("inf"):
             problems.append(f"{_flag(name)} must be a positive number, got {value}")
@@ -139,7 +154,16 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     return resolved
 
 
+_POSITIVE = (
+    "learning_rate",
+    "free_learning_rate",
+    "alpha",
+    "lora_plus_ratio",
+    "attraction",
+)
 _AT_LEAST = {
+    "nuclear_decay": 0,
+    "truncate_below": 0,
     "rank": 1,
     "weight_decay": 0,
     "warmup_steps": 0,

@@ -20,7 +20,14 @@ from manifold_lora.data.tokens import Example
 from manifold_lora.evaluation.heldout import answer, complete
 from manifold_lora.models import Llama
 from manifold_lora.training.config import ResolvedConfig
-from manifold_lora.training.run import ADAPTER, METRICS, PICTURE, SETTINGS, SUMMARY
+from manifold_lora.training.run import (
+    ADAPTER,
+    MERGED,
+    METRICS,
+    PICTURE,
+    SETTINGS,
+    SUMMARY,
+)
 from manifold_lora.training.setup import Data
 
 
@@ -37,7 +44,7 @@ def show_plan(
     base = sum(module.base.kernel.size for module in adapters(model).values())
     report = data.report
     rates = f"{config.learning_rate:g}"
-    if config.method != "lora":
+    if config.free_learning_rate is not None:
         rates += f" constrained, {config.free_learning_rate:g} free"
     rows = {
         "model": f"{config.model or 'built in'}: {shape.num_hidden_layers} layers of "
@@ -76,13 +83,23 @@ def show_result(console: Console, out: Path, summary: dict[str, Any]) -> None:
         "giving the commonest answer",
         "held-out loss": f"{summary['loss_after']:.4f} after, "
         f"{summary['loss_before']:.4f} before",
-        "largest distance from a manifold": f"{summary['largest_residual']:.1e}",
+        "distance from the manifold": f"{summary['largest_residual']:.1e} at most, "
+        f"{summary['last_residual']:.1e} at the end",
         "seconds": f"{summary['seconds']:.0f}",
-        "adapter": f"{out / ADAPTER}/ (PEFT, {kept})",
+        "adapter": f"{out / ADAPTER}/ (PEFT, {kept})"
+        if (out / ADAPTER).exists()
+        else f"{out / MERGED}/ (the whole model, {kept})",
         "also": ", ".join(str(out / n) for n in (METRICS, SETTINGS, PICTURE, SUMMARY)),
     }
     if summary["least_effective_rank"] is not None:
         rows["least effective rank"] = f"{summary['least_effective_rank']:.4f}"
+    if "loss_exported" in summary:
+        rows["as exported"] = (
+            f"held-out loss {summary['loss_exported']:.4f}, accuracy "
+            f"{summary['accuracy_exported']:.3f}, ranks "
+            f"{', '.join(map(str, summary['ranks_exported']))}, "
+            f"{summary['energy_discarded']:.2%} of the energy discarded"
+        )
     _show(console, "Result", rows)
 
 

@@ -2,7 +2,10 @@
 
 import json
 import math
+import shutil
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from manifold_lora.adapters import manifolds, set_factors, split
-from manifold_lora.adapters.attach import METHODS
-from manifold_lora.checkpoints.huggingface import read_llama_config
+from manifold_lora.adapters import adapters, manifolds, merge, set_factors, split
+from manifold_lora.adapters.exported import as_exported
+from manifold_lora.checkpoints.huggingface import read_llama_config, save_llama
 from manifold_lora.checkpoints.peft import save_adapter
 from manifold_lora.data.batches import evaluation_batches, padded_length
 from manifold_lora.data.builtin import BASE
 from manifold_lora.data.preview import show_batch
 from manifold_lora.data.tokens import load_tokenizer
-from manifold_lora.errors import InputError, nearest
 from manifold_lora.evaluation.heldout import Evaluation, majority, make_evaluate
 from manifold_lora.evaluation.plots import plot_loss
 from manifold_lora.training.config import ResolvedConfig, TrainConfig, resolve
@@ -31,7 +33,9 @@ from manifold_lora.training.display import (
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.run import (
     ADAPTER,
+    MERGED,
     PICTURE,
+    START,
     SUMMARY,
     Metrics,
     finished,
@@ -63,9 +67,6 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     """
     console = console or Console()
     began = time.perf_counter()
-    if config.method not in METHODS:
-        hint = nearest(config.method, METHODS)
-        raise InputError(f"unknown --method {config.method!r}. {hint}")
     config = resolve(config)
     if not config.show_batch and (summary := finished(config)):
         console.print(
@@ -88,7 +89,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     rebuild, factors, frozen = split(model)
     tags = manifolds(model)
     steps = total_steps(config, data)
-    tx, schedule = build_optimizer(config, tags, steps)
+    tx, schedule = build_optimizer(config, tags, steps, model.config.hidden_size)
     step = make_step(rebuild, tx, tags, config.accumulate)
     evaluate = make_evaluate(rebuild)
     held_out = list(
@@ -106,12 +107,23 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     every = config.eval_every or -(-steps // 4)
     state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(config.seed))
     best_step = waited = tokens = number = 0
+    now: dict[str, float] = {}
     largest_residual = 0.0
 
-    def keep(factors: Any) -> None:
+    export = partial(
+        as_exported,
+        model,
+        project=config.project_on_export,
+        truncate_below=config.truncate_below,
+    )
+
+    def keep(factors: Any, name: str = ADAPTER) -> None:
         set_factors(model, jax.tree.map(jnp.copy, factors))  # the step donates its own
+        if config.diagonal_scaling:  # which no adapter file can hold
+            return
         base_id = config.base_id or str(config.model or BASE)
-        save_adapter(model, out / ADAPTER, base_id=base_id)
+        with export():
+            save_adapter(model, out / name, base_id=base_id)
 
     with Metrics(out, config) as metrics, progress_bar(console) as bar:
 
@@ -125,6 +137,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
             return found
 
         task = bar.add_task("", total=steps, loss=math.nan, lr=0.0, speed=0.0)
+        keep(state.factors, START)
         keep(state.factors)
         before = best = look(0, state.factors)
         for number, batch in zip(range(1, steps + 1), feed, strict=False):
@@ -140,9 +153,9 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
             if not math.isfinite(now["loss"]) or not math.isfinite(now["grad_norm"]):
                 raise Diverged(
                     f"At step {number} the loss is {now['loss']} and the gradient norm "
-                    f"{now['grad_norm']}. {out / ADAPTER}/ keeps the adapter of step "
-                    f"{best_step} (held-out loss {best.loss:.4f}). Lower "
-                    "--learning-rate or --clip, or lengthen --warmup-steps."
+                    f"{now['grad_norm']}. {save_kept(config, model, out)}/ keeps what "
+                    f"was best, of step {best_step} (held-out loss {best.loss:.4f}). "
+                    "Lower --learning-rate or --clip, or lengthen --warmup-steps."
                 )
             tokens += here
             largest_residual = max(largest_residual, now["residual"])
@@ -174,13 +187,38 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         "loss_before": before.loss,
         "loss_after": best.loss,
         "largest_residual": largest_residual,
+        "last_residual": now["residual"],
         "least_effective_rank": min(effective_ranks(model), default=None),
         "trainable_parameters": trainable,
     }
+    if config.project_on_export or config.truncate_below is not None:
+        with export() as discarded:
+            rebuild, factors, frozen = split(model)
+            found = make_evaluate(rebuild)(factors, frozen, held_out)
+            summary |= {
+                "loss_exported": found.loss,
+                "accuracy_exported": found.accuracy,
+                "energy_discarded": discarded,
+                "ranks_exported": sorted(
+                    {r for m in adapters(model).values() for r in m.ranks}
+                ),
+            }
+    save_kept(config, model, out)
     text = json.dumps(summary, indent=2) + "\n"
     (out / SUMMARY).write_text(text, encoding="utf-8")
     show_result(console, out, summary)
     return summary
+
+
+def save_kept(config: ResolvedConfig, model: Any, out: Path) -> Path:
+    """Where the best adapter is; one that can only be merged is merged and written."""
+    if not config.diagonal_scaling:
+        return out / ADAPTER
+    merge(model)
+    save_llama(model, out / MERGED)
+    for file in (config.model or BASE).glob("token*"):
+        shutil.copyfile(file, out / MERGED / file.name)
+    return out / MERGED
 
 
 def _better(config: ResolvedConfig, found: Evaluation, best: Evaluation) -> bool:

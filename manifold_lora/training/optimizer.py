@@ -2,18 +2,33 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import optax
 
 from manifold_lora.errors import InputError, nearest
-from manifold_lora.optimizers import stiefel_lora
+from manifold_lora.methods import METHODS
+from manifold_lora.optimizers import (
+    FactorSpec,
+    landing_adamw,
+    lora_plus,
+    loram,
+    stella,
+    stiefel_lora,
+)
 from manifold_lora.training.config import ResolvedConfig
 
 Inner = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 
 
-def build_schedule(config: ResolvedConfig, peak: float, steps: int) -> optax.Schedule:
+class Rates(NamedTuple):
+    """Peaks of the learning rates: numbers, or traced ones."""
+
+    constrained: Any  # of all factors, where there is no second rate
+    free: Any = None
+
+
+def build_schedule(config: ResolvedConfig, peak: Any, steps: int) -> optax.Schedule:
     """From 0 to the peak in the warm-up, then linear, cosine or constant to the end."""
     warmup = min(config.warmup_steps, steps - 1)
     rest = steps - warmup
@@ -55,17 +70,115 @@ def named_optimizer(name: str, weight_decay: float) -> Inner:
 
 
 def build_optimizer(
-    config: ResolvedConfig, manifolds: Any, steps: int
+    config: ResolvedConfig,
+    manifolds: Any,
+    steps: int,
+    hidden_size: int,
+    rates: Rates | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Clipping and the method's recipe, and the schedule of its main learning rate."""
-    inner = named_optimizer(config.optimizer, config.weight_decay)
-    rate = build_schedule(config, config.learning_rate, steps)
-    free_rate = build_schedule(config, config.free_learning_rate, steps)
-    recipe = {
-        "lora": lambda: inner(rate),
-        "stiefel": lambda: stiefel_lora(
-            rate, manifolds, free_learning_rate=free_rate, inner=inner
-        ),
-    }[config.method]()
+    """Clipping and the method's recipe, and the schedule of its main learning rate.
+
+    Args:
+        config: of the run.
+        manifolds: prefix tree of the factors.
+        steps: of the whole run, which the schedule needs.
+        hidden_size: the model's width, for StelLA's scale.
+        rates: other peaks than the config's; may be traced.
+    """
+    rates = rates or Rates(config.learning_rate, config.free_learning_rate)
+    rate = build_schedule(config, rates.constrained, steps)
+    free_rate = None
+    if rates.free is not None:
+        free_rate = build_schedule(config, rates.free, steps)
+    recipe = RECIPES[METHODS[config.method].recipe]
+    tx = recipe(config, Setting(manifolds, rate, free_rate, hidden_size))
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    return optax.chain(*clip, recipe), rate
+    return optax.chain(*clip, tx), rate
+
+
+def with_rates(
+    build: Callable[[Rates], optax.GradientTransformation], example: Rates
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser that takes its learning rates as an argument `rates` of `update`.
+
+    Compiled once, it serves runs at any rates. The state does not depend on them:
+    `example` is only there to make it.
+    """
+
+    def update(updates, state, params=None, **extra_args):
+        return build(extra_args["rates"]).update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(build(example).init, update)
+
+
+class Setting(NamedTuple):
+    """What a recipe is made of, beside the configuration."""
+
+    manifolds: Any
+    rate: optax.Schedule
+    free_rate: optax.Schedule | None
+    hidden_size: int
+
+
+def _inner(config: ResolvedConfig) -> Inner:
+    return named_optimizer(config.optimizer, config.weight_decay)
+
+
+def _adamw(config: ResolvedConfig, given: Setting) -> optax.GradientTransformation:
+    inner = _inner(config)
+    if config.lora_plus_ratio is None:
+        return inner(given.rate)
+    ratio = config.lora_plus_ratio
+    return lora_plus(given.rate, FactorSpec(), ratio=ratio, inner=inner)
+
+
+def _stiefel_lora(config: ResolvedConfig, given: Setting):
+    assert given.free_rate is not None
+    return stiefel_lora(
+        given.rate,
+        given.manifolds,
+        free_learning_rate=given.free_rate,
+        inner=_inner(config),
+    )
+
+
+def _stella(config: ResolvedConfig, given: Setting):
+    return stella(
+        given.rate,
+        given.manifolds,
+        hidden_size=given.hidden_size,
+        inner=_inner(config),
+    )
+
+
+def _loram(config: ResolvedConfig, given: Setting):
+    return loram(
+        given.rate,
+        given.manifolds,
+        second_moment=config.second_moment or "row",
+        weight_decay=config.weight_decay,
+        nuclear_decay=config.nuclear_decay or 0.0,
+    )
+
+
+def _landing_adamw(config: ResolvedConfig, given: Setting):
+    # Its own AdamW decays the free factors only.
+    inner = None if config.optimizer == "adamw" else _inner(config)
+    return landing_adamw(
+        given.rate,
+        given.manifolds,
+        attraction=config.attraction or 1.0,
+        weight_decay=config.weight_decay,
+        inner=inner,
+    )
+
+
+RECIPES: dict[
+    str, Callable[[ResolvedConfig, Setting], optax.GradientTransformation]
+] = {
+    "adamw": _adamw,
+    "stiefel_lora": _stiefel_lora,
+    "stella": _stella,
+    "loram": _loram,
+    "landing_adamw": _landing_adamw,
+}

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import tomli_w
 from manifold_lora.errors import InputError
 from manifold_lora.training.config import ResolvedConfig, as_toml
 
-SUMMARY, SETTINGS, METRICS, ADAPTER, PICTURE = (
+SUMMARY, SETTINGS, METRICS, ADAPTER, START, MERGED, PICTURE = (
     "summary.json",
     "config.toml",
     "metrics.jsonl",
     "adapter",
+    "start",  # the adapter before the first step
+    "merged",  # the whole model, of an adapter that can only be merged
     "loss.png",
 )
 
@@ -66,6 +69,7 @@ def open_run(config: ResolvedConfig) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for name in (SUMMARY, METRICS, PICTURE):
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / MERGED, ignore_errors=True)
     (out / SETTINGS).write_text(tomli_w.dumps(as_toml(config)), encoding="utf-8")
     return out
 

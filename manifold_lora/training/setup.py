@@ -8,13 +8,13 @@ import numpy as np
 
 from manifold_lora.adapters import AdapterConfig, adapters, attach
 from manifold_lora.checkpoints.huggingface import load_llama
+from manifold_lora.checkpoints.peft import load_adapter
 from manifold_lora.data.batches import batches, padded_length
 from manifold_lora.data.builtin import BASE, builtin_records
 from manifold_lora.data.records import Record, read_records
 from manifold_lora.data.tokens import Example, Report, encode
 from manifold_lora.errors import InputError
 from manifold_lora.evaluation.diagnostics import effective_rank
-from manifold_lora.manifolds import Euclidean
 from manifold_lora.models import Llama
 from manifold_lora.training.config import ResolvedConfig
 
@@ -76,27 +76,51 @@ def adapter_config(config: ResolvedConfig) -> AdapterConfig:
         targets=config.targets[0] if single else list(config.targets),
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
+        start=config.start,
+        fixed_a=config.fixed_a,
+        diagonal_s=config.diagonal_s,
+        diagonal_scaling=config.diagonal_scaling,
     )
 
 
-def effective_ranks(model: Llama) -> list[float]:
-    """The effective rank of every constrained factor, layer by layer."""
-    ranks: list[float] = []
-    for module in adapters(model).values():
-        for name, manifold in module.manifolds.items():
-            if not isinstance(manifold, Euclidean):
-                ranks += effective_rank(np.asarray(getattr(module, name)[...])).tolist()
-    return ranks
-
-
-def load_model(config: ResolvedConfig) -> Llama:
-    """The base in the dtype of the run, with its adapter attached."""
+def load_base(config: ResolvedConfig) -> Llama:
+    """The base in the dtype of the run, without an adapter."""
     on_cpu = jax.default_backend() == "cpu"
     dtype = config.dtype or ("float32" if on_cpu else "bfloat16")
     model = load_llama(config.model or BASE, jnp.dtype(dtype))
     model.remat = config.remat
-    attach(model, adapter_config(config), config.seed)
     return model
+
+
+def load_model(config: ResolvedConfig) -> Llama:
+    """The base with a new adapter attached, or the one to go on from."""
+    model = load_base(config)
+    if config.adapter is None:
+        attach(model, adapter_config(config), config.seed)
+        return model
+    load_adapter(model, config.adapter)
+    found, needed = next(iter(adapters(model).values())).config, adapter_config(config)
+    differing = [
+        f"{name}: found {getattr(found, name)}, needed {getattr(needed, name)}"
+        for name in ("method", "rank", "alpha", "rslora", "fixed_a", "diagonal_s")
+        if getattr(found, name) != getattr(needed, name)
+    ]
+    if differing:
+        raise InputError(
+            f"--adapter {config.adapter} is of another kind than the run asks for "
+            f"({'; '.join(differing)}). Give the run the settings found, or leave "
+            "--adapter out to begin anew."
+        )
+    return model
+
+
+def effective_ranks(model: Llama) -> list[float]:
+    """The effective rank of B in ΔW = s B Aᵀ, layer by layer."""
+    ranks: list[float] = []
+    for module in adapters(model).values():
+        _, b = module.pair()
+        ranks += effective_rank(np.asarray(b)).tolist()
+    return ranks
 
 
 def training_batches(

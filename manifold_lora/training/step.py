@@ -33,7 +33,10 @@ def make_step(
     manifolds: Any,
     accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """The compiled step (state, frozen, batch) → (state, metrics); state is donated.
+    """The compiled step (state, frozen, batch, extra) → (state, metrics).
+
+    The state is donated; `extra`, if given, is a dict of further arguments of the
+    optimiser's `update`, such as the rates of `optimizer.with_rates`.
 
     A batch passes through memory in `accumulate` equal parts. The gradients of the
     summed losses are added up and divided once by the number of targets of the whole
@@ -54,8 +57,12 @@ def make_step(
         loss = token_loss(rebuild(factors, frozen), part, key)
         return loss.nll.sum(), loss.mask.sum()
 
+    tx = optax.with_extra_args_support(tx)
+
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, frozen: Any, batch: dict[str, Array]):
+    def step(
+        state: TrainState, frozen: Any, batch: dict[str, Array], extra: Any = None
+    ):
         key, *keys = jax.random.split(state.key, accumulate + 1)
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
 
@@ -73,7 +80,9 @@ def make_step(
         count = jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
 
-        updates, opt_state = tx.update(grads, state.opt_state, state.factors)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.factors, **(extra or {})
+        )
         factors = optax.apply_updates(state.factors, updates)
         metrics = {
             "loss": nll / count,

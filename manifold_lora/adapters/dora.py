@@ -1,0 +1,98 @@
+"""DoRA: the magnitude of every output by itself, and LoRA for the direction."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from manifold_lora.adapters.config import AdapterConfig
+from manifold_lora.adapters.lora import LoRALinear
+from manifold_lora.adapters.low_rank import Arrays
+from manifold_lora.manifolds import Euclidean, Manifold
+from manifold_lora.models import Linear
+
+
+class DoRALinear(LoRALinear):
+    """y = m ⊙ (W x + s B Aᵀ x)/‖W + s B Aᵀ‖, with a trained length m of every output.
+
+    The norm is that of a row of W + ΔW, over the inputs, and is a constant for the
+    gradient, as in PEFT. It is found without the sum, from what is known of a row i:
+
+        ‖W + sBAᵀ‖² = ‖W‖² + 2s (B ⊙ WA)·1 + s² (B AᵀA ⊙ B)·1
+
+    so that it costs what a product with A costs, and equals m to the last bit as long
+    as the update is zero: the model starts as its base. m starts at ‖W‖. Dropout acts
+    on the update alone. `pair` and the factors A and B are LoRA's; the weight of the
+    whole layer is not W plus a matrix of low rank, so it exports as PEFT's DoRA.
+
+    References:
+        Liu et al., "DoRA: Weight-decomposed low-rank adaptation", 2024,
+        arXiv:2402.09353, section 4.3 for the constant norm.
+    """
+
+    m: nnx.LoRAParam
+
+    def __init__(self, base: Linear, config: AdapterConfig, **options: Any):
+        super().__init__(base, config, **options)
+        self.m0 = nnx.Variable(row_norms(base.kernel[...]))
+
+    @staticmethod
+    def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
+        """A, B and m are free."""
+        return {"a": Euclidean(), "b": Euclidean(), "m": Euclidean()}
+
+    @staticmethod
+    def start(
+        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+    ) -> Arrays:
+        """LoRA's A and B, and m = ‖W‖."""
+        return LoRALinear.start(key, kernel, rank, config) | {"m": row_norms(kernel)}
+
+    def delta(self, x: jax.Array) -> jax.Array:
+        """(m/‖W + sBAᵀ‖) ⊙ s B Aᵀ x: the second part of y."""
+        return self._gain().astype(x.dtype) * super().delta(x)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Shapes (…, in) to (…, out); `key` switches dropout on."""
+        y = self.base(x)
+        linear = y if self.base.bias is None else y - self.base.bias[...]
+        gain = self._gain().astype(x.dtype)
+        return y + (gain - 1) * linear + self.delta(self.dropped(x, key))
+
+    def weight(self) -> jax.Array:
+        """The change of the whole layer, float32 ((layers,) in, out)."""
+        kernel = self.base.kernel[...].astype(jnp.float32)
+        return self._gain()[..., None, :] * (kernel + super().weight()) - kernel
+
+    def fuse(self) -> Linear:
+        """The plain layer m ⊙ (W + sBAᵀ)/‖·‖, in float32 and rounded once."""
+        kernel = self.base.kernel
+        total = kernel[...].astype(jnp.float32) + super().weight()
+        kernel.set_value((self._gain()[..., None, :] * total).astype(kernel.dtype))
+        return self.base
+
+    def export(self, layer: int) -> dict[str, np.ndarray]:
+        """LoRA's two tensors and the magnitudes."""
+        m = np.asarray(self.m[...]).reshape(-1, self.base.out_features)[layer]
+        return super().export(layer) | {"lora_magnitude_vector": m}
+
+    def _gain(self) -> jax.Array:
+        """M over the norm of the rows, ((layers,) out)."""
+        a, b = jax.lax.stop_gradient(self.pair())
+        s = self.scale[...][..., None]
+        kernel = self.base.kernel[...].astype(jnp.float32)
+        wa = jnp.matmul(kernel.mT, a, precision="highest")  # (out, r)
+        gram = jnp.matmul(a.mT, a, precision="highest")
+        bgram = jnp.matmul(b, gram, precision="highest")
+        m0 = self.m0[...]
+        change = 2 * s * jnp.sum(b * wa, -1) + s**2 * jnp.sum(b * bgram, -1)
+        # Rounding leaves at least this much of a row that the update takes away.
+        square = jnp.maximum(1 + change / m0**2, 1e-12)
+        return self.m[...] / m0 / jnp.sqrt(square)
+
+
+def row_norms(kernel: jax.Array) -> jax.Array:
+    """The length of every row of W, from the kernel Wᵀ."""
+    return jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)

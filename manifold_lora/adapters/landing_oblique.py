@@ -1,0 +1,36 @@
+"""Manifold-LoRA with the columns of B attracted to length 1."""
+
+import jax
+import jax.numpy as jnp
+
+from manifold_lora.adapters.config import AdapterConfig
+from manifold_lora.adapters.lora import LoRALinear
+from manifold_lora.adapters.low_rank import Arrays
+from manifold_lora.adapters.starts import random_point, tall_shapes
+from manifold_lora.manifolds import Euclidean, Manifold, Oblique
+
+
+class LandingObliqueLinear(LoRALinear):
+    """y = W x + s B (Aᵀ x), with columns of B pulled to length 1, in any directions.
+
+    The weaker constraint of Manifold-LoRA ("sphere" in its tables): columns may
+    become parallel. Otherwise as `LandingStiefelLinear`.
+
+    References:
+        "Retraction-free optimization over the Stiefel manifold with application to
+        the LoRA fine-tuning" (Manifold-LoRA), 2024, algorithm 1.
+    """
+
+    @staticmethod
+    def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
+        """A is free, B near the oblique manifold."""
+        return {"a": Euclidean(), "b": Oblique()}
+
+    @staticmethod
+    def start(
+        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+    ) -> Arrays:
+        """Random columns of length 1 in B, and A = 0."""
+        a_shape, b_shape = tall_shapes(kernel, rank)
+        b = random_point(Oblique(), key, b_shape)
+        return {"a": jnp.zeros(a_shape, jnp.float32), "b": b}

@@ -1,0 +1,120 @@
+"""LoRAM-FR: ΔW = s U S Vᵀ on the matrices of fixed rank."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from manifold_lora.adapters.config import AdapterConfig
+from manifold_lora.adapters.low_rank import Arrays
+from manifold_lora.adapters.starts import orthonormal
+from manifold_lora.adapters.three_factors import ThreeFactorLinear
+from manifold_lora.manifolds import FixedRank, Manifold
+
+S0 = 0.01  # of the start S = s₀I
+
+
+class LoRAMFixedLinear(ThreeFactorLinear):
+    """y = W x + s U S (Vᵀ x), moved as one matrix of rank r by `manifold_lora.loram`.
+
+    Its "gradients" are not those of the chain rule: see `fixed_rank_product`. Use them
+    with `manifold_lora.loram` or `riemannian`, not with a plain optimiser.
+
+    The starts, both with uniform U and V:
+
+    - "identity": S = s₀I with a small s₀: a point of the manifold, whose ΔW is small
+      but not zero;
+    - "zero": S = 0, the paper's, where the model starts as its base, bit for bit. It
+      is no point of the manifold, and only the retraction by truncation leaves it,
+      which calls LAPACK and may hang on small CPUs (see `FixedRank.retract`).
+
+    References:
+        Jiang, Wang & Stich, "LoRAM: Low-rank adaptation of large language models on
+        manifold", 2025, algorithms 1 to 4.
+    """
+
+    @staticmethod
+    def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
+        """U, S and V are one point."""
+        manifold = FixedRank("truncation" if config.start == "zero" else "orthographic")
+        return dict.fromkeys(("u", "s", "v"), manifold)
+
+    @staticmethod
+    def start(
+        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+    ) -> Arrays:
+        """U, S and V."""
+        v, u = orthonormal(key, kernel, rank)
+        size = 0.0 if config.start == "zero" else S0
+        s = jnp.broadcast_to(size * jnp.eye(rank), (*kernel.shape[:-2], rank, rank))
+        return {"u": u, "s": s, "v": v}
+
+    def delta(self, x: jax.Array) -> jax.Array:
+        """S U S (Vᵀ x), with the pair of `fixed_rank_product` for a gradient."""
+        u, s, v = self.outputs("u"), self.s[...], self.inputs("v")
+        return fixed_rank_product(x, self.scale[...], u, s, v)
+
+
+@jax.custom_vjp
+def fixed_rank_product(
+    x: jax.Array, scale: jax.Array, u: jax.Array, s: jax.Array, v: jax.Array
+) -> jax.Array:
+    """Y = scale · x V Sᵀ Uᵀ, whose gradients are those that `FixedRank` needs.
+
+    With G = ∂f/∂(U S Vᵀ) the gradients of u, s and v are **G V, UᵀG V and GᵀU**, and
+    not the chain rule's G V Sᵀ, UᵀG V and GᵀU S, which carry a factor S and vanish at
+    S = 0. They are linear in G, so that clipping, accumulation and sums over devices
+    stay valid, and no m×n matrix is formed. G includes the scale. The gradient of x is
+    the chain rule's; scale has none.
+
+    Args:
+        x: (…, in) in the dtype of the products.
+        scale: of ΔW, a number.
+        u: (out, r) float32.
+        s: (r, r) float32.
+        v: (in, r) float32.
+
+    Returns:
+        (…, out) in the dtype of x.
+
+    References:
+        LoRAM, algorithm 2, without its extra parameters.
+    """
+    return _product(x, scale, u, s, v)
+
+
+def _product(x: Any, scale: Any, u: Any, s: Any, v: Any) -> jax.Array:
+    dtype = x.dtype
+    y = (x @ v.astype(dtype)) @ s.astype(dtype).mT
+    return y @ (scale * u).astype(dtype).mT
+
+
+def _forward(*arguments: jax.Array) -> tuple[jax.Array, tuple]:
+    return _product(*arguments), arguments
+
+
+def _backward(arguments: tuple, dy: jax.Array) -> tuple:
+    x, scale, u, s, v = arguments
+    # The context of the forward pass, which set the precision, is gone here.
+    precision = "highest" if x.dtype == jnp.float32 else None
+
+    def times(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.matmul(a, b.astype(a.dtype), precision=precision)
+
+    def summed(a: jax.Array, b: jax.Array) -> jax.Array:
+        """AᵀB over all tokens, in float32."""
+        return jnp.einsum(
+            "...m,...r->mr",
+            a,
+            b,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    xv, dyu = times(x, v), times(dy, scale * u)
+    dx = times(times(dyu, s), v.mT)
+    gv = scale * summed(dy, xv)
+    return dx, jnp.zeros_like(scale), gv, summed(dyu, xv), summed(x, dyu)
+
+
+fixed_rank_product.defvjp(_forward, _backward)

@@ -1,0 +1,43 @@
+"""The diagonal scaling D₁ W D₂ + ΔW around another adapter."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from manifold_lora.adapters.low_rank import LowRankLinear
+from manifold_lora.manifolds import Euclidean
+from manifold_lora.models import Linear
+
+
+class ScaledLinear(nnx.Module):
+    """y = D₁ W D₂ x + ΔW x, with trained diagonals that start at I.
+
+    LoRAM proposes it for any method. D₁ and D₂ are vectors "d1" ((layers,) out) and
+    "d2" ((layers,) in) beside the wrapped adapter, and free. The result is not W plus
+    a matrix of low rank: it can be merged, but PEFT has no form for it.
+
+    References:
+        Jiang, Wang & Stich, "LoRAM", 2025, "Diagonal scaling".
+    """
+
+    def __init__(self, adapter: LowRankLinear):
+        self.adapter = adapter
+        *batch, n, m = adapter.base.kernel.shape
+        self.d1 = nnx.LoRAParam(jnp.ones((*batch, m)), manifold=Euclidean())
+        self.d2 = nnx.LoRAParam(jnp.ones((*batch, n)), manifold=Euclidean())
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Shapes (…, in) to (…, out); `key` switches dropout of ΔW on."""
+        base = self.adapter.base
+        y = base(self.d2[...].astype(x.dtype) * x)
+        bias = 0 if base.bias is None else base.bias[...]
+        y = self.d1[...].astype(x.dtype) * (y - bias) + bias
+        return y + self.adapter.delta(self.adapter.dropped(x, key))
+
+    def fuse(self) -> Linear:
+        """The plain layer with D₁ W D₂ + ΔW, in float32 and rounded once."""
+        kernel = self.adapter.base.kernel
+        scaled = self.d2[...][..., None] * kernel[...].astype(jnp.float32)
+        fused = scaled * self.d1[...][..., None, :] + self.adapter.weight()
+        kernel.set_value(fused.astype(kernel.dtype))
+        return self.adapter.base

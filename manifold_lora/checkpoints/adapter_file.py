@@ -1,0 +1,326 @@
+"""Adapter directories as arrays: our own, PEFT's and StelLA's, read without a model.
+
+A directory of `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
+What this library alone needs stands beside it: the settings in `manifold_lora.json`,
+and in `factors.safetensors` the factors of methods whose A and B are not all of them.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from manifold_lora.adapters.attach import adapter_class
+from manifold_lora.adapters.config import AdapterConfig, lookup
+from manifold_lora.checkpoints.huggingface import read_json
+from manifold_lora.errors import InputError, nearest
+from manifold_lora.manifolds import Euclidean, FixedRank, Manifold, Stiefel
+
+CONFIG, WEIGHTS, EXTRA, FACTORS = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "manifold_lora.json",
+    "factors.safetensors",
+)
+Tensors = Mapping[str, np.ndarray]
+Sizes = Mapping[str, tuple[int, int]]
+# Settings of PEFT's LoRA that change the model, with the value that does not.
+_PLAIN: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "kasa_config": None,
+    "layer_replication": None,
+    "lora_bias": False,
+    "monteclora_config": None,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+}
+# Starts that took B A out of the base: such an adapter belongs to another base.
+_CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+_LORA = {"lora_A.weight": ("r", "in"), "lora_B.weight": ("out", "r")}
+_MAGNITUDE = {"lora_magnitude_vector": ("out",)}
+_STELLA = {
+    "stella_U.weight": ("out", "r"),
+    "stella_S.weight": ("r", "r"),
+    "stella_Vt.weight": ("r", "in"),
+}
+
+
+class ModuleFactors(NamedTuple):
+    """The adapter of one linear layer."""
+
+    a: np.ndarray  # (in, k) float32
+    b: np.ndarray  # (out, k) float32: ΔW = scale · b aᵀ (of DoRA, what it normalises)
+    scale: float
+    factors: dict[str, np.ndarray]  # the arrays of the method, by name
+    manifolds: dict[str, Manifold]  # of those that are trained, one for each
+    rank: int
+    alpha: float
+
+
+class AdapterFile(NamedTuple):
+    """What an adapter directory holds."""
+
+    method: str  # "lora", "dora" or "stella" where the directory is not our own
+    config: AdapterConfig
+    modules: dict[str, ModuleFactors]  # by full name
+    base: str | None  # fingerprint of the base, in our own
+
+
+def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
+    """Read the directory of an adapter of this library, of PEFT's LoRA or of StelLA.
+
+    Args:
+        path: the directory.
+        sizes: inputs and outputs of every linear layer of a model, by full name, for
+            an adapter that must fit it.
+
+    Raises:
+        InputError: files missing or broken, another kind of adapter, tensors that are
+            missing, unexpected or wrongly shaped, all named.
+    """
+    path = Path(path)
+    for file in (CONFIG, WEIGHTS):
+        if not (path / file).is_file():
+            raise InputError(
+                f"{path} has no {file}. Give the directory of a PEFT LoRA adapter, "
+                "such as the adapter/ of a run."
+            )
+    config = read_json(path / CONFIG)
+    _check_config(path, config)
+    tensors = _load(path / WEIGHTS)
+    needed = _needed(config, tensors)
+    found = _by_module(path, config, tensors, needed, sizes)
+    extra = read_json(path / EXTRA) if (path / EXTRA).is_file() else {}
+    settings = _settings(path, config, tensors, sorted(found), extra)
+    stored = _load(path / FACTORS) if (path / FACTORS).is_file() else {}
+    modules = {
+        full: _module(settings, config, full, parts, stored)
+        for full, parts in found.items()
+    }
+    if stored:
+        _check_factors(path, settings, modules, found)
+    return AdapterFile(settings.method, settings, modules, extra.get("base"))
+
+
+def _load(file: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file} is truncated or no safetensors file ({error}): copy or export it "
+            "again."
+        ) from error
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    if config.get("peft_type") not in ("LORA", "STELLA"):
+        raise InputError(
+            f"{path / CONFIG} is of peft_type {config.get('peft_type')!r}; only LORA "
+            "and STELLA can be read."
+        )
+    used = [
+        f"{key}={config[key]!r}"
+        for key, plain in _PLAIN.items()
+        if config.get(key) not in (plain, None, False, [])
+    ]
+    start = config.get("init_lora_weights")
+    if str(start).lower().startswith(_CHANGED_BASE):
+        used.append(f"init_lora_weights={start!r}")
+    if used:
+        raise InputError(
+            f"{path / CONFIG} uses {', '.join(used)}, which cannot be read: merge that "
+            "adapter into its base with PEFT first."
+        )
+    config.setdefault("lora_dropout", 0.0)
+    bad = [
+        f"{key} (got {config.get(key)!r})"
+        for key in ("r", "lora_alpha", "lora_dropout")
+        if type(config.get(key)) not in (int, float)
+    ]
+    if bad:
+        raise InputError(f"{path / CONFIG} must have a number for {', '.join(bad)}.")
+
+
+def _needed(config: Mapping[str, Any], tensors: Tensors) -> dict[str, tuple]:
+    """The tensors of a module by the ends of their names, with their axes."""
+    if config["peft_type"] == "STELLA":
+        dense = all(x.ndim == 2 for k, x in tensors.items() if "stella_S" in k)
+        return _STELLA if dense else _STELLA | {"stella_S.weight": ("r",)}
+    return _LORA | _MAGNITUDE if config.get("use_dora") else _LORA
+
+
+def _by_module(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    needed: Mapping[str, tuple],
+    sizes: Sizes | None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """The tensors of every module; all that are bad are named at once."""
+    ends = "|".join(map(re.escape, needed))
+    found: dict[str, dict[str, np.ndarray]] = {}
+    bad = []
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"base_model\.model\.(.+)\.({ends})", key)
+        if not match or (sizes is not None and match[1] not in sizes):
+            bad.append(f"{key}: unexpected")
+        else:
+            found.setdefault(match[1], {})[match[2]] = tensor
+    for full, parts in found.items():
+        axes = {"r": _setting(config, full)[0]}
+        if sizes is not None:
+            axes |= dict(zip(("in", "out"), sizes[full], strict=True))
+        for end, names in needed.items():
+            key = f"base_model.model.{full}.{end}"
+            if end not in parts:
+                bad.append(f"{key}: missing")
+                continue
+            got = parts[end].shape
+            if sizes is None and len(got) == len(names):
+                for name, size in zip(names, got, strict=True):
+                    axes.setdefault(name, size)
+            shape = tuple(axes.get(name, 0) for name in names)
+            if got != shape:
+                bad.append(f"{key}: found {got}, needed {shape}")
+    if bad or not found:
+        raise InputError(
+            f"The adapter in {path} does not fit {'this model and ' if sizes else ''}"
+            f"its {CONFIG}:\n  "
+            + "\n  ".join(bad or ["it holds no tensor"])
+            + "\nLoad it into the base it was trained on."
+        )
+    return found
+
+
+def _setting(config: Mapping[str, Any], full: str) -> tuple[int, float]:
+    """Rank and alpha of the module of that full name, by PEFT's file."""
+    rank = lookup(config.get("rank_pattern") or {}, full, config["r"])
+    return rank, lookup(config.get("alpha_pattern") or {}, full, config["lora_alpha"])
+
+
+def _settings(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    targets: list[str],
+    extra: Mapping[str, Any],
+) -> AdapterConfig:
+    """The adapter's own settings, or those that PEFT's file amounts to."""
+    names = {field.name for field in dataclasses.fields(AdapterConfig)}
+    if unknown := sorted(extra.keys() - names - {"base"}):
+        raise InputError(
+            f"{path / EXTRA}: unknown key {unknown[0]!r}. {nearest(unknown[0], names)} "
+            "It may be of a newer version."
+        )
+    stella = config["peft_type"] == "STELLA"
+    given: dict[str, Any] = {
+        "method": "stella" if stella else "dora" if config.get("use_dora") else "lora",
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "rslora": bool(config.get("use_rslora")),
+        "dropout": config["lora_dropout"],
+        "targets": targets,
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+    }
+    if stella:
+        diagonal = any(x.ndim == 1 for k, x in tensors.items() if "stella_S" in k)
+        given["diagonal_s"] = diagonal
+    given |= {key: value for key, value in extra.items() if key != "base"}
+    try:
+        return AdapterConfig(**given)
+    except InputError as error:
+        raise InputError(f"{path / EXTRA}: {error}") from error
+
+
+def _module(
+    settings: AdapterConfig,
+    config: Mapping[str, Any],
+    full: str,
+    parts: Mapping[str, np.ndarray],
+    stored: Tensors,
+) -> ModuleFactors:
+    wide = {end: np.asarray(x, np.float32) for end, x in parts.items()}
+    if config["peft_type"] == "STELLA":
+        u, s, vt = (wide[end] for end in _STELLA)
+        a, b = vt.T, u * s if s.ndim == 1 else u @ s
+        factors = {"u": u, "s": s, "v": vt.T}
+    else:
+        a, b = wide["lora_A.weight"].T, wide["lora_B.weight"]
+        own = f"{full}."
+        factors = {
+            key.removeprefix(own): x for key, x in stored.items() if key.startswith(own)
+        }
+        if not factors:
+            factors = {"a": a, "b": b}
+            if "lora_magnitude_vector" in wide:
+                factors["m"] = wide["lora_magnitude_vector"]
+    rank, alpha = _setting(config, full)
+    root = math.sqrt if config.get("use_rslora") else float
+    return ModuleFactors(
+        a=a,
+        b=b,
+        scale=alpha / root(rank),
+        factors=factors,
+        manifolds=_spelled_out(settings),
+        rank=lookup(settings.rank_pattern, full, settings.rank),
+        alpha=lookup(settings.alpha_pattern, full, settings.alpha or 0.0),
+    )
+
+
+def _spelled_out(settings: AdapterConfig) -> dict[str, Manifold]:
+    """The manifold of every factor by itself, also where they are coupled."""
+    found = {}
+    for name, manifold in adapter_class(settings.method).manifolds(settings).items():
+        if manifold.parts:
+            orthonormal = name == "v" or (
+                name == "u" and isinstance(manifold, FixedRank)
+            )
+            manifold = Stiefel() if orthonormal else Euclidean()
+        found[name] = manifold
+    return found
+
+
+def _check_factors(
+    path: Path,
+    settings: AdapterConfig,
+    modules: Mapping[str, ModuleFactors],
+    found: Mapping[str, Mapping[str, np.ndarray]],
+) -> None:
+    """Both files must say the same: another tool may have changed the one it knows."""
+    del found
+    names = set(adapter_class(settings.method).manifolds(settings))
+    for full, module in modules.items():
+        f = module.factors
+        if missing := names - f.keys():
+            raise InputError(
+                f"{path / FACTORS} has no {full}.{min(missing)}: copy the directory "
+                "again, or take this file and manifold_lora.json away to read it as "
+                "plain LoRA."
+            )
+        if {"u", "s", "v"} <= f.keys():
+            a, b = f["v"], f["u"] * f["s"] if f["s"].ndim == 1 else f["u"] @ f["s"]
+        elif "v" in f:
+            a, b = f["v"], f["a"]
+        else:
+            a, b = f["a"], f["b"]
+        k = a.shape[1]
+        size = max(float(np.abs(b).max(initial=0)), 1e-30)
+        same = a.shape[1] <= module.a.shape[1] and np.array_equal(a, module.a[:, :k])
+        if not same or np.abs(b - module.b[:, :k]).max(initial=0) > 1e-5 * size:
+            raise InputError(
+                f"{path / FACTORS} and {WEIGHTS} are of different adapters ({full} "
+                "differs): copy the directory again, or take this file and "
+                "manifold_lora.json away to read it as plain LoRA."
+            )
