@@ -19,8 +19,8 @@ class Method:
     recipe: str  # the optimiser, a key of training.optimizer.RECIPES
     update: str  # ΔW in its factors
     paper: str
-    rates: tuple[float, ...]  # learning rates of the papers, for `compare`
-    rate: float  # the default among them, of the constrained factors
+    rates: tuple[float, ...]  # learning rates about the papers', for `compare`
+    rate: float  # the default, of the constrained factors or of all
     builtin_rate: float  # for the small built-in base, which learns at higher ones
     free_rate: float | None = None  # of the free factors, where they have their own
     builtin_free_rate: float | None = None
@@ -41,7 +41,7 @@ METHODS: dict[str, Method] = {
         recipe="adamw",
         update="s B Aᵀ",
         paper=_LORA,
-        rates=(1e-4, 2e-4, 4e-4),
+        rates=(1e-4, 2e-4, 3e-4),
         rate=2e-4,
         builtin_rate=5e-3,
         starts=_LORA_STARTS,
@@ -52,7 +52,7 @@ METHODS: dict[str, Method] = {
         recipe="adamw",
         update="m ⊙ (W + s B Aᵀ)/‖W + s B Aᵀ‖ − W",
         paper="Liu et al. 2024, arXiv:2402.09353",
-        rates=(1e-4, 2e-4, 4e-4),
+        rates=(1e-4, 2e-4, 3e-4),
         rate=2e-4,
         builtin_rate=5e-3,
         starts=("kaiming", "gaussian"),
@@ -102,7 +102,7 @@ METHODS: dict[str, Method] = {
         paper=_LORAM,
         rates=(3e-5, 5e-5, 1e-4),
         rate=5e-5,
-        builtin_rate=5e-3,
+        builtin_rate=1e-3,
         starts=("identity", "zero"),
         options=("second_moment", "diagonal_scaling"),
     ),
@@ -113,7 +113,7 @@ METHODS: dict[str, Method] = {
         paper=_LORAM,
         rates=(5e-5, 1e-4, 2e-4),
         rate=1e-4,
-        builtin_rate=5e-3,
+        builtin_rate=1e-3,
         starts=("zero",),
         options=(
             "second_moment",
@@ -130,7 +130,7 @@ METHODS: dict[str, Method] = {
         rates=(2e-4, 5e-4, 1e-3),
         rate=2e-4,
         builtin_rate=5e-3,
-        options=(*_PAIR, "attraction", "project_on_export"),
+        options=(*_PAIR, "attraction", "rate_bounds", "project_on_export"),
     ),
     "landing_oblique": Method(
         adapter="landing_oblique.LandingObliqueLinear",
@@ -140,7 +140,7 @@ METHODS: dict[str, Method] = {
         rates=(2e-4, 5e-4, 1e-3),
         rate=2e-4,
         builtin_rate=5e-3,
-        options=(*_PAIR, "attraction", "project_on_export"),
+        options=(*_PAIR, "attraction", "rate_bounds", "project_on_export"),
     ),
 }
 # What a setting is when nobody asked for it.
@@ -155,6 +155,7 @@ OPTIONS: dict[str, Any] = {
     "nuclear_decay": None,
     "truncate_below": None,
     "attraction": None,
+    "rate_bounds": None,
     "project_on_export": False,
 }
 

@@ -60,6 +60,8 @@ class TrainConfig:
     second_moment: Literal["row", "coordinate", "scalar"] | None = None
     nuclear_decay: float | None = None  # loram_br: λ, off every singular value a step
     attraction: float | None = None  # landing: μ, the pull to the manifold; None: 1
+    # landing: least and largest multiple of the rate; None: 0.5 4
+    rate_bounds: tuple[float, float] | None = None
     optimizer: str = "adamw"  # any Optax optimiser by name
     weight_decay: float = 0.0  # decoupled; without effect on orthonormal factors
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
@@ -142,6 +144,11 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
             problems.append(f"{_flag(name)} must be a positive number, got {value}")
     if not 0 <= resolved.dropout < 1:
         problems.append(f"--dropout must be in [0, 1), got {resolved.dropout}")
+    bounds = resolved.rate_bounds
+    if bounds is not None and not (len(bounds) == 2 and 0 < bounds[0] <= bounds[1]):
+        problems.append(
+            f"--rate-bounds needs two numbers 0 < least ≤ largest, got {bounds}"
+        )
     if resolved.steps is not None and resolved.epochs is not None:
         problems.append("--steps and --epochs exclude each other: give one")
     if resolved.accumulate > 0 and resolved.batch_size % resolved.accumulate:

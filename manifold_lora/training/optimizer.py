@@ -164,10 +164,13 @@ def _loram(config: ResolvedConfig, given: Setting):
 def _landing_adamw(config: ResolvedConfig, given: Setting):
     # Its own AdamW decays the free factors only.
     inner = None if config.optimizer == "adamw" else _inner(config)
+    lower, upper = config.rate_bounds or (0.5, 4.0)
     return landing_adamw(
         given.rate,
         given.manifolds,
         attraction=config.attraction or 1.0,
+        lower=lower,
+        upper=upper,
         weight_decay=config.weight_decay,
         inner=inner,
     )
