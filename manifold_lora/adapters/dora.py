@@ -58,8 +58,9 @@ class DoRALinear(LoRALinear):
         """Shapes (…, in) to (…, out); `key` switches dropout on."""
         y = self.base(x)
         linear = y if self.base.bias is None else y - self.base.bias[...]
-        gain = self._gain().astype(x.dtype)
-        return y + (gain - 1) * linear + self.delta(self.dropped(x, key))
+        # Rounded after 1 is taken off: bfloat16 has no numbers close to 1.
+        change = (self._gain() - 1).astype(x.dtype)
+        return y + change * linear + self.delta(self.dropped(x, key))
 
     def weight(self) -> jax.Array:
         """The change of the whole layer, float32 ((layers,) in, out)."""

@@ -35,6 +35,37 @@ def commands(defaults: TrainConfig) -> SubcommandApp:
         except loop.Diverged as error:
             stop(error, 1)
 
+    @app.command
+    def methods() -> None:
+        """List the methods: formula, manifolds, defaults, memory, export, options."""
+        from manifold_lora.training.methods_view import show_methods
+
+        show_methods(Console())
+
+    @app.command
+    def inspect(
+        adapter: tyro.conf.Positional[Path],
+        out: Path | None = None,
+        debug: bool = False,
+    ) -> None:
+        """Show what the factors of an adapter look like, without its base model.
+
+        Per module and in all: rank used, effective and stable rank, singular values,
+        distance from the manifold, cosines between columns, the angle from the start,
+        and the largest weights moved. As tables, inspect.json, and the pictures
+        gram.png, effective_rank.png and spectra.png.
+
+        Args:
+            adapter: a run, or the directory of an adapter: our own, PEFT's or StelLA's.
+            out: where to write; None: inspect/ in the run, or NAME-inspect/ beside an
+                adapter NAME/ that is no run's.
+            debug: show tracebacks.
+        """
+        del debug  # main looks for it
+        from manifold_lora.evaluation.inspection import inspect_adapter
+
+        inspect_adapter(adapter, out)
+
     return app
 
 

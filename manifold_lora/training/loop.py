@@ -130,9 +130,11 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         def look(step: int, factors: Any) -> Evaluation:
             found = evaluate(factors, frozen, held_out)
             metrics.write(step=step, eval_loss=found.loss, eval_accuracy=found.accuracy)
+            off = now.get("residual", 0.0)
             console.print(
                 f"step {step}: held-out loss {found.loss:.4f}, "
                 f"accuracy {found.accuracy:.3f}"
+                + (f", {off:.1e} from the manifold" if off else "")
             )
             return found
 

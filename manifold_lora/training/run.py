@@ -12,13 +12,14 @@ import tomli_w
 from manifold_lora.errors import InputError
 from manifold_lora.training.config import ResolvedConfig, as_toml
 
-SUMMARY, SETTINGS, METRICS, ADAPTER, START, MERGED, PICTURE = (
+SUMMARY, SETTINGS, METRICS, ADAPTER, START, MERGED, INSPECTED, PICTURE = (
     "summary.json",
     "config.toml",
     "metrics.jsonl",
     "adapter",
     "start",  # the adapter before the first step
     "merged",  # the whole model, of an adapter that can only be merged
+    "inspect",  # of `manifold-lora inspect`
     "loss.png",
 )
 
@@ -69,7 +70,8 @@ def open_run(config: ResolvedConfig) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for name in (SUMMARY, METRICS, PICTURE):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / MERGED, ignore_errors=True)
+    for folder in (MERGED, INSPECTED):
+        shutil.rmtree(out / folder, ignore_errors=True)
     (out / SETTINGS).write_text(tomli_w.dumps(as_toml(config)), encoding="utf-8")
     return out
 
