@@ -203,4 +203,10 @@ def problems(name: str, settings: Mapping[str, Any]) -> list[str]:
             f"start={start} and fixed_a={settings['fixed_a']} exclude each other: "
             "fixed_a goes with the starts kaiming and gaussian"
         )
+    if settings.get("diagonal_scaling") and settings.get("truncate_below") is not None:
+        found.append(
+            "diagonal_scaling=True and "
+            f"truncate_below={settings['truncate_below']} exclude each other: what can "
+            "only be merged has no rank to lower"
+        )
     return found

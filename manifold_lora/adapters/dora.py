@@ -91,7 +91,8 @@ class DoRALinear(LoRALinear):
         change = 2 * s * jnp.sum(b * wa, -1) + s**2 * jnp.sum(b * bgram, -1)
         # Rounding leaves at least this much of a row that the update takes away.
         square = jnp.maximum(1 + change / m0**2, 1e-12)
-        return self.m[...] / m0 / jnp.sqrt(square)
+        gain = self.m[...] / m0 / jnp.sqrt(square)
+        return jnp.where(s > 0, gain, 1)  # 1 in a layer that is not adapted
 
 
 def row_norms(kernel: jax.Array) -> jax.Array:

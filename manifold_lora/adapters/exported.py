@@ -16,6 +16,7 @@ from manifold_lora.adapters.attach import (
     set_factors,
 )
 from manifold_lora.adapters.low_rank import LowRankLinear
+from manifold_lora.adapters.scaled import ScaledLinear
 from manifold_lora.manifolds import Oblique, Stiefel, truncate
 
 
@@ -39,9 +40,13 @@ def as_exported(
         The share of the energy Σσ² of all updates that truncation discards.
     """
     own = adapters(model)
-    kept = [
-        (p, at, getattr(p, at)) for name, p, at in projections(model) if name in own
-    ]
+    kept = []
+    for name, parent, attribute in list(projections(model)):
+        module = getattr(parent, attribute)
+        if isinstance(module, ScaledLinear):
+            kept.append((module, "adapter", module.adapter))
+        elif name in own:
+            kept.append((parent, attribute, module))
     share = 0.0
     trained = factors(model)
     try:

@@ -9,7 +9,9 @@ from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.low_rank import Arrays
 from manifold_lora.adapters.starts import orthonormal
 from manifold_lora.adapters.three_factors import ThreeFactorLinear
+from manifold_lora.errors import InputError
 from manifold_lora.manifolds import FixedRank, Manifold
+from manifold_lora.models import Linear
 
 S0 = 1e-3  # of the start S = s₀I; 1e-4 and 1e-2 train worse
 
@@ -32,6 +34,16 @@ class LoRAMFixedLinear(ThreeFactorLinear):
         Jiang, Wang & Stich, "LoRAM: Low-rank adaptation of large language models on
         manifold", 2025, algorithms 1 to 4.
     """
+
+    def __init__(self, base: Linear, config: AdapterConfig, **options: Any):
+        super().__init__(base, config, **options)
+        if config.start == "zero" and len(found := {*self.ranks} - {0}) > 1:
+            # Truncation mixes a layer's columns with those that fill it up.
+            raise InputError(
+                "loram_fr with start zero needs one rank in all layers, got "
+                f"{', '.join(map(str, sorted(found)))}: take start identity, or "
+                "leave out --rank-pattern for some of the layers."
+            )
 
     @staticmethod
     def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
@@ -102,13 +114,13 @@ def _backward(arguments: tuple, dy: jax.Array) -> tuple:
         return jnp.matmul(a, b.astype(a.dtype), precision=precision)
 
     def summed(a: jax.Array, b: jax.Array) -> jax.Array:
-        """AᵀB over all tokens, in float32."""
+        """AᵀB over all tokens, in at least float32."""
         return jnp.einsum(
             "...m,...r->mr",
             a,
             b,
             precision=precision,
-            preferred_element_type=jnp.float32,
+            preferred_element_type=jnp.promote_types(jnp.float32, a.dtype),
         )
 
     xv, dyu = times(x, v), times(dy, scale * u)

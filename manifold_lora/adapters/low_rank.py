@@ -178,10 +178,11 @@ class LowRankLinear(nnx.Module):
             config = dataclasses.replace(self.config, alpha=self.alphas[0])
             return self.start(key, kernel, self.rank, config)
         layers: list[Arrays] = []
+        least = min(rank for rank in self.ranks if rank)
         for layer, rank in enumerate(self.ranks):
             own = jax.random.fold_in(key, layer)
             config = dataclasses.replace(self.config, alpha=self.alphas[layer])
-            arrays = self.start(own, kernel[layer], max(rank, 1), config)
+            arrays = self.start(own, kernel[layer], rank or least, config)
             layers.append(arrays)
         return self._filled({k: [arrays[k] for arrays in layers] for k in layers[0]})
 

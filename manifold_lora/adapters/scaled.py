@@ -28,16 +28,22 @@ class ScaledLinear(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Shapes (…, in) to (…, out); `key` switches dropout of ΔW on."""
-        base = self.adapter.base
-        y = base(self.d2[...].astype(x.dtype) * x)
+        base, (d1, d2) = self.adapter.base, self.diagonals()
+        y = base(d2.astype(x.dtype) * x)
         bias = 0 if base.bias is None else base.bias[...]
-        y = self.d1[...].astype(x.dtype) * (y - bias) + bias
+        y = d1.astype(x.dtype) * (y - bias) + bias
         return y + self.adapter.delta(self.adapter.dropped(x, key))
 
     def fuse(self) -> Linear:
         """The plain layer with D₁ W D₂ + ΔW, in float32 and rounded once."""
         kernel = self.adapter.base.kernel
-        scaled = self.d2[...][..., None] * kernel[...].astype(jnp.float32)
-        fused = scaled * self.d1[...][..., None, :] + self.adapter.weight()
+        d1, d2 = self.diagonals()
+        scaled = d2[..., None] * kernel[...].astype(jnp.float32)
+        fused = scaled * d1[..., None, :] + self.adapter.weight()
         kernel.set_value(fused.astype(kernel.dtype))
         return self.adapter.base
+
+    def diagonals(self) -> tuple[jax.Array, jax.Array]:
+        """D₁ and D₂, which are I in a layer that is not adapted."""
+        adapted = self.adapter.scale[...][..., None] > 0
+        return jnp.where(adapted, self.d1[...], 1), jnp.where(adapted, self.d2[...], 1)

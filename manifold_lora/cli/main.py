@@ -4,22 +4,26 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
 from tyro.extras import SubcommandApp
 
 from manifold_lora.errors import InputError
+from manifold_lora.studies.config import CompareConfig
 from manifold_lora.training.config import TrainConfig, read_config
 
 
-def commands(defaults: TrainConfig) -> SubcommandApp:
+def commands(arguments: Sequence[str]) -> SubcommandApp:
     """Every command, with the defaults that a config file may have changed."""
     app = SubcommandApp()
+    comparing = "compare" in arguments[:1]
+    run = TrainConfig() if comparing else _file_defaults(arguments, TrainConfig)
+    comparison = _file_defaults(arguments, CompareConfig) if comparing else _COMPARISON
 
     @app.command
-    def train(config: TrainConfig = defaults) -> None:
+    def train(config: TrainConfig = run) -> None:
         """Fine-tune a LLaMA with a low-rank adapter and write it in PEFT's format.
 
         With no arguments, the small built-in base learns the general categories of
@@ -34,6 +38,19 @@ def commands(defaults: TrainConfig) -> SubcommandApp:
             loop.train(config)
         except loop.Diverged as error:
             stop(error, 1)
+
+    @app.command
+    def compare(config: CompareConfig = comparison) -> None:
+        """Train several methods, each at its own best learning rate, and compare them.
+
+        Short runs search the learning rate of each method, then every method runs with
+        several seeds on the same batches. Writes compare.md, compare.json, compare.png
+        and the adapters. Interrupted, it goes on after the last finished run.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from manifold_lora.studies.compare import compare
+
+        compare(config)
 
     @app.command
     def methods() -> None:
@@ -73,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exit with 2 and one message where the input is wrong."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app = commands(_file_defaults(arguments))
+        app = commands(arguments)
         app.cli(
             prog="manifold-lora",
             description="Low-rank adapters on matrix manifolds for LLaMA, in JAX.",
@@ -96,13 +113,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stop("interrupted.", 130)
 
 
-def _file_defaults(arguments: list[str]) -> TrainConfig:
+_COMPARISON = CompareConfig()
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def _file_defaults(arguments: Sequence[str], kind: type[Config]) -> Config:
     """The settings of the file that --config names, before any flag is read."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, _, value = argument.partition("=")
         if name == "--config" and (value or following):
-            return read_config(Path(value or following))
-    return TrainConfig()
+            return read_config(Path(value or following), kind)
+    return kind()
 
 
 def stop(message: object, code: int) -> NoReturn:

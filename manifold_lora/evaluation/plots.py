@@ -36,6 +36,43 @@ def plot_loss(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     figure.savefig(path)
 
 
+def plot_comparison(
+    path: Path, curves: Mapping[str, np.ndarray], baseline: str
+) -> None:
+    """Held-out loss over steps of several methods, as a PNG.
+
+    The mean of the runs, in a band from the least to the largest; the baseline is
+    dashed, and a line shows where it ends.
+
+    Args:
+        path: where to write.
+        curves: of every method (evaluations, 1 + runs): steps and losses.
+        baseline: the method to compare with.
+    """
+    figure = _figure(8, 5)
+    axes = figure.add_subplot()
+    for number, (name, curve) in enumerate(curves.items()):
+        steps, losses = curve[:, 0], curve[:, 1:]
+        line = "--" if name == baseline else "-"
+        colour = "black" if name == baseline else f"C{number}"
+        axes.plot(steps, losses.mean(1), line, color=colour, linewidth=1.4, label=name)
+        axes.fill_between(
+            steps, losses.min(1), losses.max(1), color=colour, alpha=0.12, linewidth=0
+        )
+    if baseline in curves:
+        last = curves[baseline][-1, 1:].mean()
+        axes.axhline(last, color="black", linestyle=":", linewidth=0.8)
+    # The start is the same for most and would press all else together.
+    late = [curve[len(curve) // 6 :, 1:].mean(1) for curve in curves.values()]
+    if late:
+        low, high = min(map(np.min, late)), max(map(np.max, late))
+        axes.set_ylim(low * 0.93, high * 1.07)
+    axes.set(xlabel="step", ylabel="held-out loss per answer token", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(title="best first", fontsize="small")
+    figure.savefig(path)
+
+
 def plot_gram(
     path: Path, rows: Mapping[str, Mapping[int, np.ndarray]], title: str
 ) -> None:

@@ -5,7 +5,7 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.methods import find_method
@@ -191,8 +191,11 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def read_config(path: Path) -> TrainConfig:
-    """The configuration in a TOML file, on top of the defaults.
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def read_config(path: Path, kind: type[Config] = TrainConfig) -> Config:
+    """The configuration in a TOML file, on top of the defaults of its kind.
 
     Raises:
         InputError: no such file, broken TOML, unknown keys (with the nearest known
@@ -206,7 +209,7 @@ def read_config(path: Path) -> TrainConfig:
         ) from error
     except ValueError as error:
         raise InputError(f"--config {path} is not valid TOML: {error}.") from error
-    hints = typing.get_type_hints(TrainConfig)
+    hints = typing.get_type_hints(kind)
     problems = []
     for key, value in values.items():
         if key not in hints or key == "config":
@@ -215,11 +218,11 @@ def read_config(path: Path) -> TrainConfig:
         try:
             values[key] = _coerce(value, hints[key])
         except TypeError:
-            kind = str(hints[key]).replace("typing.", "").replace("pathlib.", "")
-            problems.append(f"{key} = {value!r} must be {kind.removeprefix('<class ')}")
+            hint = str(hints[key]).replace("typing.", "").replace("pathlib.", "")
+            problems.append(f"{key} = {value!r} must be {hint.removeprefix('<class ')}")
     if problems:
         raise InputError(f"--config {path}:\n  " + "\n  ".join(problems))
-    return dataclasses.replace(TrainConfig(), **values)
+    return dataclasses.replace(kind(), **values)
 
 
 def _coerce(value: Any, hint: Any) -> Any:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 from manifold_lora.errors import InputError, nearest
@@ -28,20 +29,26 @@ class Rates(NamedTuple):
     free: Any = None
 
 
-def build_schedule(config: ResolvedConfig, peak: Any, steps: int) -> optax.Schedule:
-    """From 0 to the peak in the warm-up, then linear, cosine or constant to the end."""
-    warmup = min(config.warmup_steps, steps - 1)
-    rest = steps - warmup
-    after = {
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-        "constant": optax.constant_schedule(peak),
-    }[config.schedule]
-    if warmup == 0:
-        return after
-    # The first step already moves: rate 1/(warmup + 1), not 0.
-    rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rising, after], [warmup])
+def build_schedule(config: ResolvedConfig, peak: Any, steps: Any) -> optax.Schedule:
+    """From 0 to the peak in the warm-up, then linear, cosine or constant to the end.
+
+    The peak and the number of steps may be traced, so that one compiled step serves
+    runs of any rate and length.
+    """
+    warmup = jnp.minimum(config.warmup_steps, steps - 1)
+
+    def schedule(count: Any) -> Any:
+        # The first step already moves: rate 1/(warmup + 1), not 0.
+        rising = peak * (count + 1) / (warmup + 1)
+        done = jnp.clip((count - warmup) / (steps - warmup), 0, 1)
+        after = {
+            "linear": 1 - done,
+            "cosine": (1 + jnp.cos(jnp.pi * done)) / 2,
+            "constant": jnp.ones_like(done),
+        }[config.schedule]
+        return jnp.where(count < warmup, rising, peak * after)
+
+    return schedule
 
 
 def named_optimizer(name: str, weight_decay: float) -> Inner:
@@ -72,7 +79,7 @@ def named_optimizer(name: str, weight_decay: float) -> Inner:
 def build_optimizer(
     config: ResolvedConfig,
     manifolds: Any,
-    steps: int,
+    steps: Any,
     hidden_size: int,
     rates: Rates | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -81,7 +88,7 @@ def build_optimizer(
     Args:
         config: of the run.
         manifolds: prefix tree of the factors.
-        steps: of the whole run, which the schedule needs.
+        steps: of the whole run, which the schedule needs; may be traced.
         hidden_size: the model's width, for StelLA's scale.
         rates: other peaks than the config's; may be traced.
     """
@@ -96,19 +103,22 @@ def build_optimizer(
     return optax.chain(*clip, tx), rate
 
 
-def with_rates(
-    build: Callable[[Rates], optax.GradientTransformation], example: Rates
+def with_run_data(
+    build: Callable[[Rates, Any], optax.GradientTransformation],
+    rates: Rates,
+    steps: int,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimiser that takes its learning rates as an argument `rates` of `update`.
+    """The optimiser that takes `rates` and `steps` as arguments of `update`.
 
-    Compiled once, it serves runs at any rates. The state does not depend on them:
-    `example` is only there to make it.
+    Compiled once, it serves runs at any rates and of any length. The state does not
+    depend on them: those given here are only there to make it.
     """
 
     def update(updates, state, params=None, **extra_args):
-        return build(extra_args["rates"]).update(updates, state, params)
+        tx = build(extra_args["rates"], extra_args["steps"])
+        return tx.update(updates, state, params)
 
-    return optax.GradientTransformationExtraArgs(build(example).init, update)
+    return optax.GradientTransformationExtraArgs(build(rates, steps).init, update)
 
 
 class Setting(NamedTuple):

@@ -115,12 +115,13 @@ def load_model(config: ResolvedConfig) -> Llama:
 
 
 def effective_ranks(model: Llama) -> list[float]:
-    """The effective rank of B in ΔW = s B Aᵀ, layer by layer."""
-    ranks: list[float] = []
+    """The effective rank of B in ΔW = s B Aᵀ, adapted layer by adapted layer."""
+    found: list[float] = []
     for module in adapters(model).values():
         _, b = module.pair()
-        ranks += effective_rank(np.asarray(b)).tolist()
-    return ranks
+        each = effective_rank(np.asarray(b)).tolist()
+        found += [x for x, rank in zip(each, module.ranks, strict=True) if rank]
+    return found
 
 
 def training_batches(

@@ -36,7 +36,7 @@ def make_step(
     """The compiled step (state, frozen, batch, extra) → (state, metrics).
 
     The state is donated; `extra`, if given, is a dict of further arguments of the
-    optimiser's `update`, such as the rates of `optimizer.with_rates`.
+    optimiser's `update`, such as those of `optimizer.with_run_data`.
 
     A batch passes through memory in `accumulate` equal parts. The gradients of the
     summed losses are added up and divided once by the number of targets of the whole

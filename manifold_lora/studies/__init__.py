@@ -1,0 +1,1 @@
+"""Whole comparisons, as data: which runs there are, and what came of them."""

@@ -1,0 +1,76 @@
+"""The file of a comparison: its settings, and every run that has been finished."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from manifold_lora.errors import InputError
+
+FILE = "compare.json"
+
+
+class Cells:
+    """Finished runs by name; whatever is put in is on disk at once.
+
+    Args:
+        out: the directory.
+        settings: of the comparison, as JSON can hold them.
+        overwrite: begin anew instead of going on.
+
+    Raises:
+        InputError: the directory holds a comparison with other settings, or something
+            that is none, and `overwrite` is off.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any], overwrite: bool = False):
+        self.file = out / FILE
+        self.content: dict[str, Any] = {"settings": settings, "cells": {}}
+        if out.is_file():
+            raise InputError(f"--out {out} is a file: choose a directory.")
+        if self.file.is_file() and not overwrite:
+            self.content = self._read(settings)
+        elif out.is_dir() and any(out.iterdir()) and not overwrite:
+            raise InputError(
+                f"--out {out} is not empty and holds no comparison: choose another "
+                "directory, or give --overwrite to write into it."
+            )
+
+    def _read(self, settings: dict[str, Any]) -> dict[str, Any]:
+        try:
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+            before = content["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.file} is damaged ({error}): choose another --out, or give "
+                "--overwrite."
+            ) from error
+        changed = sorted(
+            k for k in before | settings if before.get(k) != settings.get(k)
+        )
+        if changed:
+            shown = ", ".join(
+                f"{k} = {before.get(k)} there, {settings.get(k)} now" for k in changed
+            )
+            raise InputError(
+                f"--out {self.file.parent} holds a comparison with other settings "
+                f"({shown}). Choose another --out, or give --overwrite to replace it."
+            )
+        return content
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.content["cells"]
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return self.content["cells"][name]
+
+    def __setitem__(self, name: str, cell: dict[str, Any]) -> None:
+        self.content["cells"][name] = cell
+        self.write()
+
+    def write(self) -> None:
+        """The whole file, complete or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.file)
