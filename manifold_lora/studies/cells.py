@@ -72,5 +72,7 @@ class Cells:
         """The whole file, complete or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(
+            json.dumps(self.content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
         os.replace(partial, self.file)

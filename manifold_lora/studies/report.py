@@ -32,7 +32,8 @@ _ON_TERMINAL = ("method", "rate", "held-out loss", "steps to baseline", "overhea
 def summarise(content: dict[str, Any], plan: Plan, steps: int) -> list[dict[str, Any]]:
     """A row for every method, best first, from the runs of full length."""
     runs = {name: _final(content, name) for name in plan.runs}
-    goal = float(np.mean([cell["curve"][-1]["loss"] for cell in runs[plan.baseline]]))
+    ends = [c["curve"][-1]["loss"] for c in runs[plan.baseline] if not c["diverged"]]
+    goal = float(np.mean(ends)) if ends else float("-inf")
     seconds = content["step_seconds"]
     rows = []
     for name, cells in runs.items():

@@ -95,7 +95,8 @@ class Runner:
         def look(number: int) -> None:
             few = self.held_out[: -(-CURVE // self.config.batch_size)]
             found = self.evaluate(state.factors, frozen, few)
-            curve.append({"step": number, "loss": found.loss})
+            if math.isfinite(found.loss):
+                curve.append({"step": number, "loss": found.loss})
 
         if save is not None:
             look(0)
@@ -122,14 +123,15 @@ class Runner:
             "seed": seed,
             "steps": len(losses),
             "diverged": not math.isfinite(losses[-1] + now["grad_norm"]),
-            "losses": [round(x, 5) for x in losses],
+            # JSON has no word for what is no number.
+            "losses": [round(x, 5) if math.isfinite(x) else None for x in losses],
             "curve": curve,
             "step_seconds": statistics.median(seconds[1:] or seconds),
-            "largest_residual": residual,
-            "last_residual": now["residual"],
         }
+        final = self.evaluate(state.factors, frozen, self.held_out)
+        cell["diverged"] |= not math.isfinite(final.loss)
         if not cell["diverged"]:
-            final = self.evaluate(state.factors, frozen, self.held_out)
+            cell |= {"largest_residual": residual, "last_residual": now["residual"]}
             cell["final"] = final._asdict()
             set_factors(model, state.factors)
             cell |= _ranks(model)
