@@ -78,16 +78,17 @@ def fixed(found: dict[str, Row], projection: Path, random: Path) -> None:
 def half_the_steps(found: dict[str, Row], curves: dict[str, np.ndarray]) -> None:
     """Prediction (c)."""
     print("(c) share of the steps until lora's final loss: at most 60 %\n")
-    print("| method | held-out loss | training loss |\n|---|---|---|")
+    print("| method | held-out loss | training loss, first time |\n|---|---|---|")
     goal = curves["lora"][-1]
     met = []
-    for name in FASTER:
+    for name in ("lora", *FASTER):
         share = found[name]["share_of_steps"]
         below = np.flatnonzero(curves[name] <= goal)
         first = (below[0] + 1) / len(curves[name]) if len(below) else None
         texts = ["not reached" if x is None else f"{x:.0%}" for x in (share, first)]
         print(f"| `{name}` | {' | '.join(texts)} |")
-        met.append(share is not None and share <= 0.6)
+        if name in FASTER:
+            met.append(share is not None and share <= 0.6)
     print(f"\n{verdict(all(met))}, for {sum(met)} of {len(met)} methods\n")
 
 

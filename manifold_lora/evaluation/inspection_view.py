@@ -45,7 +45,7 @@ def draw(
         for key in held or ["b"]:
             label = f"{kind}  {key.upper()}ᵀ{key.upper()}"
             rows.setdefault(label, {})[layer] = grams[name][key]
-    title = f"{report['method']}, {'/'.join(Path(report['adapter']).parts[-3:])}"
+    title = f"{report['method']}, {'/'.join(Path(report['adapter']).parts[-2:])}"
     plot_gram(out / GRAM, rows, f"Gram matrices: {title}")
     rank = max(module["rank"] for module in modules.values())
     plot_effective_rank(out / RANKS, ranks, rank, f"Effective rank: {title}")
