@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.low_rank import Arrays, LowRankLinear
@@ -36,6 +37,9 @@ class LoRALinear(LowRankLinear):
         LoRA", 2023, arXiv:2312.03732, for the scale alpha/√r; Meng et al., "PiSSA",
         2024, arXiv:2404.02948; Büyükakyüz, "OLoRA", 2024, arXiv:2406.01775.
     """
+
+    a: nnx.Variable
+    b: nnx.LoRAParam
 
     @staticmethod
     def manifolds(config: AdapterConfig) -> dict[str, Manifold]:

@@ -108,8 +108,8 @@ def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
         full: _module(settings, config, full, parts, stored)
         for full, parts in found.items()
     }
-    if stored:
-        _check_factors(path, settings, modules, found)
+    if extra or stored:
+        _check_same(path, settings, modules, found)
     return AdapterFile(settings.method, settings, modules, extra.get("base"))
 
 
@@ -292,16 +292,25 @@ def _spelled_out(settings: AdapterConfig) -> dict[str, Manifold]:
     return found
 
 
-def _check_factors(
+def _check_same(
     path: Path,
     settings: AdapterConfig,
     modules: Mapping[str, ModuleFactors],
     found: Mapping[str, Mapping[str, np.ndarray]],
 ) -> None:
-    """Both files must say the same: another tool may have changed the one it knows."""
-    del found
+    """All files must say the same: another tool may have changed those it knows."""
     names = set(adapter_class(settings.method).manifolds(settings))
+    if settings.start in ("pissa", "olora"):
+        names |= {"a0", "b0"}
     for full, module in modules.items():
+        root = math.sqrt if settings.rslora else float
+        own = module.alpha / root(module.rank)
+        if not math.isclose(own, module.scale, rel_tol=1e-6):
+            raise InputError(
+                f"{path / CONFIG} scales {full} by {module.scale:g}, and {EXTRA} by "
+                f"{own:g}: set rank and alpha alike in both, or take {EXTRA} and "
+                f"{FACTORS} away to read the directory as plain LoRA."
+            )
         f = module.factors
         if missing := names - f.keys():
             raise InputError(
@@ -309,18 +318,26 @@ def _check_factors(
                 "again, or take this file and manifold_lora.json away to read it as "
                 "plain LoRA."
             )
-        if {"u", "s", "v"} <= f.keys():
-            a, b = f["v"], f["u"] * f["s"] if f["s"].ndim == 1 else f["u"] @ f["s"]
-        elif "v" in f:
-            a, b = f["v"], f["a"]
-        else:
-            a, b = f["a"], f["b"]
-        k = a.shape[1]
-        size = max(float(np.abs(b).max(initial=0)), 1e-30)
-        same = a.shape[1] <= module.a.shape[1] and np.array_equal(a, module.a[:, :k])
-        if not same or np.abs(b - module.b[:, :k]).max(initial=0) > 1e-5 * size:
+        a, b = _pair(f)
+        finite = np.abs(b[np.isfinite(b)])
+        k, rounding = a.shape[1], 1e-5 * float(finite.max(initial=0))
+        pairs = [(a, module.a[:, :k], 0.0), (b, module.b[:, :k], rounding)]
+        if "m" in f:
+            pairs.append((f["m"], found[full]["lora_magnitude_vector"], 0.0))
+        if not all(
+            x.shape == y.shape and np.allclose(x, y, 0, within, equal_nan=True)
+            for x, y, within in pairs
+        ):
             raise InputError(
                 f"{path / FACTORS} and {WEIGHTS} are of different adapters ({full} "
                 "differs): copy the directory again, or take this file and "
                 "manifold_lora.json away to read it as plain LoRA."
             )
+
+
+def _pair(f: Tensors) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of PEFT's file, from the factors of one layer."""
+    if {"u", "s", "v"} <= f.keys():
+        with np.errstate(invalid="ignore"):  # a run that diverged may be looked into
+            return f["v"], f["u"] * f["s"] if f["s"].ndim == 1 else f["u"] @ f["s"]
+    return (f["v"], f["a"]) if "v" in f else (f["a"], f["b"])

@@ -46,30 +46,41 @@ def plot_comparison(
 
     Args:
         path: where to write.
-        curves: of every method (evaluations, 1 + runs): steps and losses.
+        curves: of every method (evaluations, 1 + runs): steps and losses; in the order
+            of the legend, which gives the last losses.
         baseline: the method to compare with.
     """
-    figure = _figure(8, 5)
+    from matplotlib.ticker import AutoLocator, NullLocator
+
+    figure = _figure(9, 5)
     axes = figure.add_subplot()
     for number, (name, curve) in enumerate(curves.items()):
         steps, losses = curve[:, 0], curve[:, 1:]
-        line = "--" if name == baseline else "-"
-        colour = "black" if name == baseline else f"C{number}"
-        axes.plot(steps, losses.mean(1), line, color=colour, linewidth=1.4, label=name)
+        mean = losses.mean(1)
+        line, colour = ("--", "black") if name == baseline else ("-", f"C{number}")
+        label = f"{mean[-1]:.4f}  {name}"
+        axes.plot(steps, mean, line, color=colour, linewidth=1.6, label=label)
         axes.fill_between(
-            steps, losses.min(1), losses.max(1), color=colour, alpha=0.12, linewidth=0
+            steps, losses.min(1), losses.max(1), color=colour, alpha=0.08, linewidth=0
         )
     if baseline in curves:
-        last = curves[baseline][-1, 1:].mean()
-        axes.axhline(last, color="black", linestyle=":", linewidth=0.8)
+        axes.axhline(
+            curves[baseline][-1, 1:].mean(), color="black", linestyle=":", linewidth=0.8
+        )
     # The start is the same for most and would press all else together.
     late = [curve[len(curve) // 6 :, 1:].mean(1) for curve in curves.values()]
-    if late:
-        low, high = min(map(np.min, late)), max(map(np.max, late))
-        axes.set_ylim(low * 0.93, high * 1.07)
+    low = min(map(np.min, late), default=0)
+    high = max(map(np.max, late), default=0)
     axes.set(xlabel="step", ylabel="held-out loss per answer token", yscale="log")
+    if 0 < low < high:
+        axes.set_ylim(low * (low / high) ** 0.05, high * (high / low) ** 0.05)
+        if high < 10 * low:  # within a decade there would be hardly a number
+            axes.yaxis.set_major_locator(AutoLocator())
+            axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(title="best first", fontsize="small")
+    if curves:
+        axes.legend(title="at the end", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
 
 

@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from manifold_lora.errors import InputError
 
-FILE = "compare.json"
+FILE, ADAPTERS, TABLE, PICTURE = "compare.json", "adapters", "compare.md", "compare.png"
 
 
 class Cells:
@@ -28,30 +29,40 @@ class Cells:
         self.content: dict[str, Any] = {"settings": settings, "cells": {}}
         if out.is_file():
             raise InputError(f"--out {out} is a file: choose a directory.")
-        if self.file.is_file() and not overwrite:
+        if overwrite:
+            self._clear()
+        elif self.file.is_file():
             self.content = self._read(settings)
-        elif out.is_dir() and any(out.iterdir()) and not overwrite:
+        elif out.is_dir() and any(out.iterdir()):
             raise InputError(
                 f"--out {out} is not empty and holds no comparison: choose another "
                 "directory, or give --overwrite to write into it."
             )
 
+    def _clear(self) -> None:
+        """Take away an earlier comparison, and nothing else."""
+        if self.file.is_file():
+            shutil.rmtree(self.file.parent / ADAPTERS, ignore_errors=True)
+            for name in (FILE, TABLE, PICTURE):
+                (self.file.parent / name).unlink(missing_ok=True)
+
     def _read(self, settings: dict[str, Any]) -> dict[str, Any]:
         try:
             content = json.loads(self.file.read_text(encoding="utf-8"))
-            before = content["settings"]
-        except (ValueError, KeyError, TypeError) as error:
+            before, _ = flat(content["settings"]), dict(content["cells"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{self.file} is damaged ({error}): choose another --out, or give "
                 "--overwrite."
             ) from error
-        changed = sorted(
-            k for k in before | settings if before.get(k) != settings.get(k)
-        )
+        now = flat(settings)
+        changed = [
+            f"{k} = {before.get(k, 'unset')} there, {now.get(k, 'unset')} now"
+            for k in sorted(before | now)
+            if before.get(k) != now.get(k)
+        ]
         if changed:
-            shown = ", ".join(
-                f"{k} = {before.get(k)} there, {settings.get(k)} now" for k in changed
-            )
+            shown = ", ".join(changed[:6] + ["…"] * (len(changed) > 6))
             raise InputError(
                 f"--out {self.file.parent} holds a comparison with other settings "
                 f"({shown}). Choose another --out, or give --overwrite to replace it."
@@ -72,7 +83,19 @@ class Cells:
         """The whole file, complete or not at all."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
-        partial.write_text(
-            json.dumps(self.content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(self.content, indent=1, allow_nan=False) + "\n"
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.file)
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names.
+
+    >>> flat({"runs": {"lora": {"rank": 4}}, "seeds": [0]})
+    {'runs.lora.rank': 4, 'seeds': [0]}
+    """
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        inside = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{key}.") if inside else {prefix + key: value}
+    return found

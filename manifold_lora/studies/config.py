@@ -1,8 +1,11 @@
 """What a comparison is: every choice, its default and its check. Imports no JAX."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tyro.conf import Suppress
 
 from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS, OPTIONS, find_method
@@ -14,6 +17,7 @@ _NOT_HERE = (
     "adapter",
     "learning_rate",
     "free_learning_rate",
+    "best_metric",
     "patience",
     "report",
     "show_batch",
@@ -24,11 +28,26 @@ _NOT_HERE = (
 class CompareConfig(TrainConfig):
     """A comparison of methods. All settings but the method's own are shared by all."""
 
+    out: Path | None = None  # directory of the comparison; None: runs/compare
+    overwrite: bool = False  # replace a comparison with other settings in --out
+    seed: int = 0  # of the search and of the first run; the others have those after it
+    eval_every: int | None = None  # steps; None: twelve times a run
+
     methods: tuple[str, ...] = tuple(METHODS)  # names, with spaces or commas between
     # grid of the constrained rate: numbers for all methods, or auto: each its own
-    learning_rates: tuple[str, ...] = ("auto",)
+    learning_rates: tuple[str | float, ...] = ("auto",)
     seeds: int = 3  # runs of every method at its best rate: --seed and those after it
     search_steps: int | None = None  # of a run of the grid; None: a third of --steps
+
+    # Of `_NOT_HERE`: they are no flags of this command.
+    method: Suppress[str] = TrainConfig.method
+    adapter: Suppress[Path | None] = None
+    learning_rate: Suppress[float | None] = None
+    free_learning_rate: Suppress[float | None] = None
+    best_metric: Suppress[Any] = TrainConfig.best_metric
+    patience: Suppress[int | None] = None
+    report: Suppress[Any] = ()
+    show_batch: Suppress[bool] = False
 
     @property
     def run_directory(self) -> Path:
@@ -71,14 +90,15 @@ def resolve_comparison(config: CompareConfig) -> Plan:
         problems.append(f"--seeds must be at least 1, got {config.seeds}")
     if config.search_steps is not None and config.search_steps < 1:
         problems.append(f"--search-steps must be at least 1, got {config.search_steps}")
-    numbers: list[float] = []
+    numbers: set[float] = set()
     texts = _words(config.learning_rates)
     for text in texts if texts != ["auto"] else []:
         try:
-            numbers.append(float(text))
+            rate = float(text)
         except ValueError:
-            numbers.append(0.0)
-        if not 0 < numbers[-1] < float("inf"):
+            rate = 0.0
+        numbers.add(rate)
+        if not 0 < rate < float("inf"):
             problems.append(
                 f"--learning-rates needs positive numbers or auto, got {text}"
             )
@@ -104,9 +124,9 @@ def resolve_comparison(config: CompareConfig) -> Plan:
     )
 
 
-def _words(items: tuple[str, ...]) -> list[str]:
+def _words(items: Sequence[str | float]) -> list[str]:
     """What is between the spaces and commas."""
-    return [word for item in items for word in item.replace(",", " ").split()]
+    return [word for item in items for word in str(item).replace(",", " ").split()]
 
 
 def _takes(config: TrainConfig, option: str, name: str) -> bool:

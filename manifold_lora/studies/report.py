@@ -1,5 +1,6 @@
 """What came of a comparison: numbers, a table and a picture."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from manifold_lora.evaluation.plots import plot_comparison
-from manifold_lora.studies.config import Plan
+from manifold_lora.studies.cells import PICTURE, TABLE
 
-TABLE, PICTURE = "compare.md", "compare.png"
+Cell = dict[str, Any]
 _COLUMNS = (
     "method",
     "rank",
@@ -29,15 +30,18 @@ _COLUMNS = (
 _ON_TERMINAL = ("method", "rate", "held-out loss", "steps to baseline", "overhead")
 
 
-def summarise(content: dict[str, Any], plan: Plan, steps: int) -> list[dict[str, Any]]:
-    """A row for every method, best first, from the runs of full length."""
-    runs = {name: _final(content, name) for name in plan.runs}
-    ends = [c["curve"][-1]["loss"] for c in runs[plan.baseline] if not c["diverged"]]
-    goal = float(np.mean(ends)) if ends else float("-inf")
-    seconds = content["step_seconds"]
+def summarise(content: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """A row for every method, best first, from the runs of full length.
+
+    Numbers are over the runs that did not diverge; a method without any has none.
+    Steps and seconds to the baseline are to where the mean of a method's curves is as
+    low as that of the baseline's in the end: of the held-out loss and, in `training`,
+    of the smoothed training loss.
+    """
+    baseline, seconds = content["settings"]["baseline"], content["step_seconds"]
     rows = []
-    for name, cells in runs.items():
-        whole = [cell for cell in cells if not cell["diverged"]]
+    for name in content["settings"]["runs"]:
+        cells, whole = _final(content, name), _whole(content, name)
         row: dict[str, Any] = {
             "method": name,
             "rank": cells[0]["rank"],
@@ -45,39 +49,49 @@ def summarise(content: dict[str, Any], plan: Plan, steps: int) -> list[dict[str,
             "rates": cells[0]["rates"],
             "seeds": len(cells),
             "diverged": len(cells) - len(whole),
-            "overhead": seconds[name] / seconds[plan.baseline],
+            "overhead": seconds[name] / seconds[baseline],
             "step_seconds": seconds[name],
         }
-        if whole:
-            last = [cell["final"] for cell in whole]
-            curve = mean_curve(whole)
-            reached = steps_to(curve, goal)
-            row |= {
-                "loss": _mean_std([x["loss"] for x in last]),
-                "accuracy": _mean_std([x["accuracy"] for x in last]),
-                "training_loss": _mean_std(
-                    [float(np.mean(c["losses"][-max(1, steps // 10) :])) for c in whole]
-                ),
+
+        def race(
+            curve: Callable[[list[Cell]], np.ndarray], name: str = name
+        ) -> dict[str, Any]:
+            reached, rivals = None, _whole(content, baseline)
+            if rivals:
+                goal = float(curve(rivals)[-1, 1:].mean())
+                reached = steps_to(curve(_whole(content, name)), goal)
+            never = reached is None
+            return {
                 "steps_to_baseline": reached,
-                "share_of_steps": None if reached is None else reached / steps,
-                "seconds_to_baseline": None
-                if reached is None
-                else reached * seconds[name],
-                "largest_residual": max(c["largest_residual"] for c in whole),
-                "last_residual": max(c["last_residual"] for c in whole),
-                "effective_rank_b": _mean_std([c["effective_rank_b"] for c in whole]),
-                "least_effective_rank_b": min(
-                    c["least_effective_rank_b"] for c in whole
-                ),
-                "effective_rank_update": _mean_std(
-                    [c["effective_rank_update"] for c in whole]
-                ),
+                "share_of_steps": None if never else reached / steps,
+                "seconds_to_baseline": None if never else reached * seconds[name],
             }
+
+        if whole:
+            row |= _numbers(whole) | race(mean_curve)
+            row["training"] = race(training_curve)
         rows.append(row)
     return sorted(rows, key=lambda row: row.get("loss", [float("inf")])[0])
 
 
-def _final(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
+def _numbers(cells: list[Cell]) -> dict[str, Any]:
+    """Those of runs that did not diverge."""
+    last = [cell["final"] for cell in cells]
+    return {
+        "loss": _mean_std([end["loss"] for end in last]),
+        "accuracy": _mean_std([end["accuracy"] for end in last]),
+        "training_loss": _mean_std(training_curve(cells)[-1, 1:]),
+        "largest_residual": max(cell["largest_residual"] for cell in cells),
+        "last_residual": max(cell["last_residual"] for cell in cells),
+        "effective_rank_b": _mean_std([cell["effective_rank_b"] for cell in cells]),
+        "least_effective_rank_b": min(cell["least_effective_rank_b"] for cell in cells),
+        "effective_rank_update": _mean_std(
+            [cell["effective_rank_update"] for cell in cells]
+        ),
+    }
+
+
+def _final(content: dict[str, Any], name: str) -> list[Cell]:
     """The runs of full length of a method."""
     return [
         cell
@@ -86,11 +100,24 @@ def _final(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
     ]
 
 
-def mean_curve(cells: list[dict[str, Any]]) -> np.ndarray:
+def _whole(content: dict[str, Any], name: str) -> list[Cell]:
+    """Those that did not diverge."""
+    return [cell for cell in _final(content, name) if not cell["diverged"]]
+
+
+def mean_curve(cells: list[Cell]) -> np.ndarray:
     """Steps and held-out loss of every evaluation, (evaluations, 1 + runs)."""
     steps = [point["step"] for point in cells[0]["curve"]]
     losses = [[point["loss"] for point in cell["curve"]] for cell in cells]
     return np.array([steps, *losses], float).T
+
+
+def training_curve(cells: list[Cell]) -> np.ndarray:
+    """Likewise of the training loss: its mean over the last tenth of a run's steps."""
+    window = max(1, len(cells[0]["losses"]) // 10)
+    weights = np.full(window, 1 / window)
+    smooth = [np.convolve(cell["losses"], weights, mode="valid") for cell in cells]
+    return np.array([window + np.arange(len(smooth[0])), *smooth], float).T
 
 
 def steps_to(curve: np.ndarray, goal: float) -> float | None:
@@ -102,23 +129,39 @@ def steps_to(curve: np.ndarray, goal: float) -> float | None:
     5.0
     """
     steps, losses = curve[:, 0], curve[:, 1:].mean(1)
-    for i, loss in enumerate(losses):
-        if loss <= goal:
-            if i == 0:
-                return float(steps[0])
-            share = (losses[i - 1] - goal) / (losses[i - 1] - loss)
-            return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
-    return None
+    below = np.flatnonzero(losses <= goal)
+    if not below.size:
+        return None
+    i = below[0]
+    if i == 0:
+        return float(steps[0])
+    share = (losses[i - 1] - goal) / (losses[i - 1] - losses[i])
+    return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
 
 
-def _mean_std(values: list[float]) -> list[float]:
+def _mean_std(values: Sequence[float] | np.ndarray) -> list[float]:
     """Mean and standard deviation (of a sample; 0 for one value)."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return [float(np.mean(values)), spread]
 
 
-def _texts(row: dict[str, Any]) -> list[str]:
+def at_edge(content: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether a best rate of a method is the least or the largest that was tried."""
+    tried = [
+        cell["rates"]
+        for key, cell in content["cells"].items()
+        if cell["method"] == row["method"] and key.endswith(" search")
+    ]
+    return any(
+        rate in (min(rates), max(rates))
+        for rate, *rates in zip(row["rates"], *tried, strict=True)
+    )
+
+
+def _texts(row: dict[str, Any], content: dict[str, Any]) -> list[str]:
+    """The row's cells, in the order of `_COLUMNS`."""
     rates = " / ".join(f"{rate:g}" for rate in row["rates"])
+    rates += " (edge)" if at_edge(content, row) else ""
     texts = [row["method"], str(row["rank"]), f"{row['parameters']:,}", rates]
     if "loss" not in row:
         return [*texts, "diverged", *[""] * 3, f"{row['overhead']:.2f} ×", *[""] * 3]
@@ -146,7 +189,7 @@ def show_table(console: Console, content: dict[str, Any]) -> None:
     for name in _ON_TERMINAL:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in content["summary"]:
-        texts = _texts(row)
+        texts = _texts(row, content)
         table.add_row(*[texts[place] for place in shown])
     console.print(table)
     console.print(_note(content), style="dim", soft_wrap=True)
@@ -154,16 +197,15 @@ def show_table(console: Console, content: dict[str, Any]) -> None:
 
 def write(out: Path, content: dict[str, Any]) -> None:
     """The table as Markdown, and the picture."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    lines = ["| " + " | ".join(_COLUMNS) + " |"]
+    lines.append("|---|" + "---:|" * (len(_COLUMNS) - 1))
     for row in content["summary"]:
-        texts = _texts(row)
+        texts = _texts(row, content)
         lines.append("| " + " | ".join([f"`{texts[0]}`", *texts[1:]]) + " |")
     text = "\n".join([*lines, "", _note(content)]) + "\n"
     (out / TABLE).write_text(text, encoding="utf-8")
     curves = {
-        row["method"]: mean_curve(
-            [c for c in _final(content, row["method"]) if not c["diverged"]]
-        )
+        row["method"]: mean_curve(_whole(content, row["method"]))
         for row in content["summary"]
         if "loss" in row
     }
@@ -173,9 +215,11 @@ def write(out: Path, content: dict[str, Any]) -> None:
 def _note(content: dict[str, Any]) -> str:
     baseline = content["settings"]["baseline"]
     seeds = len(content["settings"]["seeds"])
+    edges = any(at_edge(content, row) for row in content["summary"])
     return (
-        f"Mean ± standard deviation over {seeds} seeds. To baseline: steps and seconds "
-        f"until the held-out loss with which {baseline} ends; overhead: median time of "
-        f"a step over {baseline}'s; residual: largest distance from the manifold; "
-        "ranks: entropy effective ranks, mean over layers and modules."
+        ("(edge): a best rate is the least or the largest tried. " if edges else "")
+        + f"Mean ± standard deviation over {seeds} seeds. To baseline: steps and "
+        f"seconds until the held-out loss with which {baseline} ends; overhead: median "
+        f"time of a step over {baseline}'s; residual: largest distance from the "
+        "manifold; ranks: entropy effective ranks, mean over layers and modules."
     )

@@ -16,14 +16,13 @@ from flax import nnx
 from manifold_lora.adapters import adapters, attach, manifolds, set_factors, split
 from manifold_lora.adapters.exported import as_exported
 from manifold_lora.checkpoints.peft import save_adapter
+from manifold_lora.data.builtin import BASE
 from manifold_lora.evaluation.diagnostics import core, effective_rank
-from manifold_lora.evaluation.heldout import make_evaluate
+from manifold_lora.evaluation.heldout import Evaluation, make_evaluate
 from manifold_lora.training.config import ResolvedConfig
 from manifold_lora.training.optimizer import Rates, build_optimizer, with_run_data
 from manifold_lora.training.setup import Data, adapter_config, training_batches
 from manifold_lora.training.step import TrainState, make_step
-
-CURVE = 256  # held-out examples of the evaluations along a run
 
 
 class Runner:
@@ -82,8 +81,8 @@ class Runner:
             rates: peaks of the learning rates.
             seed: of the start, the order of the data and dropout.
             steps: of the run.
-            every: steps between the evaluations of a run that is saved, on the first
-                `CURVE` held-out examples; the end is always evaluated on all.
+            every: steps between the evaluations of a run that is saved; the others are
+                evaluated at the end only.
             show: is called with every step and its loss.
             save: where the last adapter goes; None: nowhere.
         """
@@ -92,11 +91,11 @@ class Runner:
         losses, seconds, residual = [], [], 0.0
         curve = []
 
-        def look(number: int) -> None:
-            few = self.held_out[: -(-CURVE // self.config.batch_size)]
-            found = self.evaluate(state.factors, frozen, few)
+        def look(number: int) -> Evaluation:
+            found = self.evaluate(state.factors, frozen, self.held_out)
             if math.isfinite(found.loss):
                 curve.append({"step": number, "loss": found.loss})
+            return found
 
         if save is not None:
             look(0)
@@ -114,22 +113,22 @@ class Runner:
             show(number, now["loss"])
             if not math.isfinite(now["loss"] + now["grad_norm"]):
                 break
-            if save is not None and (number % every == 0 or number == steps):
+            if save is not None and number % every == 0 and number != steps:
                 look(number)
-        cell = {
+        final = look(len(losses))
+        cell: dict[str, Any] = {
             "method": self.config.method,
             "rank": self.config.rank,
+            "trainable": self.trainable,
             "rates": [rate for rate in rates if rate is not None],
             "seed": seed,
             "steps": len(losses),
-            "diverged": not math.isfinite(losses[-1] + now["grad_norm"]),
+            "diverged": not math.isfinite(losses[-1] + now["grad_norm"] + final.loss),
             # JSON has no word for what is no number.
             "losses": [round(x, 5) if math.isfinite(x) else None for x in losses],
             "curve": curve,
             "step_seconds": statistics.median(seconds[1:] or seconds),
         }
-        final = self.evaluate(state.factors, frozen, self.held_out)
-        cell["diverged"] |= not math.isfinite(final.loss)
         if not cell["diverged"]:
             cell |= {"largest_residual": residual, "last_residual": now["residual"]}
             cell["final"] = final._asdict()
@@ -141,7 +140,8 @@ class Runner:
                     project=self.config.project_on_export,
                     truncate_below=self.config.truncate_below,
                 ):
-                    save_adapter(model, save, base_id=self.config.base_id)
+                    base_id = self.config.base_id or str(self.config.model or BASE)
+                    save_adapter(model, save, base_id=base_id)
         return cell
 
     def seconds_of(self, steps: int) -> Callable[[], list[float]]:

@@ -9,7 +9,10 @@ LIMIT = 4  # points that may be added on either side
 
 
 def search(
-    what: str, grid: Sequence[float], loss: Callable[[float], float]
+    what: str,
+    grid: Sequence[float],
+    loss: Callable[[float], float],
+    tell: Callable[[float], str] | None = None,
 ) -> tuple[float, dict[float, float]]:
     """The rate of the least loss, and the loss at every rate that was tried.
 
@@ -21,6 +24,7 @@ def search(
         what: is searched, for the message.
         grid: rates, positive.
         loss: of a rate.
+        tell: what became of a rate that diverged, for the message; None: its loss.
 
     Raises:
         InputError: every rate diverges.
@@ -36,7 +40,8 @@ def search(
     while True:
         finite = {rate: x for rate, x in found.items() if math.isfinite(x)}
         if not finite:
-            tried = ", ".join(f"{rate:g}: {x}" for rate, x in found.items())
+            tell = tell or (lambda rate: str(found[rate]))
+            tried = ", ".join(f"{rate:g}: {tell(rate)}" for rate in found)
             raise InputError(
                 f"{what} diverges at every rate (loss at each: {tried}). Give smaller "
                 "--learning-rates, a longer --warmup-steps, or a smaller --clip."

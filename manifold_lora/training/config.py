@@ -1,5 +1,6 @@
 """What one run is: every choice, its default and its check. Imports no JAX."""
 
+import contextlib
 import dataclasses
 import tomllib
 import types
@@ -229,7 +230,9 @@ def _coerce(value: Any, hint: Any) -> Any:
     """The TOML value as the field's type, or `TypeError`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _coerce(value, next(a for a in args if a is not type(None)))
+        for choice in args:
+            with contextlib.suppress(TypeError):
+                return _coerce(value, choice)
     if origin is Literal and value in args:
         return value
     if origin is tuple:

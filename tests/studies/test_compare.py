@@ -5,17 +5,23 @@ import io
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 
 import manifold_lora as ml
+from manifold_lora.adapters import split
 from manifold_lora.cli.main import main
 from manifold_lora.errors import InputError
+from manifold_lora.evaluation import heldout
 from manifold_lora.studies import compare as study
+from manifold_lora.studies.cells import Cells
 from manifold_lora.studies.config import CompareConfig, resolve_comparison
 from manifold_lora.studies.runner import Runner
+from manifold_lora.training.config import read_config
 from manifold_lora.training.optimizer import Rates
 from tests.tiny import data_file, model_directory
 
@@ -43,9 +49,14 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(config):
-    """The comparison, what it showed, every call of a step, and its runners."""
-    calls, runners = [], []
+    """The comparison, what it showed, every call of a step, runners and traces."""
+    calls, runners, traces = [], [], []
     original = Runner.__init__
+    loss = heldout.token_loss
+
+    def traced(*args):
+        traces.append(args)
+        return loss(*args)
 
     def watched(self, *args):
         original(self, *args)
@@ -61,8 +72,10 @@ def finished(config):
     console = Console(file=io.StringIO(), width=200)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "__init__", watched)
+        patch.setattr(heldout, "token_loss", traced)
         content = study.compare(config, console)
-    return content, console.file.getvalue(), calls, runners  # pyright: ignore
+    shown = console.file.getvalue()  # pyright: ignore
+    return content, shown, calls, runners, len(traces)
 
 
 def final(content, method):
@@ -86,14 +99,40 @@ def test_what_is_written(config, finished):
             assert ml.factors(model)
 
 
+def test_the_numbers_of_a_cell_are_those_of_its_adapter(config, finished):
+    """The file of the adapter, read again, has the loss and the rank in the table."""
+    content, _, _, runners, _ = finished
+    folder = config.out / "adapters" / "stiefel-seed1"
+    cell = final(content, "stiefel")[1]
+    model = ml.load_llama(config.model)
+    model.remat = False
+    ml.load_adapter(model, folder)
+    rebuild, factors, frozen = split(model)
+    again = heldout.make_evaluate(rebuild)(factors, frozen, runners[1].held_out)
+    assert again.loss == pytest.approx(cell["final"]["loss"], abs=1e-6)
+    assert again.accuracy == cell["final"]["accuracy"]
+    ranks = []
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, a in tensors.items():
+        if "lora_A" not in name:
+            continue
+        b = tensors[name.replace("lora_A", "lora_B")].astype(np.float64)
+        sigma = np.linalg.svd(b @ a, compute_uv=False)
+        p = sigma[sigma > 1e-9 * sigma[0]] / sigma.sum()
+        ranks.append(np.exp(-np.sum(p * np.log(p))))
+    assert len(ranks) == 2
+    assert cell["effective_rank_update"] == pytest.approx(np.mean(ranks), abs=1e-4)
+
+
 def test_each_method_is_compiled_once(finished):
-    *_, runners = finished
+    *_, runners, evaluations = finished
     assert [runner.config.method for runner in runners] == ["lora", "stiefel"]
     assert [runner.compiled._cache_size() for runner in runners] == [1, 1]
+    assert evaluations == 2  # times that the evaluation was traced
 
 
 def test_all_methods_see_the_same_batches(finished):
-    _, _, calls, _ = finished
+    _, _, calls, *_ = finished
     by_method = {}
     for name, extra, ids in calls:
         if int(extra["steps"]) == 6:
@@ -127,7 +166,7 @@ def test_the_search_takes_the_least_loss_and_grows(finished):
 
 def test_the_summary_is_that_of_the_cells(finished):
     content, *_ = finished
-    goal = np.mean([c["curve"][-1]["loss"] for c in final(content, "lora")])
+    goal = np.mean([c["final"]["loss"] for c in final(content, "lora")])
     losses = [row["loss"][0] for row in content["summary"]]
     assert losses == sorted(losses)
     for row in content["summary"]:
@@ -198,23 +237,42 @@ def test_finished_cells_are_not_run_again(config, finished, tmp_path, monkeypatc
 
 def test_other_settings_are_refused(config, finished):
     changed = dataclasses.replace(config, rank=2)
-    with pytest.raises(InputError, match=r"other settings.*--overwrite"):
+    message = r"other settings.*runs\.lora\.rank = 4 there, 2 now.*--overwrite"
+    with pytest.raises(InputError, match=message):
         study.compare(changed, Console(quiet=True))
+
+
+def test_overwriting_takes_away_a_comparison_and_nothing_else(tmp_path):
+    Cells(tmp_path, {"seeds": [0]})["one"] = {"loss": 1}
+    (tmp_path / "adapters" / "lora-seed0").mkdir(parents=True)
+    (tmp_path / "compare.md").touch()
+    (tmp_path / "notes.txt").touch()
+    assert "one" in Cells(tmp_path, {"seeds": [0]})
+    assert "one" not in Cells(tmp_path, {"seeds": [1]}, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(InputError, match="holds no comparison"):
+        Cells(tmp_path, {"seeds": [0]})
+    (tmp_path / "compare.json").write_text('{"settings": {}}')
+    with pytest.raises(InputError, match="is damaged"):
+        Cells(tmp_path, {"seeds": [0]})
+    with pytest.raises(InputError, match="is a file"):
+        Cells(tmp_path / "notes.txt", {})
 
 
 def test_a_larger_method_gets_a_lower_rank(config, finished, monkeypatch):
     monkeypatch.setattr(study, "BUDGET", 1.01)
     changed = dataclasses.replace(config, methods=("lora", "stella"))
-    made = study._Study(resolve_comparison(changed), None)  # pyright: ignore
+    made = study._Study(resolve_comparison(changed), None, None)  # pyright: ignore
     assert made.runner("lora").config.rank == 4
     # 2 layers: rank 4 has 2·4·64 + 2·16 parameters, over the 512 of lora
-    assert made.runner("stella").config.rank == 3
+    stella = made.runner("stella")
+    assert (stella.config.rank, stella.config.alpha) == (3, 6)  # of the same scale
+    assert stella.trainable == 2 * (3 * 64 + 3 * 3)
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_divergence_ends_a_cell(finished, monkeypatch, name):
-    *_, runners = finished
-    lora, count = runners[0], itertools.count(1)
+    lora, count = finished[3][0], itertools.count(1)
 
     def poisoned(*arguments):
         state, metrics = lora.compiled(*arguments)
@@ -224,6 +282,52 @@ def test_divergence_ends_a_cell(finished, monkeypatch, name):
     cell = lora.run(Rates(0.02), 0, 6, 3, lambda *_: None)
     assert cell["diverged"] and cell["steps"] == 3 and "final" not in cell
     assert len(cell["losses"]) == 3
+    text = json.dumps(cell, allow_nan=False)  # JSON has no NaN
+    assert ("null" in text) == (name == "loss")
+
+
+def test_divergence_everywhere(config, tmp_path):
+    """Rates whose first update overflows: the message has each, and what to try."""
+    wild = dataclasses.replace(
+        config, out=tmp_path, methods=("lora",), learning_rates=(1e38, 3e38)
+    )
+    with pytest.raises(InputError) as caught:
+        study.compare(wild, Console(quiet=True))
+    message = str(caught.value)
+    each = re.findall(r"([13]e\+38): diverged at step \d with loss (?:nan|\d)", message)
+    assert each == ["1e+38", "3e+38"]
+    assert message.startswith("lora: the learning rate diverges at every rate")
+    assert "smaller --learning-rates, a longer --warmup-steps" in message
+    text = (tmp_path / "compare.json").read_text()
+    cells = json.loads(text, parse_constant=pytest.fail)["cells"]
+    assert [cell["diverged"] for cell in cells.values()] == [True, True]
+
+
+def test_an_interrupted_comparison_goes_on(config, finished, tmp_path, monkeypatch):
+    content, *_ = finished
+    config, ran = dataclasses.replace(config, out=tmp_path), []
+
+    def run(self, rates, seed, steps, *_):
+        if len(ran) == stop:
+            raise KeyboardInterrupt
+        shown = " ".join(f"{rate:g}" for rate in rates if rate is not None)
+        key = f"{self.config.method} rates {shown} seed {seed} steps {steps}"
+        ran.append(key + (" search" if steps == 2 else ""))
+        return content["cells"][ran[-1]]
+
+    monkeypatch.setattr(Runner, "run", run)
+    monkeypatch.setattr(study._Study, "timing", lambda _: content["step_seconds"])
+    for stop in (2, len(content["cells"]) - 1):
+        with pytest.raises(KeyboardInterrupt):
+            study.compare(config, Console(quiet=True))
+        written = json.loads((tmp_path / "compare.json").read_text())
+        assert list(written["cells"]) == ran and len(ran) == stop
+    stop = None
+    assert study.compare(config, Console(quiet=True)) == content
+    assert ran == list(content["cells"])  # each once
+    # All methods have their first seed before any has its second.
+    last = [(cell["method"], cell["seed"]) for cell in content["cells"].values()][-4:]
+    assert last == [("lora", 0), ("stiefel", 0), ("lora", 1), ("stiefel", 1)]
 
 
 @pytest.mark.parametrize(
@@ -236,6 +340,9 @@ def test_divergence_ends_a_cell(finished, monkeypatch, name):
         ({"seeds": 0}, ["--seeds must be at least 1"]),
         ({"search_steps": 0}, ["--search-steps must be at least 1"]),
         ({"learning_rate": 1.0}, ["learning_rate has no place in a comparison"]),
+        ({"best_metric": "accuracy"}, ["best_metric has no place in a comparison"]),
+        ({"learning_rates": (0.0, -1)}, ["auto, got 0.0", "auto, got -1"]),
+        ({"rank": 0}, ["--rank must be at least 1"]),
         ({"diagonal_s": True}, ["no method of the comparison takes diagonal_s=True"]),
         ({"start": "svd_major"}, ["takes start=svd_major"]),
     ],
@@ -280,3 +387,25 @@ def test_the_command_reads_a_file(config, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["compare", "--config", str(file)])
     assert stopped.value.code == 2 and "--seeds" in capsys.readouterr().err
+    file.write_text('methods = "lora,stella"\nlearning_rates = [3e-3, 1, "2,3e-3"]\n')
+    plan = resolve_comparison(read_config(file, CompareConfig))
+    assert set(plan.runs) == {"lora", "stella"} and plan.grids["lora"] == (3e-3, 1, 2)
+
+
+def test_settings_of_one_run_are_no_flags(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--method", "lora"])
+    error = capsys.readouterr().err
+    assert "Unrecognized options" in error and "--methods" in error
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    shown = capsys.readouterr().out
+    assert "--methods" in shown and "--learning-rates" in shown
+    for flag in (
+        "--method ",
+        "--learning-rate ",
+        "--patience",
+        "--report",
+        "--adapter",
+    ):
+        assert flag not in shown

@@ -56,3 +56,5 @@ def test_divergence_everywhere_names_every_loss_and_a_remedy():
         search("stiefel: the learning rate", [1, 2], lambda rate: math.inf)
     for words in ("stiefel: the learning rate", "1: inf, 2: inf", "--warmup-steps"):
         assert words in str(caught.value)
+    with pytest.raises(InputError, match="1: it fell, 2: it fell"):
+        search("rate", [1, 2], lambda rate: math.nan, lambda rate: "it fell")
