@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from manifold_lora.adapters import factors, set_factors
+from manifold_lora.adapters import adapters
+from manifold_lora.adapters.scaled import ScaledLinear
 from manifold_lora.checkpoints.huggingface import load_llama
 from manifold_lora.models import Llama
 from tests.models import reference
@@ -57,29 +58,72 @@ def logits(model: Llama, tokens: Any = IDS, key: jax.Array | None = None) -> np.
 
 
 def randomize(model: Llama, seed: int = 0) -> Llama:
-    """Other factors, so that ΔW is of the size of W: B stays where it is if it is
-    orthonormal, all else is normal."""
+    """Other factors, so that ΔW is of the size of W: orthonormal ones stay where they
+    are, and so does what fills up a layer of a lower rank."""
     rng = np.random.default_rng(seed)
-
-    def draw(path: Any, leaf: jax.Array) -> jax.Array:
-        if path[-1].key == "b" and leaf.any():
-            return leaf
-        size = leaf.shape[1] if path[-1].key == "a" else 4 * leaf.shape[2]
-        return jnp.asarray(rng.normal(size=leaf.shape) / math.sqrt(size), jnp.float32)
-
-    set_factors(model, jax.tree_util.tree_map_with_path(draw, factors(model)))
+    for name, module in adapters(model).items():
+        for factor in module.manifolds(module.config):
+            variable = getattr(module, factor)
+            x = np.array(variable[...])
+            orthonormal = factor in "uv" or (factor == "b" and x.any())
+            for layer, rank in enumerate(module.ranks):
+                if rank and not orthonormal:
+                    part = own(x[layer], factor, name, rank, module.config.method)
+                    part[...] = drawn(rng, factor, part)
+            variable.set_value(jnp.asarray(x))
+    for path, module in nnx.iter_modules(model.layers):
+        if isinstance(module, ScaledLinear):
+            del path
+            for diagonal in (module.d1, module.d2):
+                ones = rng.uniform(0.5, 1.5, diagonal.shape)
+                diagonal.set_value(jnp.asarray(ones, jnp.float32))
     return model
 
 
-def matrices(model: Llama) -> Matrices:
-    """A (r, in) and B (out, r) of every adapted module, by its full name."""
-    found = {}
-    for part, modules in factors(model)["layers"].items():
-        for name, pair in modules.items():
-            a, b = np.asarray(pair["a"]), np.asarray(pair["b"])
-            for n in range(LAYERS):
-                found[f"model.layers.{n}.{part}.{name}"] = (a[n].T, b[n])
+def drawn(rng: np.random.Generator, factor: str, part: np.ndarray) -> np.ndarray:
+    """Random numbers of the shape of one layer's factor."""
+    if factor == "m":
+        return part * rng.uniform(0.5, 1.5, part.shape)
+    size = part.shape[0] if factor == "a" else 4 * max(part.shape[-1], 1)
+    return rng.normal(size=part.shape) / math.sqrt(size if factor != "s" else 1)
+
+
+def own(x: np.ndarray, factor: str, name: str, rank: int, method: str) -> np.ndarray:
+    """One layer's factor, without the rows and columns that only fill it up."""
+    inputs, outputs = SIZES[name]
+    rows = inputs if factor in ("a", "a0", "v") else outputs
+    if factor == "a" and method == "loram_br":
+        rows = outputs
+    if factor == "s":
+        return x[:rank, :rank] if x.ndim == 2 else x[:rank]
+    return x[:rows] if factor == "m" else x[:rows, :rank]
+
+
+def arrays(model: Llama) -> dict[str, dict[str, np.ndarray]]:
+    """The factors of every adapted layer by its full name and theirs, in float64."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, module in adapters(model).items():
+        for layer, rank in enumerate(module.ranks):
+            if rank:
+                found[f"model.layers.{layer}.{name}"] = {
+                    factor: own(
+                        np.asarray(getattr(module, factor)[...], np.float64)[layer],
+                        factor,
+                        name,
+                        rank,
+                        module.config.method,
+                    )
+                    for factor in module.names
+                }
     return found
+
+
+def matrices(model: Llama) -> Matrices:
+    """A (r, in) and B (out, r) of every adapted layer, by its full name."""
+    return {
+        full: (x["a"].T.astype(np.float32), x["b"].astype(np.float32))
+        for full, x in arrays(model).items()
+    }
 
 
 def updated(

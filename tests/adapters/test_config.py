@@ -7,6 +7,7 @@ import pytest
 
 from manifold_lora.adapters.config import AdapterConfig, is_target, lookup
 from manifold_lora.errors import InputError
+from manifold_lora.methods import METHODS
 
 Q, GATE = "model.layers.11.self_attn.q_proj", "model.layers.1.mlp.gate_proj"
 
@@ -58,6 +59,12 @@ def test_alpha_is_twice_the_rank_unless_given():
     assert AdapterConfig(rank=8, alpha=1.5).alpha == 1.5
 
 
+def test_the_start_is_the_first_of_the_method_unless_given():
+    starts = {name: AdapterConfig(name).start for name in METHODS}
+    assert starts == {name: row.starts[0] for name, row in METHODS.items()}
+    assert AdapterConfig("stella", start="zero").start == "zero"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -71,6 +78,15 @@ def test_alpha_is_twice_the_rank_unless_given():
         ({"dropout": -0.1}, "dropout must be in [0, 1), got -0.1"),
         ({"targets": []}, "at least one module"),
         ({"targets": ""}, "at least one module"),
+        ({"method": "lora", "fixed_a": "both"}, "no fixed_a 'both'"),
+        (
+            {"method": "lora", "start": "orthogonal", "rank": 3},
+            "start orthogonal needs even ranks, got 3",
+        ),
+        (
+            {"method": "lora", "start": "orthogonal", "rank_pattern": {"q_proj": 5}},
+            "even ranks, got 5",
+        ),
     ],
 )
 def test_values_out_of_range(given: dict[str, Any], message: str):

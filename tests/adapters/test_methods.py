@@ -1,6 +1,7 @@
-"""LoRA and Stiefel-LoRA against W + s B A in float64 NumPy, and how they start."""
+"""Every method against its formula in float64 NumPy: the model, its merged weights."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,30 +11,61 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from manifold_lora.adapters import METHODS, AdapterConfig, adapters, attach, factors
+import manifold_lora as ml
+from manifold_lora.adapters import AdapterConfig, adapters, attach
 from manifold_lora.adapters.lora import LoRALinear
+from manifold_lora.checkpoints.huggingface import hf_tensors, load_llama, save_llama
 from manifold_lora.errors import InputError
+from manifold_lora.methods import METHODS
 from manifold_lora.models import Linear
 from tests import adapters as tiny
-from tests.tolerances import FLOAT32, LOGITS, RESIDUAL
+from tests.adapters import by_hand
+from tests.adapters.cases import ALPHA, CASES, FEW, RANK, config
+from tests.tolerances import FLOAT32, LOGITS
 
-RANK, ALPHA = 2, 5
-SCALES = {False: 5 / 2, True: 5 / math.sqrt(2)}  # by rslora
+# One of every form of y; all cases are compared layer by layer in test_gradients.
+FORMS = [f"{method}-{row.starts[0]}" for method, row in METHODS.items()]
+FORMS += ["lora-pissa", "lora-diagonal_scaling=True", "stella-diagonal_s=True"]
 
 
-@pytest.mark.parametrize("rslora", SCALES, ids=["alpha/r", "rslora"])
-@pytest.mark.parametrize("method", METHODS)
-def test_logits_are_those_of_the_updated_weights(method: str, rslora: bool):
+@pytest.mark.parametrize("case", FORMS)
+def test_logits_are_those_of_the_formula(case: str, tmp_path: Path):
+    targets = "all-linear" if case in ("lora-kaiming", "stiefel-random") else FEW
     model = tiny.base()
-    attach(model, AdapterConfig(method, rank=RANK, alpha=ALPHA, rslora=rslora))
-    pairs = tiny.matrices(tiny.randomize(model))
-    assert len(pairs) == len(tiny.SIZES) * tiny.LAYERS
-    needed = tiny.needed_logits(tiny.updated(pairs, SCALES[rslora]))
-    assert tiny.error(needed, tiny.needed_logits(tiny.TENSORS)) > 1
+    model.remat = False  # compiles faster; it is compared below
+    attach(model, config(case, targets=targets))
+    found = tiny.arrays(tiny.randomize(model))
+    assert len(found) == tiny.LAYERS * (7 if targets == "all-linear" else 3)
+    method, diagonals = CASES[case]["method"], by_hand.diagonals(model)
+    assert bool(diagonals) == case.endswith("diagonal_scaling=True")
+    weights = by_hand.weights(method, found, ALPHA / RANK, diagonals)
+    needed = tiny.needed_logits(weights)
+    assert tiny.error(needed, tiny.needed_logits(tiny.TENSORS)) > 0.5
+    got = tiny.logits(model)
+    assert tiny.error(got, needed) < LOGITS
+
+    ml.merge(model)
+    plain = tiny.base()
+    plain.remat = False
+    assert str(nnx.graphdef(model)) == str(nnx.graphdef(plain))
+    assert tiny.error(tiny.logits(model), got) < LOGITS
+    for name, tensor in hf_tensors(model).items():
+        assert tiny.error(tensor, weights[name]) < FLOAT32, name
+    save_llama(model, tmp_path / "merged")
+    again = hf_tensors(load_llama(tmp_path / "merged"))
+    for name, tensor in hf_tensors(model).items():
+        np.testing.assert_array_equal(again[name], tensor)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "stiefel"])
+def test_rslora_scales_by_the_root(method: str):
+    attach(model := tiny.base(), AdapterConfig(method, rank=2, alpha=5, rslora=True))
+    found = tiny.arrays(tiny.randomize(model))
+    needed = tiny.needed_logits(by_hand.weights(method, found, 5 / math.sqrt(2)))
     assert tiny.error(tiny.logits(model), needed) < LOGITS
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "stiefel"])
 def test_rank_and_alpha_may_differ_between_projections(method: str):
     config = AdapterConfig(
         method,
@@ -52,67 +84,11 @@ def test_rank_and_alpha_may_differ_between_projections(method: str):
     assert tiny.error(tiny.logits(model), tiny.needed_logits(tensors)) < LOGITS
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("remat", [True, False], ids=["remat", "kept"])
-def test_the_model_starts_as_its_base_bit_for_bit(remat: bool, dtype: type):
-    plain = tiny.base(dtype)
-    plain.remat = remat
-    needed = tiny.logits(plain)
-    for method in METHODS:
-        model = tiny.base(dtype)
-        model.remat = remat
-        attach(model, AdapterConfig(method, rank=RANK, alpha=ALPHA))
-        np.testing.assert_array_equal(tiny.logits(model), needed)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_starts(method: str):
-    attach(model := tiny.base(jnp.bfloat16), AdapterConfig(method, rank=RANK))
-    found = adapters(model)
-    assert found.keys() == tiny.SIZES.keys()
-    drawn = []
-    for name, (inputs, outputs) in tiny.SIZES.items():
-        a, b = (np.asarray(x[...]) for x in (found[name].a, found[name].b))
-        assert a.shape == (tiny.LAYERS, inputs, RANK)
-        assert b.shape == (tiny.LAYERS, outputs, RANK)
-        assert a.dtype == b.dtype == np.float32  # also on a bfloat16 base
-        if method == "lora":
-            assert not b.any()
-            bound = 1 / math.sqrt(inputs)
-            assert 0.9 * bound < np.abs(a).max() <= bound
-            assert a.min() < -0.9 * bound
-            # standard deviation of the mean of n uniform numbers
-            assert abs(a.mean()) < 4 * bound / math.sqrt(3 * a.size)
-            drawn += list(a)
-        else:
-            assert not a.any()
-            gram = b.astype(np.float64).swapaxes(1, 2) @ b
-            assert tiny.error(gram, np.eye(RANK)[None]) < RESIDUAL
-            drawn += list(b)
-    # no two layers or projections share their numbers
-    assert len({float(x[0, 0]) for x in drawn}) == len(drawn)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_seed_decides_the_start(method: str):
-    def start(seed: int) -> list[np.ndarray]:
-        config = AdapterConfig(method, rank=2, targets=["q_proj", "down_proj"])
-        attach(model := tiny.base(), config, seed=seed)
-        return [np.asarray(x) for x in jax.tree.leaves(factors(model)) if x.any()]
-
-    first, again, other = start(0), start(0), start(1)
-    assert len(first) == 2
-    for one, same, changed in zip(first, again, other, strict=True):
-        np.testing.assert_array_equal(one, same)
-        assert (one != changed).any(axis=(1, 2)).all()
-
-
-def layer(dropout: float = 0.0, rank: int = 2) -> LoRALinear:
+def layer(dropout: float = 0.0, rank: int = 2) -> Any:
     """One adapted layer, 6 to 5, without a layer axis and with a nonzero ΔW."""
     linear = Linear(6, 5, bias=True, rngs=nnx.Rngs(0))
-    module = LoRALinear(
-        linear, rank=rank, alpha=3, dropout=dropout, key=jax.random.key(0)
-    )
+    given = AdapterConfig("lora", rank=rank, alpha=3, dropout=dropout)
+    module = LoRALinear(linear, given, key=jax.random.key(0))
     module.b.set_value(jax.random.normal(jax.random.key(1), (5, rank)))
     return module
 
@@ -153,7 +129,8 @@ def test_the_base_is_never_dropped():
 def test_fuse_rounds_once(dtype: type):
     attach(model := tiny.base(dtype), AdapterConfig("lora", rank=RANK, alpha=ALPHA))
     tiny.randomize(model)
-    for name, module in adapters(model).items():
+    modules: dict[str, Any] = adapters(model)
+    for name, module in modules.items():
         kernel, update = np.asarray(module.base.kernel[...]), module.weight()
         a, b = (np.asarray(x[...], np.float64) for x in (module.a, module.b))
         assert update.dtype == jnp.float32
@@ -166,18 +143,6 @@ def test_fuse_rounds_once(dtype: type):
         np.testing.assert_array_equal(got, needed.astype(got.dtype))
 
 
-@pytest.mark.parametrize("rank", [0, 6])
-def test_the_rank_must_fit_the_layer(rank: int):
+def test_the_rank_must_fit_the_layer():
     with pytest.raises(InputError, match="1 to 5.*--rank-pattern"):
-        layer(rank=rank)
-
-
-def test_a_factor_carries_its_manifold():
-    kinds: dict[str, Any] = {
-        name: [type(method.manifolds[factor]).__name__ for factor in "ab"]
-        for name, method in METHODS.items()
-    }
-    assert kinds == {
-        "lora": ["Euclidean", "Euclidean"],
-        "stiefel": ["Euclidean", "Stiefel"],
-    }
+        layer(rank=6)

@@ -13,10 +13,11 @@ from manifold_lora.adapters import AdapterConfig, attach
 from manifold_lora.models import Llama
 from tests import adapters as tiny
 
-CONFIG, WEIGHTS, EXTRA = (
+CONFIG, WEIGHTS, EXTRA, FACTORS = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "manifold_lora.json",
+    "factors.safetensors",
 )
 PLAIN = AdapterConfig("stiefel", rank=2, alpha=5)
 # every optional key of adapter_config.json at once

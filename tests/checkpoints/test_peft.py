@@ -1,5 +1,6 @@
 """PEFT's LoRA directories, written: exact copies, the recommended keys, whole."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import manifold_lora as ml
 from manifold_lora.adapters import AdapterConfig, adapters, attach
-from manifold_lora.checkpoints.peft import load_adapter, save_adapter
+from manifold_lora.checkpoints.peft import fingerprint, load_adapter, save_adapter
 from manifold_lora.errors import InputError
 from tests import adapters as tiny
 from tests.checkpoints.peft_files import (
@@ -43,8 +44,8 @@ def test_an_adapter_survives_saving_and_loading(config: AdapterConfig, tmp_path:
     for name, module in adapters(model).items():
         got = adapters(again)[name]
         assert type(got) is type(module)
-        for field in ("rank", "alpha", "rslora", "dropout"):
-            assert getattr(got, field) == getattr(module, field), (name, field)
+        assert (got.ranks, got.alphas) == (module.ranks, module.alphas), name
+        assert dataclasses.asdict(got.config) == dataclasses.asdict(module.config)
 
     save_adapter(again, tmp_path / "again")
     for file in (CONFIG, WEIGHTS, EXTRA):
@@ -70,7 +71,21 @@ def test_the_plain_config_has_the_keys_that_every_peft_accepts(tmp_path: Path):
             f"{x}_proj" for x in ("down", "gate", "k", "o", "q", "up", "v")
         ],
     }
-    assert read(tmp_path / "a" / EXTRA) == {"method": "stiefel"}
+    assert read(tmp_path / "a" / EXTRA) == {
+        "method": "stiefel",
+        "rank": 2,
+        "alpha": 5,
+        "rslora": False,
+        "dropout": 0.0,
+        "targets": "all-linear",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "start": "random",
+        "fixed_a": None,
+        "diagonal_s": False,
+        "diagonal_scaling": False,
+        "base": fingerprint(tiny.base()),
+    }
 
 
 def test_further_keys_are_written_where_they_are_used(tmp_path: Path):
@@ -82,7 +97,11 @@ def test_further_keys_are_written_where_they_are_used(tmp_path: Path):
     assert config["use_rslora"] is True
     assert config["rank_pattern"] == {"mlp.down_proj": 2}
     assert config["alpha_pattern"] == {"mlp.down_proj": 5, "mlp.up_proj": 2.5}
-    assert read(tmp_path / "a" / EXTRA) == {"method": "lora"}
+    own = read(tmp_path / "a" / EXTRA)
+    assert own["rank_pattern"] == {"down_proj": 2} and own["rslora"] is True
+    assert own["alpha_pattern"] == {"self_attn.*": 7, "up_proj": 2.5}
+    assert own["targets"] == ["q_proj", "v_proj", "up_proj", "down_proj"]
+    assert (own["method"], own["start"]) == ("lora", "kaiming")
 
 
 def test_tensors_are_those_of_peft(tmp_path: Path):
@@ -91,10 +110,8 @@ def test_tensors_are_those_of_peft(tmp_path: Path):
     tensors = load_file(tmp_path / "a" / WEIGHTS)
     needed = {}
     for name, (inputs, outputs) in tiny.SIZES.items():
-        a, b = (
-            np.asarray(x[...])
-            for x in (adapters(model)[name].a, adapters(model)[name].b)
-        )
+        module: Any = adapters(model)[name]
+        a, b = np.asarray(module.a[...]), np.asarray(module.b[...])
         for n in range(3):
             stem = f"base_model.model.model.layers.{n}.{name}"
             needed[f"{stem}.lora_A.weight"] = a[n].T

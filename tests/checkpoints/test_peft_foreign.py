@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import manifold_lora as ml
-from manifold_lora.adapters import METHODS, adapters
+from manifold_lora.adapters import adapters
+from manifold_lora.adapters.lora import LoRALinear
 from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from tests import adapters as tiny
-from tests.checkpoints.peft_files import EXTRA, pairs, same, write
+from tests.checkpoints.peft_files import pairs, same, write
 from tests.tolerances import LOGITS
 
 
@@ -20,8 +21,8 @@ def test_without_our_own_file_it_is_lora(tmp_path: Path):
     found = pairs({"self_attn.q_proj": 2, "mlp.up_proj": 2})
     path = write(tmp_path / "a", found, lora_dropout=0.5, use_rslora=True)
     load_adapter(model := tiny.base(), path)
-    assert {type(m) for m in adapters(model).values()} == {METHODS["lora"]}
-    assert {m.dropout for m in adapters(model).values()} == {0.5}
+    assert {type(m) for m in adapters(model).values()} == {LoRALinear}
+    assert {m.config.dropout for m in adapters(model).values()} == {0.5}
     got = tiny.matrices(model)
     assert got.keys() == found.keys()
     for full, (a, b) in found.items():
@@ -95,7 +96,7 @@ DOWN1, Q0, V2 = (
         ),
     ],
 )
-def test_layers_that_differ_become_one_lora_of_the_same_function(
+def test_layers_that_differ_are_read_as_they_are(
     found: tiny.Matrices,
     config: dict[str, Any],
     rank_of: dict[str, int],
@@ -104,7 +105,6 @@ def test_layers_that_differ_become_one_lora_of_the_same_function(
     tmp_path: Path,
 ):
     path = write(tmp_path / "a", found, **config, use_rslora=rslora)
-    (path / EXTRA).write_text('{"method": "stiefel"}')  # which it can be no more
     load_adapter(model := tiny.base(), path)
 
     scales = {}
@@ -113,8 +113,11 @@ def test_layers_that_differ_become_one_lora_of_the_same_function(
         scales[full] = alpha_of.get(full, 3) / (math.sqrt(rank) if rslora else rank)
     weights = tiny.updated(found, scales)
     modules = adapters(model)
-    assert {type(m) for m in modules.values()} == {METHODS["lora"]}
+    assert {type(m) for m in modules.values()} == {LoRALinear}
     for name, module in modules.items():
+        fulls = [f"model.layers.{n}.{name}" for n in range(3)]
+        needed = [rank_of.get(full, 2) if full in found else 0 for full in fulls]
+        assert module.ranks == tuple(needed)
         update = np.asarray(module.weight(), np.float64)
         for n in range(3):
             full = f"model.layers.{n}.{name}"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from manifold_lora.adapters import AdapterConfig, adapters, attach
@@ -16,6 +15,7 @@ from manifold_lora.checkpoints.huggingface import load_llama
 from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.models import Llama
 from tests import adapters as tiny
+from tests.checkpoints.theirs import base_directory, their_logits, theirs
 from tests.tolerances import LOGITS
 
 torch = pytest.importorskip("torch")
@@ -31,29 +31,7 @@ SUBSET = ["q_proj", "v_proj", "down_proj"]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory written by transformers, weights of ordinary size."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = {k: v for k, v in tiny.CONFIG.items() if k != "torch_dtype"}
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    state = {name: torch.tensor(x) for name, x in tiny.TENSORS.items()}
-    model.load_state_dict(state, strict=True)
-    path = tmp_path_factory.mktemp("base") / "model"
-    model.save_pretrained(path)
-    return path
-
-
-def theirs(path: Path) -> Any:
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    ).eval()
-
-
-def their_logits(model: Any) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(tiny.IDS)).logits.numpy()
+    return base_directory(tmp_path_factory.mktemp("base") / "model")
 
 
 CASES = {

@@ -67,9 +67,8 @@ def test_files_that_are_damaged(path: Path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"peft_type": "LOHA"}, ["peft_type 'LOHA'", "only LORA"]),
+        ({"peft_type": "LOHA"}, ["peft_type 'LOHA'", "only LORA and STELLA"]),
         ({"peft_type": None}, ["peft_type None"]),
-        ({"use_dora": True}, ["use_dora=True", "merge that"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save=['lm_head']"]),
         ({"bias": "lora_only"}, ["bias='lora_only'"]),
         ({"lora_bias": True}, ["lora_bias=True"]),
@@ -80,8 +79,8 @@ def test_files_that_are_damaged(path: Path):
         ({"init_lora_weights": "pissa_niter_4"}, ["init_lora_weights='pissa_niter_4'"]),
         ({"init_lora_weights": "OLoRA"}, ["init_lora_weights='OLoRA'"]),
         (
-            {"use_dora": True, "bias": "all"},
-            ["bias='all', use_dora=True", "merge that adapter into its base"],
+            {"lora_bias": True, "bias": "all"},
+            ["bias='all', lora_bias=True", "merge that adapter into its base"],
         ),
     ],
 )
@@ -148,6 +147,14 @@ def test_the_rank_of_the_config_must_be_that_of_the_tensors(path: Path):
     config["rank_pattern"] = {"q_proj": 2}
     (path / CONFIG).write_text(json.dumps(config))
     load_adapter(tiny.base(), path)
+
+
+def test_dora_needs_its_lengths(path: Path):
+    config = read(path / CONFIG) | {"use_dora": True}
+    (path / CONFIG).write_text(json.dumps(config))
+    stem = "base_model.model.model.layers"
+    missing = [f"{stem}.{n}.self_attn.q_proj.lora_mag" for n in range(3)]
+    refused(path, *missing, "nitude_vector: missing")
 
 
 def test_a_file_without_tensors(path: Path):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import tomli_w
 
+import manifold_lora as ml
 from manifold_lora.cli.main import main
 from tests.tiny import data_file, model_directory
 
@@ -91,6 +92,10 @@ def bad_inputs(folder, model, data):
         directory.mkdir()
         for source in model.iterdir():
             (directory / source.name).write_bytes(source.read_bytes())
+    adapter = folder / "adapter"
+    llama = ml.load_llama(model)
+    ml.attach(llama, ml.AdapterConfig("stella", rank=4, targets="q_proj"))
+    ml.save_adapter(llama, adapter)
     weights = (model / "model.safetensors").read_bytes()
     (truncated / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     config = json.loads((model / "config.json").read_text())
@@ -122,6 +127,27 @@ def bad_inputs(folder, model, data):
         "targets": ((*use, *ok, "--targets", "q_porj"), "Did you mean q_proj"),
         "rank": ((*use, *ok, "--rank", 999), "rank 999"),
         "method": ((*use, *ok, "--method", "stifel"), "Did you mean stiefel"),
+        "option": (
+            (*use, *ok, "--method", "lora", "--diagonal-s"),
+            "diagonal_s goes with stella",
+        ),
+        "start": (
+            (*use, *ok, "--start", "pissa"),
+            "stiefel starts with random; pissa goes with lora",
+        ),
+        "fixed": (
+            (*use, *ok, "--method", "stella", "--fixed-a", "random"),
+            "method stella and fixed_a=random exclude each other",
+        ),
+        "no adapter": ((*use, *ok, "--adapter", empty), "adapter_config.json"),
+        "other method": (
+            (*use, *ok, "--method", "lora", "--adapter", adapter, "--rank", 4),
+            "method: found stella, needed lora",
+        ),
+        "other rank": (
+            (*use, *ok, "--method", "stella", "--adapter", adapter, "--rank", 8),
+            "rank: found 4, needed 8",
+        ),
         "key": (
             ("--config", write(folder / "c.toml", "lerning_rate = 1")),
             "Did you mean learning_rate",

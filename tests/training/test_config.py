@@ -10,6 +10,7 @@ import pytest
 import tomli_w
 
 from manifold_lora.errors import InputError
+from manifold_lora.methods import METHODS
 from manifold_lora.training.config import TrainConfig, as_toml, read_config, resolve
 from manifold_lora.training.optimizer import build_schedule, named_optimizer
 from tests.tolerances import FLOAT32
@@ -57,6 +58,13 @@ def test_defaults_depend_on_method_model_and_data():
     assert resolve(TrainConfig(model=Path("m"), method="lora")).learning_rate == 2e-4
     assert builtin.alpha == 32 and resolve(TrainConfig(rank=4)).alpha == 8
     assert builtin.run_directory == Path("runs/stiefel")
+    for name, row in METHODS.items():
+        config = resolve(TrainConfig(method=name, model=Path("m")))
+        assert config.start == row.starts[0] and config.learning_rate == row.rate
+        assert config.free_learning_rate == row.free_rate
+        config = resolve(TrainConfig(method=name))
+        assert config.learning_rate == row.builtin_rate
+        assert config.free_learning_rate == row.builtin_free_rate
 
 
 @pytest.mark.parametrize(
@@ -71,6 +79,9 @@ def test_defaults_depend_on_method_model_and_data():
         ("targets = [1]", ["targets"]),
         ("rank_pattern = {q_proj = 'x'}", ["rank_pattern"]),
         ("packing = 1", ["packing"]),
+        ('fixed_a = "both"', ["fixed_a", "random", "projection"]),
+        ('second_moment = "rows"', ["second_moment", "coordinate", "scalar"]),
+        ("diagonal_s = 1", ["diagonal_s = 1"]),
         ("rank = \nseed = 1", ["not valid TOML", "line 1"]),
         ('rnk = 1\nmetod = "x"', ["rnk", "Did you mean method?"]),
     ],
@@ -106,6 +117,10 @@ def test_missing_file(tmp_path):
         ({"clip": -1.0}, "--clip"),
         ({"seed": -1}, "--seed"),
         ({"patience": 0}, "--patience"),
+        ({"method": "lora", "lora_plus_ratio": 0.0}, "--lora-plus-ratio must be a pos"),
+        ({"method": "landing_oblique", "attraction": -1.0}, "--attraction must be"),
+        ({"method": "loram_br", "nuclear_decay": -1e-3}, "--nuclear-decay must be at"),
+        ({"method": "loram_br", "truncate_below": -1.0}, "--truncate-below must be at"),
     ],
 )
 def test_values_out_of_range(change, message):

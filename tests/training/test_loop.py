@@ -67,6 +67,7 @@ def test_a_run(config):
         "config.toml",
         "loss.png",
         "metrics.jsonl",
+        "start",
         "summary.json",
     ]
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -95,7 +96,13 @@ def test_a_run(config):
     assert summary["trainable_parameters"] == 2 * 4 * (32 + 32 + 48 + 32)
     assert summary["majority"] == 0.5 and summary["accuracy_before"] == 0
     words = ["Plan", "tokens per step", "Held-out examples", "predicted", "truth"]
-    words += ["1,152 (", "largest distance", "step 12/12", "tokens/s", "adapter"]
+    words += [
+        "1,152 (",
+        "distance from the manifold",
+        "step 12/12",
+        "tokens/s",
+        "adapter",
+    ]
     assert [word for word in words if word not in shown] == []
 
 
@@ -134,6 +141,7 @@ def test_plain_lora_packed_with_accumulation(config):
         config,
         method="lora",
         learning_rate=2e-2,
+        free_learning_rate=None,
         packing=True,
         sequence_length=32,
         batch_size=4,
@@ -142,7 +150,7 @@ def test_plain_lora_packed_with_accumulation(config):
         optimizer="lion",
     )
     assert summary["loss_after"] < summary["loss_before"]
-    assert summary["least_effective_rank"] is None
+    assert 1 <= summary["least_effective_rank"] <= 4
     assert "4 rows of 32 in 2 parts, packed" in shown
 
 
@@ -212,7 +220,7 @@ def test_full_disk_leaves_the_earlier_adapter(config, monkeypatch):
 
     def full(*args, **kwargs):
         calls.append(args)
-        if len(calls) > 1:
+        if len(calls) > 2:  # the start and the first adapter are whole
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         return save(*args, **kwargs)
 

@@ -1,0 +1,45 @@
+"""Every method with each of its starts and options, from the table of methods."""
+
+from typing import Any
+
+from manifold_lora.adapters import AdapterConfig
+from manifold_lora.methods import METHODS
+
+RANK, ALPHA = 2, 5
+FEW = ["q_proj", "v_proj", "down_proj"]  # square, narrow and wide
+
+
+def _cases() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, row in METHODS.items():
+        options: list[dict[str, Any]] = [{"start": start} for start in row.starts]
+        if "fixed_a" in row.options:
+            options += [{"fixed_a": kind} for kind in ("random", "projection")]
+        for switch in ("diagonal_s", "diagonal_scaling"):
+            if switch in row.options:
+                options.append({switch: True})
+        for option in options:
+            ((key, value),) = option.items()
+            label = value if key == "start" else f"{key}={value}"
+            found[f"{name}-{label}"] = {"method": name} | option
+    return found
+
+
+CASES = _cases()
+# How the model begins; all others begin as the base, bit for bit.
+CHANGED = {  # by a ΔW that is not zero
+    "stiefel-fixed_a=random",
+    "stiefel-fixed_a=projection",
+    "stella-random",
+    "stella-svd_major",
+    "stella-svd_minor",
+    "stella-diagonal_s=True",
+    "loram_fr-identity",
+    "loram_fr-diagonal_scaling=True",
+}
+ROUNDED = {"lora-orthogonal"}  # by a ΔW that is zero to rounding
+
+
+def config(case: str, **more: Any) -> AdapterConfig:
+    given: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
+    return AdapterConfig(**given | CASES[case] | more)

@@ -1,0 +1,175 @@
+"""What stands beside PEFT's files: refused where the files do not say the same."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import manifold_lora as ml
+from manifold_lora.adapters import adapters, attach
+from manifold_lora.checkpoints.peft import fingerprint, load_adapter, save_adapter
+from manifold_lora.errors import InputError
+from tests import adapters as tiny
+from tests.adapters.cases import CASES, config
+from tests.checkpoints.peft_files import CONFIG, EXTRA, FACTORS, WEIGHTS, read, same
+from tests.tolerances import FLOAT32
+
+TARGET = "v_proj"
+WITH_FACTORS = [
+    "dora-kaiming",
+    "stella-random",
+    "stella-diagonal_s=True",
+    "loram_fr-identity",
+    "loram_br-zero",
+    "lora-pissa",
+]
+FULL = "model.layers.1.self_attn.v_proj"
+
+
+def saved(case: str, path: Path) -> Path:
+    attach(model := tiny.base(), config(case, targets=TARGET))
+    save_adapter(tiny.randomize(model), path)
+    return path
+
+
+def edit(file: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def refused(path: Path, *words: str) -> None:
+    model = tiny.base()
+    with pytest.raises(InputError) as caught:
+        load_adapter(model, path)
+    for word in words:
+        assert word in str(caught.value)
+    assert not adapters(model)
+
+
+def scaled(end: str) -> Callable[[dict[str, np.ndarray]], object]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for key in tensors:
+            if FULL in key and key.endswith(end):
+                tensors[key] = tensors[key] * np.float32(1.001)
+
+    return change
+
+
+@pytest.mark.parametrize("case", WITH_FACTORS)
+@pytest.mark.parametrize("end", ["lora_A.weight", "lora_B.weight"])
+def test_tensors_changed_by_another_tool(case: str, end: str, tmp_path: Path):
+    path = saved(case, tmp_path / "a")
+    update = {n: np.asarray(m.weight()) for n, m in loaded(path).items()}
+    edit(path / WEIGHTS, scaled(end))
+    remedy = ["take this file and manifold_lora.json away", "plain LoRA"]
+    refused(path, str(path / FACTORS), WEIGHTS, f"{FULL} differs", *remedy)
+    for file in (FACTORS, EXTRA):
+        (path / file).unlink()
+    for name, module in loaded(path).items():
+        assert module.config.method == ("dora" if "dora" in case else "lora")
+        assert tiny.error(module.weight(), update[name]) < 0.01
+        assert tiny.error(module.weight()[0], update[name][0]) < FLOAT32
+
+
+def loaded(path: Path):
+    load_adapter(model := tiny.base(), path)
+    return adapters(model)
+
+
+@pytest.mark.parametrize("case", ["dora-kaiming", "stiefel_dora-random"])
+def test_lengths_changed_by_another_tool(case: str, tmp_path: Path):
+    path = saved(case, tmp_path / "a")
+    edit(path / WEIGHTS, scaled("lora_magnitude_vector"))
+    refused(path, str(path / FACTORS), f"{FULL} differs")
+
+
+@pytest.mark.parametrize("case", [c for c in WITH_FACTORS if "dora" not in c])
+def test_factors_that_are_missing(case: str, tmp_path: Path):
+    path = saved(case, tmp_path / "a")
+    edit(path / FACTORS, lambda t: [t.pop(k) for k in list(t) if f"{FULL}." in k])
+    refused(path, str(path / FACTORS), f"has no {FULL}.")
+    (path / FACTORS).unlink()
+    refused(path, str(path / FACTORS), "has no model.layers.0.self_attn.v_proj.")
+
+
+def test_factors_of_other_shapes(tmp_path: Path):
+    path = saved("loram_br-zero", tmp_path / "a")
+    edit(path / FACTORS, lambda t: t.update({f"{FULL}.a": np.ones((3, 2), "f4")}))
+    refused(path, str(path / FACTORS), f"{FULL} differs")
+
+
+def test_factors_that_are_damaged(tmp_path: Path):
+    path = saved("stella-random", tmp_path / "a")
+    content = (path / FACTORS).read_bytes()
+    (path / FACTORS).write_bytes(content[: len(content) // 2])
+    refused(path, str(path / FACTORS), "truncated")
+
+
+def test_factors_without_their_settings(tmp_path: Path):
+    path = saved("stella-random", tmp_path / "a")
+    (path / EXTRA).unlink()
+    refused(path, str(path / FACTORS), "plain LoRA")
+
+
+@pytest.mark.parametrize("case", ["lora-kaiming", "stella-random", "lora-pissa"])
+@pytest.mark.parametrize("change", [{"lora_alpha": 50}, {"use_rslora": True}])
+def test_a_scale_changed_by_another_tool(
+    case: str, change: dict[str, object], tmp_path: Path
+):
+    path = saved(case, tmp_path / "a")
+    (path / CONFIG).write_text(json.dumps(read(path / CONFIG) | change))
+    refused(path, str(path / CONFIG), "scales model.layers.0", f"{EXTRA} by 2.5")
+
+
+def test_an_unknown_setting(tmp_path: Path):
+    path = saved("lora-kaiming", tmp_path / "a")
+    (path / EXTRA).write_text(json.dumps(read(path / EXTRA) | {"rnak": 2}))
+    refused(path, str(path / EXTRA), "'rnak'", "Did you mean rank", "newer version")
+
+
+def test_settings_that_exclude_each_other(tmp_path: Path):
+    path = saved("lora-kaiming", tmp_path / "a")
+    (path / EXTRA).write_text(json.dumps(read(path / EXTRA) | {"diagonal_s": True}))
+    refused(path, str(path / EXTRA), "lora and diagonal_s=True exclude each other")
+
+
+def test_an_adapter_of_another_base(tmp_path: Path):
+    path = saved("stella-random", tmp_path / "a")
+    other = tiny.base()
+    other.norm.scale.set_value(2 * other.norm.scale[...])
+    needed = fingerprint(other)
+    with pytest.raises(InputError) as caught:
+        load_adapter(other, path)
+    for word in (fingerprint(tiny.base()), needed, "check_base=False"):
+        assert word in str(caught.value)
+    load_adapter(other, path, check_base=False)
+    load_adapter(same_base := tiny.base(), path)
+    same(ml.factors(other), ml.factors(same_base))
+    # an adapter of another's hand does not say which weights it was trained on
+    (path / FACTORS).unlink()
+    (path / EXTRA).unlink()
+    another = tiny.base()
+    another.norm.scale.set_value(2 * another.norm.scale[...])
+    load_adapter(another, path)
+
+
+@pytest.mark.parametrize("part", ["embedding", "first norm", "last norm"])
+def test_the_fingerprint_is_that_of_the_weights(part: str):
+    assert fingerprint(tiny.base(jnp.bfloat16)) == fingerprint(tiny.base())
+    model = tiny.base()
+    norm = {
+        "embedding": model.embed_tokens,
+        "first norm": model.layers.input_layernorm.scale,
+        "last norm": model.norm.scale,
+    }[part]
+    norm.set_value(norm[...] * 1.01)
+    assert fingerprint(model) != fingerprint(tiny.base())
+
+
+def test_the_cases_are_there():
+    assert set(WITH_FACTORS) <= CASES.keys()
