@@ -110,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             2,
         )
     except KeyboardInterrupt:
-        stop("interrupted.", 130)
+        _report("interrupted.")
+        # JAX may crash while the interpreter ends in the middle of a compilation.
+        os._exit(130)
 
 
 _COMPARISON = CompareConfig()
@@ -128,6 +130,10 @@ def _file_defaults(arguments: Sequence[str], kind: type[Config]) -> Config:
 
 def stop(message: object, code: int) -> NoReturn:
     """Print one message to stderr and exit."""
+    _report(message)
+    sys.exit(code)
+
+
+def _report(message: object) -> None:
     text = f"manifold-lora: {message}"
     Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True)
-    sys.exit(code)

@@ -1,6 +1,7 @@
 """The command as a user meets it: help, exit codes and messages."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -180,3 +181,22 @@ def test_debug_shows_the_traceback(files):
 def test_unknown_command(capsys):
     code, _, error = call(capsys, "trian")
     assert code == 2 and "train" in error
+
+
+def test_an_interruption_while_it_compiles_is_exit_code_130(files, tmp_path):
+    model, data = files
+    code = "from manifold_lora.cli.main import main; main()"
+    arguments = ["train", "--model", model, "--data", data, "--out", tmp_path / "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    # The step is compiled after the first evaluation is shown.
+    next(line for line in process.stdout if line.startswith("step 0"))
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in shown
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
