@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from manifold_lora.studies.runner import Runner
 from manifold_lora.training.config import read_config
 from manifold_lora.training.optimizer import Rates
 from tests.tiny import data_file, model_directory
+
+STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 
 
 @pytest.fixture(scope="module")
@@ -409,3 +412,9 @@ def test_settings_of_one_run_are_no_flags(capsys):
         "--adapter",
     ):
         assert flag not in shown
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.toml")), ids=lambda f: f.name)
+def test_shipped_studies_are_valid(file):
+    plan = resolve_comparison(read_config(file, CompareConfig))
+    assert len(plan.seeds) == 3 and plan.shared.out is not None
