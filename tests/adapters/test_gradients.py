@@ -25,6 +25,7 @@ IN, OUT, TOKENS = 7, 6, 9
 SCALE = ALPHA / RANK
 RNG = np.random.default_rng(0)
 X, WEIGHTS = RNG.normal(size=(TOKENS, IN)), RNG.normal(size=(TOKENS, OUT))
+BIAS = RNG.normal(size=OUT)
 Arrays = dict[str, np.ndarray]
 
 
@@ -33,6 +34,8 @@ def layer(case: str) -> tuple[nnx.Module, Any, Arrays]:
     linear = Linear(IN, OUT, bias=True, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
     linear.kernel.set_value(jnp.asarray(rng.normal(size=(IN, OUT)) / 2, jnp.float32))
+    assert linear.bias is not None
+    linear.bias.set_value(jnp.asarray(BIAS, jnp.float32))
     given = config(case)
     inner = adapter_class(given.method)(linear, given, key=jax.random.key(0))
     for name in inner.manifolds(given):
@@ -51,12 +54,12 @@ def layer(case: str) -> tuple[nnx.Module, Any, Arrays]:
 
 
 def loss_of(new_weight: np.ndarray) -> float:
-    return float(np.sum(WEIGHTS * np.sin(X @ new_weight.T)))
+    return float(np.sum(WEIGHTS * np.sin(X @ new_weight.T + BIAS)))
 
 
-def gradient_of_weight(new_weight: np.ndarray) -> np.ndarray:
-    """∂f/∂W' (out, in), in closed form."""
-    return (WEIGHTS * np.cos(X @ new_weight.T)).T @ X
+def slopes_of(new_weight: np.ndarray) -> np.ndarray:
+    """∂f/∂y (tokens, out), in closed form."""
+    return WEIGHTS * np.cos(X @ new_weight.T + BIAS)
 
 
 def finite_differences(f: Callable[[Arrays], float], arrays: Arrays) -> Arrays:
@@ -115,7 +118,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(case: str):
     arrays |= d
     trained = inner.manifolds(inner.config).keys() | d.keys()
     needed = finite_differences(lambda x: loss_of(weight(x)), arrays)
-    g = gradient_of_weight(weight(arrays))
+    g = slopes_of(weight(arrays)).T @ X
     if method == "loram_fr":  # the pair, and not the chain rule's
         u, v = arrays["u"], arrays["v"]
         needed |= {
@@ -125,20 +128,20 @@ def test_outputs_and_gradients_are_those_of_the_formula(case: str):
         }
     got, dx, outputs = gradients(module)
     assert got.keys() == trained
-    close(outputs, X @ weight(arrays).T)
+    close(outputs, X @ weight(arrays).T + BIAS)
     for name in trained:
         assert np.abs(needed[name]).max() > 0.1, name
         close(got[name], needed[name])
         assert got[name].dtype == np.float32
-    slopes = WEIGHTS * np.cos(X @ weight(arrays).T)
-    close(dx, slopes @ weight(arrays))
+    close(dx, slopes_of(weight(arrays)) @ weight(arrays))
 
 
 def test_the_pair_of_fixed_rank_does_not_vanish_at_zero():
     module, inner, arrays = layer("loram_fr-zero")
     inner.s.set_value(jnp.zeros((RANK, RANK)))
     u, v = arrays["u"], arrays["v"]
-    g = SCALE * gradient_of_weight(np.asarray(inner.base.kernel[...], np.float64).T)
+    w = np.asarray(inner.base.kernel[...], np.float64).T
+    g = SCALE * slopes_of(w).T @ X
     got, *_ = gradients(module)
     for name, needed in {"u": g @ v, "s": u.T @ g @ v, "v": g.T @ u}.items():
         assert np.abs(needed).max() > 0.1
