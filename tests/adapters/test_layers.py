@@ -18,10 +18,11 @@ from manifold_lora.adapters.scaled import ScaledLinear
 from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS
 from manifold_lora.models import Linear
+from manifold_lora.training.step import largest_residual
 from tests import adapters as tiny
 from tests.adapters import by_hand
 from tests.adapters.cases import CASES, CHANGED, ROUNDED
-from tests.tolerances import FLOAT32
+from tests.tolerances import FLOAT32, RESIDUAL
 
 IN, OUT, STEPS = 9, 8, 4
 RANKS, ALPHAS = (2, 4, 0), (3.0, 5.0, 1.0)
@@ -63,7 +64,9 @@ def stack(method: str) -> tuple[LowRankLinear, list[LowRankLinear]]:
         linear(kernel), config, ranks=RANKS, alphas=ALPHAS, key=jax.random.key(0)
     )
     if method == "loram_fr":  # away from the boundary of the manifold
-        put(module, "s", jnp.broadcast_to(jnp.eye(4), (3, 4, 4)))
+        full = np.array(nnx.to_pure_dict(nnx.state(module, nnx.LoRAParam))["s"])
+        full[0, :2, :2], full[1] = np.eye(2), np.eye(4)
+        put(module, "s", jnp.asarray(full))
     alone = [
         cls(
             linear(kernel[layer]),
@@ -124,6 +127,11 @@ def trained(module: LowRankLinear, alone: list[LowRankLinear], method: str) -> A
 def test_a_filled_up_layer_trains_as_one_of_its_own_rank(method: str):
     module, alone = stack(method)
     before, after, gradients = trained(module, alone, method)
+    own_tags = module.manifolds(module.config)
+    tag = own_tags[min(own_tags)]
+    # also what is filled up is on the manifold
+    residual = largest_residual(tag if tag.parts else own_tags, before["stack"])
+    assert residual < RESIDUAL
     for name, x in after["stack"].items():
         put(module, name, x)
     for layer, rank in enumerate(RANKS):
