@@ -72,7 +72,9 @@ def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
 
     The base weights are shared, not copied or changed. Layers are stacked: where
     they differ in rank, or some are not adapted, the smaller ones are filled up to
-    the largest, which costs memory and changes nothing that is computed.
+    the largest, which costs memory and changes no output and no gradient. Two
+    optimisers count what is added: `loram` with "row" second moments takes larger
+    steps in such layers, `stella` with a hidden size slightly smaller ones.
 
     Args:
         model: a `Llama` without adapters.

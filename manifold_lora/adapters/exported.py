@@ -37,7 +37,8 @@ def as_exported(
             `BoundedRank`; every layer keeps the rank that it needs, at least 1.
 
     Yields:
-        The share of the energy Σσ² of all updates that truncation discards.
+        The share of the energy Σσ² of all A Vᵀ, without their scales, that truncation
+        discards.
     """
     own = adapters(model)
     kept = []
