@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,35 @@ def whole_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path: str | os.PathLike[str]) -> None:
+    """Put right what processes killed inside `whole_directory(path)` left behind.
+
+    Killed between its two renames, one has left no `path` but the older directory
+    under its hidden name, which gets its name back. Everything else is removed.
+    No other process may be writing `path` now.
+    """
+    path = Path(os.path.abspath(path))
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.(old|partial)")
+    left = [p for p in path.parent.glob(".*") if name.fullmatch(p.name)]
+    old = [p for p in left if p.suffix == ".old"]
+    if old and not path.exists():
+        max(old, key=lambda p: p.stat().st_mtime_ns).rename(path)
+    for leftover in left:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file whole or not at all; an older one is replaced only then."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def save_tensors(tensors: dict[str, np.ndarray], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""A directory is whole or absent, and an older one is never lost."""
+"""A directory or file is whole or absent, and an older one is never lost."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from manifold_lora.checkpoints.atomic import whole_directory
+from manifold_lora.checkpoints.atomic import recover, whole_directory, write_text
 
 
 def names(path: Path) -> list[str]:
@@ -102,3 +102,51 @@ def test_files_are_as_readable_as_the_umask_says(umask: int, tmp_path: Path):
         for name in ("private", "plain")
     }
     assert modes == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["older", "first"])
+def test_a_text_is_written_whole(older: bool, tmp_path: Path):
+    path = tmp_path / "text"
+    if older:
+        path.write_text("a longer old text")
+    write_text(path, "U Σ Vᵀ\n")
+    assert path.read_text(encoding="utf-8") == "U Σ Vᵀ\n"
+    assert names(tmp_path) == ["text"]
+
+
+def test_a_text_that_cannot_be_written_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "text"
+    path.write_text("old")
+
+    def fail(self: Path, text: str, encoding: str) -> None:
+        self.write_bytes(text[:1].encode(encoding))
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="full"):
+        write_text(path, "new")
+    assert names(tmp_path) == ["text"] and path.read_text() == "old"
+
+
+def test_recover_gives_the_older_one_its_name_back(tmp_path: Path):
+    fill(tmp_path / ".out.7.old", a="old")
+    fill(tmp_path / ".out.7.partial", a="half")
+    recover(tmp_path / "out")
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_recover_clears_what_is_stale_and_nothing_else(tmp_path: Path):
+    path = fill(tmp_path / "out", a="new")
+    others = [".out.1.7.old", ".output.7.partial", ".out.seven.old", "out.7.old"]
+    for name in (".out.7.old", ".out.8.partial", *others):
+        fill(tmp_path / name, a="old")
+    recover(path)
+    assert names(tmp_path) == sorted(["out", *others]) and names(path) == ["a"]
+    assert (path / "a").read_text() == "new"
+
+
+def test_recover_of_what_never_was_is_nothing(tmp_path: Path):
+    recover(tmp_path / "no" / "out")
+    assert names(tmp_path) == []
