@@ -129,7 +129,7 @@ class Benchmark:
         references, _ = encode(records, tokenizer, length)
         self.e2e_batches = [batch for _, batch in buckets(references)]
         self.graph = nnx.graphdef(base)
-        self.evaluate = make_evaluate(lambda state, _: nnx.merge(self.graph, state))
+        self.evaluate = make_evaluate(lambda _, base: nnx.merge(self.graph, base), {})
 
     def scores(self, model: ml.Llama) -> Scores:
         """All scores of the base, or of the base with an adapter merged into it."""
@@ -151,7 +151,7 @@ class Benchmark:
         hits = [int(found.argmax()) == question.truth for question, found in pairs]
         losses = {
             "answer NLL": -np.mean(np.concatenate(truths), dtype=np.float64).item(),
-            "E2E loss": self.evaluate(state, None, self.e2e_batches).loss,
+            "E2E loss": self.evaluate({}, state, self.e2e_batches).loss,
         }
         return self.by_task(hits) | losses
 

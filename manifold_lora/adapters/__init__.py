@@ -7,6 +7,7 @@ One file a method, the same members in the same order: `manifolds`, `start`,
 from manifold_lora.adapters.attach import adapter_class as adapter_class
 from manifold_lora.adapters.attach import adapters as adapters
 from manifold_lora.adapters.attach import attach as attach
+from manifold_lora.adapters.attach import axes as axes
 from manifold_lora.adapters.attach import factors as factors
 from manifold_lora.adapters.attach import manifolds as manifolds
 from manifold_lora.adapters.attach import merge as merge

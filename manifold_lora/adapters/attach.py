@@ -16,6 +16,7 @@ from manifold_lora.adapters.config import (
 )
 from manifold_lora.adapters.low_rank import LowRankLinear
 from manifold_lora.adapters.scaled import ScaledLinear
+from manifold_lora.distributed.sharding import axes_of
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Manifold
 from manifold_lora.methods import find_method
@@ -181,6 +182,11 @@ def manifolds(model: Any) -> dict[str, Any]:
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
     return _coupled(nnx.to_pure_dict(tags))
+
+
+def axes(model: Any) -> dict[str, Any]:
+    """The names of the axes of every factor, in the structure of `factors(model)`."""
+    return nnx.to_pure_dict(axes_of(nnx.state(model, nnx.LoRAParam)))
 
 
 def _coupled(tags: Any) -> Any:

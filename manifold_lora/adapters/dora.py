@@ -36,7 +36,8 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base: Linear, config: AdapterConfig, **options: Any):
         super().__init__(base, config, **options)
-        self.m0 = nnx.Variable(row_norms(base.kernel[...]))
+        m0 = row_norms(base.kernel[...])
+        self.m0 = nnx.Variable(m0, axes=self._named("m", m0.ndim))
 
     @staticmethod
     def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
@@ -83,7 +84,7 @@ class DoRALinear(LoRALinear):
         """M over the norm of the rows, ((layers,) out)."""
         a, b = jax.lax.stop_gradient(self.pair())
         s = self.scale[...][..., None]
-        kernel = self.base.kernel[...].astype(jnp.float32)
+        kernel = self.base.gathered().astype(jnp.float32)
         wa = jnp.matmul(kernel.mT, a, precision="highest")  # (out, r)
         gram = jnp.matmul(a.mT, a, precision="highest")
         bgram = jnp.matmul(b, gram, precision="highest")

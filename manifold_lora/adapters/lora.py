@@ -8,7 +8,12 @@ from flax import nnx
 
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.low_rank import Arrays, LowRankLinear
-from manifold_lora.adapters.starts import orthonormal, singular_vectors, tall_shapes
+from manifold_lora.adapters.starts import (
+    orthonormal,
+    projection,
+    singular_vectors,
+    tall_shapes,
+)
 from manifold_lora.manifolds import Euclidean, Manifold
 
 
@@ -61,7 +66,10 @@ class LoRALinear(LowRankLinear):
         b = jnp.zeros(b_shape, jnp.float32)
         if config.fixed_a == "projection":
             _, p = orthonormal(key, kernel, rank)
-            return {"a": jnp.matmul(kernel, p, precision="highest"), "b": b}
+            return {
+                "a": projection(kernel, p),
+                "b": b,
+            }
         if kind == "gaussian":
             return {"a": jax.random.normal(key, a_shape) / rank, "b": b}
         bound = 1 / math.sqrt(a_shape[-2])
@@ -96,7 +104,7 @@ def _from_weight(
     kernel: jax.Array, rank: int, config: AdapterConfig
 ) -> tuple[jax.Array, jax.Array]:
     if config.start == "olora":
-        q, r = jnp.linalg.qr(kernel.mT)
+        q, r = jnp.linalg.qr(kernel.astype(jnp.float32).mT)
         return r[..., :rank, :].mT, q[..., :rank]
     v, sigma, u = singular_vectors(kernel)
     root = jnp.sqrt(sigma[..., None, :rank] / config.scale(rank))

@@ -24,6 +24,8 @@ class LoRAMBoundedLinear(LowRankLinear):
         manifold", 2025, algorithms 5 to 8.
     """
 
+    sides = {"a": "out", "v": "in"}
+
     @staticmethod
     def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
         """A and V are one point."""

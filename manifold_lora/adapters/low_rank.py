@@ -4,7 +4,8 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,12 @@ class LowRankLinear(nnx.Module):
         InputError: for a rank larger than the layer.
     """
 
+    # The rows of these are the layer's inputs or outputs; S and its diagonal have none.
+    sides: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("a", "a0", "v"), "in"),
+        **dict.fromkeys(("b", "b0", "u", "m"), "out"),
+    }
+
     def __init__(
         self,
         base: Linear,
@@ -88,12 +95,21 @@ class LowRankLinear(nnx.Module):
             values = self._filled(arrays)
         tags = self.manifolds(config)
         for name, value in values.items():
+            axes = self._named(name, value.ndim)
             # The tag beside the factor is all that the optimiser needs to know.
             if name in tags:
-                setattr(self, name, nnx.LoRAParam(value, manifold=tags[name]))
+                factor = nnx.LoRAParam(value, manifold=tags[name], axes=axes)
             else:
-                setattr(self, name, nnx.Variable(value))
+                factor = nnx.Variable(value, axes=axes)
+            setattr(self, name, factor)
         self.names = tuple(values)
+
+    def _named(self, name: str, ndim: int) -> tuple[str | None, ...]:
+        """The names of the axes of an array, which decide where it is on a mesh."""
+        before = ("layers",) * len(self.scale.shape)
+        side = self.sides.get(name)
+        own = () if side is None else (self.base.axes[side == "out"],)
+        return (*before, *own, *("rank",) * (ndim - len(before) - len(own)))
 
     @staticmethod
     @abc.abstractmethod
@@ -127,7 +143,12 @@ class LowRankLinear(nnx.Module):
         p = self.config.dropout
         if key is None or p == 0:
             return x
-        return jnp.where(jax.random.bernoulli(key, 1 - p, x.shape), x / (1 - p), 0)
+        if key.ndim == 0:
+            left = jax.random.bernoulli(key, 1 - p, x.shape)
+        else:  # row by row, so that a row drops the same on any mesh
+            each = partial(jax.random.bernoulli, p=1 - p, shape=x.shape[1:])
+            left = jax.vmap(each)(key)
+        return jnp.where(left, x / (1 - p), 0)
 
     def weight(self) -> jax.Array:
         """ΔW in float32, laid out as the kernel: ((layers,) in, out)."""
@@ -173,7 +194,7 @@ class LowRankLinear(nnx.Module):
         return found
 
     def _started(self, key: jax.Array) -> Arrays:
-        kernel = self.base.kernel[...].astype(jnp.float32)
+        kernel = self.base.kernel[...]
         if len({*zip(self.ranks, self.alphas, strict=True)}) == 1:
             config = dataclasses.replace(self.config, alpha=self.alphas[0])
             return self.start(key, kernel, self.rank, config)

@@ -23,8 +23,14 @@ class ScaledLinear(nnx.Module):
     def __init__(self, adapter: LowRankLinear):
         self.adapter = adapter
         *batch, n, m = adapter.base.kernel.shape
-        self.d1 = nnx.LoRAParam(jnp.ones((*batch, m)), manifold=Euclidean())
-        self.d2 = nnx.LoRAParam(jnp.ones((*batch, n)), manifold=Euclidean())
+        layers = ("layers",) * len(batch)
+        inputs, outputs = adapter.base.axes
+        self.d1 = nnx.LoRAParam(
+            jnp.ones((*batch, m)), manifold=Euclidean(), axes=(*layers, outputs)
+        )
+        self.d2 = nnx.LoRAParam(
+            jnp.ones((*batch, n)), manifold=Euclidean(), axes=(*layers, inputs)
+        )
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Shapes (…, in) to (…, out); `key` switches dropout of ΔW on."""

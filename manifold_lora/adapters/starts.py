@@ -20,6 +20,11 @@ def tall_shapes(kernel: jax.Array, rank: int) -> tuple[tuple[int, ...], ...]:
     return (*batch, n, rank), (*batch, m, rank)
 
 
+def projection(kernel: jax.Array, p: jax.Array) -> jax.Array:
+    """Wᵀ P in float32, from the kernel Wᵀ ((layers,) in, out)."""
+    return jnp.matmul(kernel.astype(jnp.float32), p, precision="highest")
+
+
 def orthonormal(key: jax.Array, kernel: jax.Array, rank: int) -> tuple:
     """Uniform orthonormal V ((layers,) in, r) and U ((layers,) out, r)."""
     keys = jax.random.split(key)
@@ -33,5 +38,5 @@ def singular_vectors(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
 
     By LAPACK, outside of any compiled program: a minute for a matrix of 4096 × 14336.
     """
-    v, sigma, ut = jnp.linalg.svd(kernel, full_matrices=False)
+    v, sigma, ut = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
     return v, sigma, ut.mT

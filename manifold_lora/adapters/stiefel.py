@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.lora import LoRALinear, free_a
 from manifold_lora.adapters.low_rank import Arrays
-from manifold_lora.adapters.starts import random_point, tall_shapes
+from manifold_lora.adapters.starts import projection, random_point, tall_shapes
 from manifold_lora.manifolds import Manifold, Stiefel
 
 
@@ -40,7 +40,7 @@ class StiefelLinear(LoRALinear):
         a_shape, b_shape = tall_shapes(kernel, rank)
         b = random_point(Stiefel("qr"), key, b_shape)
         if config.fixed_a == "projection":
-            a = jnp.matmul(kernel, b, precision="highest")
+            a = projection(kernel, b)
         elif config.fixed_a == "random":
             a = LoRALinear.start(jax.random.fold_in(key, 1), kernel, rank, config)["a"]
         else:

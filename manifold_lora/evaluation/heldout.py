@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from manifold_lora.data.tokens import Example
+from manifold_lora.distributed.groups import copies, divided, each_group
+from manifold_lora.distributed.sharding import automatic
 from manifold_lora.evaluation.loss import token_loss
 
 
@@ -21,21 +23,33 @@ class Evaluation(NamedTuple):
 
 
 def make_evaluate(
-    rebuild: Callable[..., Any],
+    rebuild: Callable[..., Any], axes: Any
 ) -> Callable[[Any, Any, Iterable[dict[str, np.ndarray]]], Evaluation]:
     """A function (factors, frozen, batches) → `Evaluation`, compiled once.
 
     Greedy decoding gives an answer exactly when each of its tokens is the likeliest
     after the true ones, so accuracy needs no generation. The end-of-sequence token
     counts: an answer that does not end is wrong.
+
+    Args:
+        rebuild: from `adapters.split`.
+        axes: names of the axes of the factors, from `adapters.axes`.
     """
 
-    @jax.jit
-    def sums(factors, frozen, batch):
+    @each_group
+    def sums_of_group(factors, frozen, batch):
         nll, mask, hit = token_loss(rebuild(factors, frozen), batch)
         asked = mask.any(axis=1)
         right = asked & (hit | (mask == 0)).all(axis=1)
         return jnp.stack([nll.sum(), mask.sum(), right.sum(), asked.sum()])
+
+    def sums_of_batch(factors, frozen, batch):
+        rows = jax.tree.map(lambda x: x[0], divided(batch))  # in one part
+        return sums_of_group(copies(factors, axes), frozen, rows).sum(0)
+
+    @jax.jit
+    def sums(factors, frozen, batch):
+        return automatic(sums_of_batch)(factors, frozen, batch)
 
     def evaluate(factors, frozen, batches) -> Evaluation:
         total = np.zeros(4)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -25,6 +26,12 @@ def matmul(a: Array, b: Array) -> Array:
 def _is_sharded(x: Array, axis: int) -> bool:
     """True where an axis is sharded by a mesh with explicit axes."""
     return jax.typeof(x).sharding.spec[axis] is not None
+
+
+def _may_be_sharded() -> bool:
+    """True on a mesh with automatic axes, where no type says how arrays are placed."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size > 1 and AxisType.Auto in mesh.axis_types
 
 
 def times(x: Array, s: Array) -> Array:
@@ -93,7 +100,8 @@ def deviation(x: Array) -> Array:
     n, r = x.shape[-2:]
     blocks, product = n // 64, matmul(x.mT, x)
     eye = jnp.eye(r, dtype=x.dtype)
-    if blocks < 2 or _is_sharded(x, -2):  # each device sums its own rows
+    # On a mesh every device sums its own rows.
+    if blocks < 2 or _is_sharded(x, -2) or _may_be_sharded():
         return product - eye
     head = x[..., : blocks * 64, :].reshape(*x.shape[:-2], blocks, 64, r)
     squares = jnp.sum(jnp.sum(head**2, axis=-2), axis=-2)

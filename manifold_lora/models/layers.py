@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from manifold_lora.distributed.sharding import use
 from manifold_lora.models.config import LlamaConfig
 
 
@@ -21,7 +22,8 @@ class Linear(nnx.Module):
     """y = x W (+ b), with the kernel W stored (in, out).
 
     `kernel` is ((layers,) in, out) and `bias` ((layers,) out) or None. The random
-    start is normal with deviation 0.02, biases are zero.
+    start is normal with deviation 0.02, biases are zero. `axes` names the axes of
+    inputs and outputs, which decide where they are on a mesh.
 
     >>> linear = Linear(4, 3, rngs=nnx.Rngs(0))
     >>> linear(jnp.ones((2, 4))).shape
@@ -35,15 +37,20 @@ class Linear(nnx.Module):
         *,
         layers: int | None = None,
         bias: bool = False,
+        axes: tuple[str | None, str | None] = (None, None),
         dtype: jnp.dtype | type = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.in_features = in_features
         self.out_features = out_features
+        self.axes = axes
+        before = () if layers is None else ("layers",)
         shape = _stacked(layers, in_features, out_features)
-        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, dtype))
+        kernel = 0.02 * jax.random.normal(rngs.params(), shape, dtype)
+        self.kernel = nnx.Param(kernel, axes=(*before, *axes))
         zeros = jnp.zeros(_stacked(layers, out_features), dtype) if bias else None
-        self.bias = None if zeros is None else nnx.Param(zeros)
+        named = (*before, axes[1])
+        self.bias = None if zeros is None else nnx.Param(zeros, axes=named)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Shapes (…, in) to (…, out).
@@ -52,8 +59,13 @@ class Linear(nnx.Module):
         that takes this one's place may use it. None means no dropout.
         """
         del key
-        y = x @ self.kernel[...]
+        y = x @ self.gathered()
         return y if self.bias is None else y + self.bias[...]
+
+    def gathered(self) -> jax.Array:
+        """The kernel, ((layers,) in, out), as a device computes with it."""
+        kernel = self.kernel[...]
+        return use(kernel, (None,) * (kernel.ndim - 2) + self.axes)
 
 
 class RMSNorm(nnx.Module):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from manifold_lora.distributed.sharding import use
 from manifold_lora.models.config import LlamaConfig
 from manifold_lora.models.layers import (
     Linear,
@@ -24,8 +25,17 @@ Rope = tuple[jax.Array, jax.Array]
 
 
 def _fold(key: jax.Array | None, index: int) -> jax.Array | None:
-    """A key of its own for each projection; no key stays no key."""
-    return None if key is None else jax.random.fold_in(key, index)
+    """Keys of its own for each projection; no key stays no key."""
+    if key is None or key.ndim == 0:
+        return None if key is None else jax.random.fold_in(key, index)
+    return jax.vmap(lambda row: jax.random.fold_in(row, index))(key)
+
+
+def _split(key: jax.Array, count: int) -> jax.Array:
+    """As many keys, (count,) of one or (count, b) of one for each row."""
+    if key.ndim == 0:
+        return jax.random.split(key, count)
+    return jax.vmap(lambda row: jax.random.split(row, count), out_axes=1)(key)
 
 
 class Attention(nnx.Module):
@@ -36,20 +46,20 @@ class Attention(nnx.Module):
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
 
-        def linear(in_features: int, out_features: int) -> Linear:
+        def linear(sizes: tuple[int, int], *axes: str) -> Linear:
             return Linear(
-                in_features,
-                out_features,
+                *sizes,
+                axes=axes,
                 layers=config.num_hidden_layers,
                 bias=config.attention_bias,
                 dtype=dtype,
                 rngs=rngs,
             )
 
-        self.q_proj = linear(config.hidden_size, width)
-        self.k_proj = linear(config.hidden_size, kv_width)
-        self.v_proj = linear(config.hidden_size, kv_width)
-        self.o_proj = linear(width, config.hidden_size)
+        self.q_proj = linear((config.hidden_size, width), "embed", "heads")
+        self.k_proj = linear((config.hidden_size, kv_width), "embed", "heads")
+        self.v_proj = linear((config.hidden_size, kv_width), "embed", "heads")
+        self.o_proj = linear((width, config.hidden_size), "heads", "embed")
 
     def __call__(
         self, x: jax.Array, rope: Rope, mask: jax.Array, key: jax.Array | None
@@ -69,19 +79,20 @@ class MLP(nnx.Module):
     """down(silu(gate(x)) · up(x)), stacked over layers."""
 
     def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs):
-        def linear(in_features: int, out_features: int) -> Linear:
+        def linear(sizes: tuple[int, int], *axes: str) -> Linear:
             return Linear(
-                in_features,
-                out_features,
+                *sizes,
+                axes=axes,
                 layers=config.num_hidden_layers,
                 bias=config.mlp_bias,
                 dtype=dtype,
                 rngs=rngs,
             )
 
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        sizes = (config.hidden_size, config.intermediate_size)
+        self.gate_proj = linear(sizes, "embed", "mlp")
+        self.up_proj = linear(sizes, "embed", "mlp")
+        self.down_proj = linear(sizes[::-1], "mlp", "embed")
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Shapes (b, t, d) to the same."""
@@ -137,14 +148,18 @@ class Llama(nnx.Module):
         self.remat = True
         shape = (config.vocab_size, config.hidden_size)
         embedding = 0.02 * jax.random.normal(rngs.params(), shape, dtype)
-        self.embed_tokens = nnx.Param(embedding)
+        self.embed_tokens = nnx.Param(embedding, axes=("vocab", "embed"))
         self.layers = Block(config, dtype=dtype, rngs=rngs)
         self.norm = RMSNorm(
             config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype
         )
         # one assignment: flax takes a None that is replaced later for static data
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(*shape[::-1], dtype=dtype, rngs=rngs)
+        head = None
+        if not tied:
+            axes = ("embed", "vocab")
+            head = Linear(*shape[::-1], axes=axes, dtype=dtype, rngs=rngs)
+        self.lm_head = head
 
     def __call__(
         self,
@@ -184,7 +199,8 @@ class Llama(nnx.Module):
             positions: (b, t). By default they count the real tokens.
             segment_ids: (b, t) integers for rows that hold several sequences: a token
                 sees its own segment only. Padding is 0.
-            key: dropout key for the modules that have dropout; None for no dropout.
+            key: dropout key for the modules that have dropout, one for all rows or
+                one for each, (b,); None for no dropout.
         """
         mask = _attention_mask(input_ids, attention_mask, segment_ids)
         if positions is None:
@@ -192,7 +208,7 @@ class Llama(nnx.Module):
         rope = rope_angles(rope_frequencies(self.config), positions)
         keys = key
         if key is not None:  # one key per layer, scanned alongside its parameters
-            keys = jax.random.split(key, self.config.num_hidden_layers)
+            keys = _split(key, self.config.num_hidden_layers)
         graph, state = nnx.split(self.layers)
 
         def layer(x: jax.Array, scanned) -> tuple[jax.Array, None]:
@@ -203,7 +219,7 @@ class Llama(nnx.Module):
             # inside a scan nothing can undo the recomputation, so no barrier is needed
             layer = jax.checkpoint(layer, prevent_cse=False)
         with self._precision():
-            embedding = self.embed_tokens[...]
+            embedding = use(self.embed_tokens[...], ("vocab", "embed"))
             x = jnp.take(embedding, input_ids, axis=0, mode="fill")  # (b, t, d)
             x, _ = jax.lax.scan(layer, x, (state, keys))
             return self.norm(x)
@@ -212,9 +228,9 @@ class Llama(nnx.Module):
         """Logits of hidden states, (…, d) to (…, vocab), accumulated in float32."""
         with self._precision():
             if self.lm_head is None:
-                kernel = self.embed_tokens[...].T
+                kernel = use(self.embed_tokens[...], ("vocab", "embed")).T
             else:
-                kernel = self.lm_head.kernel[...]
+                kernel = self.lm_head.gathered()
             return jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
 
     def _precision(self) -> AbstractContextManager[object]:

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from manifold_lora.adapters import adapters, attach, manifolds, set_factors, split
+from manifold_lora.adapters import (
+    adapters,
+    attach,
+    axes,
+    manifolds,
+    set_factors,
+    split,
+)
 from manifold_lora.adapters.exported import as_exported
 from manifold_lora.checkpoints.peft import save_adapter
 from manifold_lora.data.builtin import BASE
@@ -49,8 +56,9 @@ class Runner:
 
         example = Rates(config.learning_rate, config.free_learning_rate)
         self.tx = with_run_data(build, example, 1)
-        self.step = make_step(rebuild, self.tx, tags, config.accumulate)
-        self.evaluate = make_evaluate(rebuild)
+        names = axes(model)
+        self.step = make_step(rebuild, self.tx, tags, names, config.accumulate)
+        self.evaluate = make_evaluate(rebuild, names)
 
     def attached(self, seed: int) -> Any:
         """A model of its own around the shared base weights."""

@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from manifold_lora.adapters import adapters, manifolds, merge, set_factors, split
+from manifold_lora.adapters import (
+    adapters,
+    axes,
+    manifolds,
+    merge,
+    set_factors,
+    split,
+)
 from manifold_lora.adapters.exported import as_exported
 from manifold_lora.checkpoints.huggingface import read_llama_config, save_llama
 from manifold_lora.checkpoints.peft import save_adapter
@@ -87,11 +94,11 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         return {}
     model = load_model(config)
     rebuild, factors, frozen = split(model)
-    tags = manifolds(model)
+    tags, names = manifolds(model), axes(model)
     steps = total_steps(config, data)
     tx, schedule = build_optimizer(config, tags, steps, model.config.hidden_size)
-    step = make_step(rebuild, tx, tags, config.accumulate)
-    evaluate = make_evaluate(rebuild)
+    step = make_step(rebuild, tx, tags, names, config.accumulate)
+    evaluate = make_evaluate(rebuild, names)
     held_out = list(
         evaluation_batches(
             data.held_out,
@@ -196,7 +203,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     if config.project_on_export or config.truncate_below is not None:
         with export() as discarded:
             rebuild, factors, frozen = split(model)
-            found = make_evaluate(rebuild)(factors, frozen, held_out)
+            found = make_evaluate(rebuild, axes(model))(factors, frozen, held_out)
             summary |= {
                 "loss_exported": found.loss,
                 "accuracy_exported": found.accuracy,

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, P
 
+from manifold_lora.distributed.groups import copies, divided, each_group, summed
+from manifold_lora.distributed.sharding import automatic, keep, placed
 from manifold_lora.evaluation.loss import token_loss
 from manifold_lora.optimizers.tree import map_points
 
@@ -31,6 +33,7 @@ def make_step(
     rebuild: Callable[..., Any],
     tx: optax.GradientTransformation,
     manifolds: Any,
+    axes: Any,
     accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The compiled step (state, frozen, batch, extra) → (state, metrics).
@@ -40,12 +43,15 @@ def make_step(
 
     A batch passes through memory in `accumulate` equal parts. The gradients of the
     summed losses are added up and divided once by the number of targets of the whole
-    batch, so that the result does not depend on the number of parts.
+    batch, so that the result does not depend on the number of parts. On the mesh of
+    `jax.set_mesh` every group of devices adds up its own; they are summed over the
+    groups once a step.
 
     Args:
         rebuild: from `adapters.split`.
         tx: maps gradients of the factors to additive updates.
         manifolds: prefix tree of the factors, for the residual.
+        axes: names of the axes of the factors, from `adapters.axes`.
         accumulate: number of parts; divides the rows of a batch.
 
     Returns:
@@ -53,9 +59,29 @@ def make_step(
         (global, before clipping) and `residual` (after the step).
     """
 
-    def summed_loss(factors, frozen, part, key):
-        loss = token_loss(rebuild(factors, frozen), part, key)
+    @each_group
+    def summed_loss(factors, frozen, part, keys):
+        loss = token_loss(rebuild(factors, frozen), part, keys)
         return loss.nll.sum(), loss.mask.sum()
+
+    def total_loss(copied, *arguments):
+        nll, count = summed_loss(copied, *arguments)
+        return nll.sum(), count.sum()
+
+    def gradients(factors, frozen, batch, keys):
+        copied = copies(factors, axes)
+
+        def add(total, part_and_keys):
+            gradient = jax.value_and_grad(total_loss, has_aux=True)
+            (nll, count), grads = gradient(copied, frozen, *part_and_keys)
+            return jax.tree.map(jnp.add, total, (nll, count, grads)), None
+
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, copied))
+        parts = divided((batch, keys), accumulate)
+        (nll, count, grads), _ = jax.lax.scan(add, zeros, parts)
+        count = jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), summed(grads, axes))
+        return nll / count, grads
 
     tx = optax.with_extra_args_support(tx)
 
@@ -63,32 +89,20 @@ def make_step(
     def step(
         state: TrainState, frozen: Any, batch: dict[str, Array], extra: Any = None
     ):
-        key, *keys = jax.random.split(state.key, accumulate + 1)
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-
-        def add(total, part_and_key):
-            gradient = jax.value_and_grad(summed_loss, has_aux=True)
-            (nll, count), grads = gradient(state.factors, frozen, *part_and_key)
-            return jax.tree.map(jnp.add, total, (nll, count, grads)), None
-
-        zeros = (
-            jnp.zeros(()),
-            jnp.zeros(()),
-            jax.tree.map(jnp.zeros_like, state.factors),
-        )
-        (nll, count, grads), _ = jax.lax.scan(add, zeros, (parts, jnp.stack(keys)))
-        count = jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-
+        key, key_of_rows = jax.random.split(state.key)
+        keys = jax.random.split(key_of_rows, batch["input_ids"].shape[0])
+        where = (P(), placed(state.factors, axes))
+        loss, grads = automatic(gradients, where)(state.factors, frozen, batch, keys)
         updates, opt_state = tx.update(
             grads, state.opt_state, state.factors, **(extra or {})
         )
         factors = optax.apply_updates(state.factors, updates)
         metrics = {
-            "loss": nll / count,
+            "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "residual": largest_residual(manifolds, factors),
         }
-        return TrainState(factors, opt_state, key), metrics
+        state = TrainState(factors, opt_state, key)
+        return keep(state, state.factors, axes), metrics
 
     return step

@@ -112,7 +112,7 @@ def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(config):
     ml.load_adapter(model, config.out / "adapter")
     assert ml.manifolds(model)["layers"]["mlp"]["down_proj"]["b"] == ml.Stiefel("qr")
     # the first step of another run from this adapter starts where this one ended
-    from manifold_lora.adapters import split
+    from manifold_lora.adapters import axes, split
     from manifold_lora.data.batches import evaluation_batches
     from manifold_lora.data.tokens import load_tokenizer
     from manifold_lora.evaluation.heldout import make_evaluate
@@ -121,7 +121,7 @@ def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(config):
     data = load_data(resolve(config), load_tokenizer(config.model))
     rebuild, factors, frozen = split(model)
     feed = evaluation_batches(data.held_out, batch_size=4, sequence_length=16)
-    evaluation = make_evaluate(rebuild)(factors, frozen, feed)
+    evaluation = make_evaluate(rebuild, axes(model))(factors, frozen, feed)
     assert evaluation.loss == pytest.approx(summary["loss_after"], rel=1e-5)
     assert evaluation.accuracy == summary["accuracy_after"]
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import manifold_lora as ml
-from manifold_lora.adapters import AdapterConfig, adapters, attach, split
+from manifold_lora.adapters import AdapterConfig, adapters, attach, axes, split
 from manifold_lora.adapters.exported import as_exported
 from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.data.batches import batches
@@ -64,7 +64,7 @@ def test_a_saved_adapter_goes_on_bit_for_bit(method: str, tmp_path: Path):
     tags = ml.manifolds(model)
     tx, _ = build_optimizer(config, tags, STEPS, tiny.CONFIG["hidden_size"])
     rebuild, factors, frozen = split(model)
-    step = make_step(rebuild, tx, tags)
+    step = make_step(rebuild, tx, tags, axes(model))
     start = jax.tree.map(jnp.copy, factors)  # the step donates its state
     state = TrainState(start, jax.jit(tx.init)(start), jax.random.key(0))
     stream = feed()

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import manifold_lora as ml
-from manifold_lora.adapters import adapters, split
+from manifold_lora.adapters import adapters, axes, split
 from manifold_lora.data.batches import evaluation_batches
 from manifold_lora.data.tokens import load_tokenizer
 from manifold_lora.evaluation.heldout import make_evaluate
@@ -59,7 +59,7 @@ def loss_of(config: TrainConfig, model: ml.Llama) -> float:
     data = load_data(resolve(config), load_tokenizer(config.model))
     rebuild, factors, frozen = split(model)
     feed = evaluation_batches(data.held_out, batch_size=4, sequence_length=16)
-    return make_evaluate(rebuild)(factors, frozen, feed).loss
+    return make_evaluate(rebuild, axes(model))(factors, frozen, feed).loss
 
 
 def kept(config: TrainConfig, name: str = "adapter") -> ml.Llama:

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import manifold_lora as ml
-from manifold_lora.adapters import split
+from manifold_lora.adapters import axes, split
 from manifold_lora.data.batches import batches
 from manifold_lora.data.tokens import Example
 from manifold_lora.evaluation.loss import token_loss
@@ -48,7 +48,7 @@ def batch_of(chosen, **options):
 
 def run(model, batch, tx, accumulate=1, steps=1):
     rebuild, factors, frozen = split(model)
-    step = make_step(rebuild, tx, ml.manifolds(model), accumulate)
+    step = make_step(rebuild, tx, ml.manifolds(model), axes(model), accumulate)
     # the step donates its state, and the model keeps its own arrays
     factors = jax.tree.map(jnp.copy, factors)
     state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))
@@ -179,7 +179,7 @@ def test_compile_time_does_not_grow_with_depth():
         rebuild, factors, frozen = split(model)
         tx = ml.stiefel_lora(0.1, ml.manifolds(model))
         state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))
-        step = make_step(rebuild, tx, ml.manifolds(model))
+        step = make_step(rebuild, tx, ml.manifolds(model), axes(model))
         sizes[layers] = len(
             step.lower(state, frozen, batch_of(examples())).as_text().splitlines()  # pyright: ignore
         )

@@ -1,0 +1,1 @@
+"""Where arrays are on a mesh of devices, and what several processes agree on."""
