@@ -1,0 +1,217 @@
+"""The text of a compiled program: computations, instructions and groups of devices.
+
+XLA has no public reader of its own programs, so their text is read. Only what a plan
+needs is kept: of every instruction its shape, its kind, its operands and the rest of
+the line.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(
+    r"\b(?:body|calls|to_apply|called_computations|branch_computations)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0}
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of an instruction's shape."""
+
+    bytes: float
+    in_hbm: bool  # and not in the memory beside the compute units
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    arrays: tuple[Array, ...]  # its result, several of a tuple
+    kind: str  # such as "fusion" or "all-gather-start"
+    operands: tuple[str, ...]  # names in the same computation
+    rest: str  # the line after its operands
+    root: bool
+
+    @property
+    def bytes(self) -> float:
+        """Of the result."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The computations that it runs; reducers and conditions are not among them."""
+        if self.kind not in _CALLERS:
+            return ()
+        found = _CALLED.findall(self.rest)
+        return tuple(name for part in found for name in re.findall(r"[\w.\-]+", part))
+
+
+_CALLERS = {"while", "fusion", "call", "conditional", "custom-call", "async-start"}
+Computation = dict[str, Instruction]
+
+
+@dataclass(frozen=True)
+class Module:
+    """A whole program."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a loop runs; 1 where only its data decides.
+
+        Known to the compiler, or the constant that the counter of a loop from 0 is
+        compared with.
+        """
+        if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+        assert condition is not None
+        body = self.computations[condition[1]]
+        for line in body.values():
+            if line.kind != "compare" or "direction=LT" not in line.rest:
+                continue
+            limit = body.get(line.operands[1])
+            if limit is not None and limit.kind == "constant":
+                if number := re.match(r"(\d+)\)", limit.rest):
+                    return int(number[1])
+        return 1
+
+    def walk(self) -> Iterator[tuple[str, Instruction, int, bool]]:
+        """Every instruction that runs: its computation, how often, whether fused."""
+        yield from self._visit(self.entry, 1, False)
+
+    def _visit(
+        self, name: str, times: int, fused: bool
+    ) -> Iterator[tuple[str, Instruction, int, bool]]:
+        for line in self.computations[name].values():
+            yield name, line, times, fused
+            inside = times * (self.trips(line) if line.kind == "while" else 1)
+            within = fused or line.kind in ("fusion", "async-start", "custom-call")
+            for called in line.called:
+                yield from self._visit(called, inside, within)
+
+
+def read_module(text: str) -> Module:
+    """The program in a text such as `compiled.as_text()`."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            if header := _HEADER.match(line):
+                current = computations[header[2]] = {}
+                entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif found := _INSTRUCTION.match(line):
+            root, name, shape, kind, after = found.groups()
+            inner, rest = _split(after)
+            # A constant's value and a parameter's number stand where operands do.
+            value = kind in ("constant", "parameter")
+            current[name] = Instruction(
+                name,
+                arrays_of(shape),
+                kind,
+                () if value else tuple(re.findall(r"%([\w.\-]+)", inner)),
+                after if value else rest,
+                root is not None,
+            )
+    return Module(computations, entry)
+
+
+def _split(after: str) -> tuple[str, str]:
+    """The text to the parenthesis that closes the operands, and the one after it."""
+    depth = 1
+    for place, letter in enumerate(after):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return after[:place], after[place + 1 :]
+    return after, ""
+
+
+def arrays_of(shape: str) -> tuple[Array, ...]:
+    """The arrays of a shape or of a tuple of them.
+
+    >>> [array.bytes for array in arrays_of("(bf16[2,3]{1,0}, f32[])")]
+    [12.0, 4.0]
+    """
+    return tuple(
+        Array(
+            _bits(kind) / 8 * math.prod(int(n) for n in sizes.split(",") if n),
+            "S(" not in (layout or ""),
+        )
+        for kind, sizes, layout in _ARRAY.findall(shape)
+    )
+
+
+def _bits(kind: str) -> int:
+    digits = re.search(r"\d+", kind)
+    return _BITS[kind] if kind in _BITS else int(digits[0]) if digits else 0
+
+
+def groups_of(rest: str, devices: int) -> np.ndarray:
+    """The groups in which devices talk, (groups, members), from a collective's line.
+
+    Devices are numbered by their place in the mesh. Three spellings are read: lists,
+    `{{0,1},{2,3}}`; a transposed range, `[2,2]<=[2,2]T(1,0)`; and axes of a mesh of
+    the compiler's own, `mesh['a'=2,'b'=2] {'a'}`.
+
+    >>> groups_of("replica_groups=[2,2]<=[2,2]T(1,0)", 4).tolist()
+    [[0, 2], [1, 3]]
+    >>> groups_of("replica_groups=mesh['a'=2,'b'=2] {'b'}", 4).tolist()
+    [[0, 1], [2, 3]]
+    """
+    if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", rest):
+        rows = re.findall(r"\{([\d,]+)\}", listed[1])
+        return np.array([[int(n) for n in row.split(",")] for row in rows])
+    iota = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if ranged := re.search(r"replica_groups=\[([\d,]+)\]<=" + iota, rest):
+        return _iota(ranged[2], ranged[3]).reshape(_numbers(ranged[1]))
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", rest
+    ):
+        sizes = {k: int(n) for k, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        ids = np.arange(math.prod(sizes.values()))
+        if order := re.match(iota, mesh[2] or ""):
+            ids = _iota(order[1], order[2])
+        elif mesh[2]:
+            ids = np.array(_numbers(mesh[2]))
+        return _along(ids, sizes, mesh[3])
+    return np.arange(devices)[None]
+
+
+def _along(ids: np.ndarray, sizes: dict[str, int], axes: str) -> np.ndarray:
+    """Groups along axes, or along a part of an axis as in `'a':(2)4`."""
+    shape, taken = [], []
+    chosen = {
+        name: (int(before or 1), int(size or sizes[name]))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    }
+    for name, size in sizes.items():
+        if name in chosen:
+            before, part = chosen[name]
+            taken.append(len(shape) + 1)
+            shape += [before, part, size // before // part]
+        else:
+            shape.append(size)
+    array = np.moveaxis(ids.reshape(shape), taken, range(-len(taken), 0))
+    return array.reshape(-1, math.prod(shape[axis] for axis in taken))
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    shape = _numbers(sizes)
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
