@@ -10,6 +10,7 @@ from flax import nnx
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.lora import LoRALinear
 from manifold_lora.adapters.low_rank import Arrays
+from manifold_lora.distributed.arrays import to_host
 from manifold_lora.manifolds import Euclidean, Manifold
 from manifold_lora.models import Linear
 
@@ -75,10 +76,13 @@ class DoRALinear(LoRALinear):
         kernel.set_value((self._gain()[..., None, :] * total).astype(kernel.dtype))
         return self.base
 
-    def export(self, layer: int) -> dict[str, np.ndarray]:
+    def export(self) -> list[dict[str, np.ndarray]]:
         """LoRA's two tensors and the magnitudes."""
-        m = np.asarray(self.m[...]).reshape(-1, self.base.out_features)[layer]
-        return super().export(layer) | {"lora_magnitude_vector": m}
+        lengths = to_host(self.m[...]).reshape(-1, self.base.out_features)
+        return [
+            tensors | {"lora_magnitude_vector": m}
+            for tensors, m in zip(super().export(), lengths, strict=True)
+        ]
 
     def _gain(self) -> jax.Array:
         """M over the norm of the rows, ((layers,) out)."""

@@ -17,6 +17,7 @@ from manifold_lora.adapters.attach import (
 )
 from manifold_lora.adapters.low_rank import LowRankLinear
 from manifold_lora.adapters.scaled import ScaledLinear
+from manifold_lora.distributed.arrays import place
 from manifold_lora.manifolds import Oblique, Stiefel, truncate
 
 
@@ -80,30 +81,31 @@ def _truncated(
     ranks, alphas = {}, {}
     for name, module in own.items():
         arrays[name] = []
+        stored = module.arrays()
         for layer, full in enumerate(full_names(model, name)):
-            point = {k: jnp.asarray(x) for k, x in module.arrays(layer).items()}
+            point = {k: jnp.asarray(x) for k, x in stored[layer].items()}
             total += float(jnp.sum(point["a"] ** 2))
             if module.ranks[layer]:
                 point, energy = truncate(point, threshold)
                 lost += float(energy)
                 ranks[full] = rank = point["a"].shape[1]
                 # The same s = alpha/r or alpha/√r with fewer columns.
-                shrunk = rank / module.ranks[layer]
+                share = rank / module.ranks[layer]
                 root = module.config.rslora
-                alphas[full] = module.alphas[layer] * (shrunk**0.5 if root else shrunk)
+                alphas[full] = module.alphas[layer] * (share**0.5 if root else share)
             arrays[name].append({k: np.asarray(x) for k, x in point.items()})
     first = next(iter(own.values()))
     config = dataclasses.replace(first.config, rank_pattern=ranks, alpha_pattern=alphas)
     new = []
     for name, module in own.items():
         full = full_names(model, name)
-        new.append(
-            type(module)(
-                module.base,
-                config,
-                ranks=[ranks.get(n, 0) for n in full],
-                alphas=[alphas.get(n, 1.0) for n in full],
-                arrays={k: [x[k] for x in arrays[name]] for k in module.names},
-            )
+        shrunk = type(module)(
+            module.base,
+            config,
+            ranks=[ranks.get(n, 0) for n in full],
+            alphas=[alphas.get(n, 1.0) for n in full],
+            arrays={k: [x[k] for x in arrays[name]] for k in module.names},
         )
+        place(shrunk)
+        new.append(shrunk)
     return new, lost / total if total else 0.0

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from manifold_lora.adapters.config import AdapterConfig
+from manifold_lora.distributed.arrays import to_host
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Manifold, Oblique, Stiefel
 from manifold_lora.models import Linear
@@ -171,26 +172,37 @@ class LowRankLinear(nnx.Module):
         """The factor of that name on the side of the outputs, ((layers,) out, r)."""
         return getattr(self, name)[...][..., : self.base.out_features, :]
 
-    def export(self, layer: int) -> dict[str, np.ndarray]:
-        """What PEFT's file holds of one layer, by the ends of the tensors' names."""
-        a, b = (np.asarray(x.reshape(-1, *x.shape[-2:])[layer]) for x in self.pair())
-        # A fixed correction makes the pair twice as wide as the factors.
-        kept = np.arange(a.shape[1]) % self.rank < self.ranks[layer]
-        return {
-            "lora_A.weight": np.ascontiguousarray(a[:, kept].T),
-            "lora_B.weight": np.ascontiguousarray(b[:, kept]),
-        }
+    def export(self) -> list[dict[str, np.ndarray]]:
+        """What PEFT's file holds of every layer, by the ends of the tensors' names.
 
-    def arrays(self, layer: int) -> dict[str, np.ndarray]:
-        """Every array of one layer at that layer's own rank, by name."""
-        found = {}
-        for name in self.names:
-            x = np.asarray(getattr(self, name)[...])
-            one = x.reshape(-1, *x.shape[len(self.scale.shape) :])[layer]
-            rows = one.shape[0] - (self._added_rows if self._is_unit(name) else 0)
-            found[name] = np.ascontiguousarray(
-                one[:rows][_columns(name, one.ndim, self.ranks[layer])]
+        All processes must call it; each gets everything.
+        """
+        pair = [x.reshape(-1, *x.shape[-2:]) for x in to_host(self.pair())]
+        exported = []
+        for a, b, rank in zip(*pair, self.ranks, strict=True):
+            # A fixed correction makes the pair twice as wide as the factors.
+            kept = np.arange(a.shape[1]) % self.rank < rank
+            exported.append(
+                {
+                    "lora_A.weight": np.ascontiguousarray(a[:, kept].T),
+                    "lora_B.weight": np.ascontiguousarray(b[:, kept]),
+                }
             )
+        return exported
+
+    def arrays(self) -> list[dict[str, np.ndarray]]:
+        """Every array of every layer at that layer's own rank, by name.
+
+        All processes must call it; each gets everything.
+        """
+        found: list[dict[str, np.ndarray]] = [{} for _ in self.ranks]
+        for name in self.names:
+            x = to_host(getattr(self, name)[...])
+            layers = x.reshape(-1, *x.shape[len(self.scale.shape) :])
+            for arrays, one, rank in zip(found, layers, self.ranks, strict=True):
+                rows = one.shape[0] - (self._added_rows if self._is_unit(name) else 0)
+                columns = _columns(name, one.ndim, rank)
+                arrays[name] = np.ascontiguousarray(one[:rows][columns])
         return found
 
     def _started(self, key: jax.Array) -> Arrays:
@@ -212,7 +224,7 @@ class LowRankLinear(nnx.Module):
         stacks = {}
         for name, layers in arrays.items():
             full = [
-                self._fill(name, np.asarray(x), rank)
+                self._fill(name, to_host(x), rank)
                 for x, rank in zip(layers, self.ranks, strict=True)
             ]
             stacked = np.stack(full).reshape(*self.scale.shape, *full[0].shape)

@@ -4,19 +4,26 @@ One table, `_rows`, says where each tensor of the file lives in the model. Readi
 and writing both walk it, so that the one is the inverse of the other.
 """
 
+import functools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import P
 from safetensors import SafetensorError, safe_open
 
 from manifold_lora.checkpoints.atomic import save_tensors, whole_directory
+from manifold_lora.distributed.arrays import to_host
+from manifold_lora.distributed.processes import is_main
+from manifold_lora.distributed.sharding import kept, names
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
 
@@ -93,9 +100,11 @@ def load_llama(
 ) -> Llama:
     """Read a Hugging Face LLaMA directory: config.json and safetensors.
 
-    Weights of any float dtype are rounded once to `dtype`. One stacked leaf at a time
-    is in memory beside the model. Raises `InputError` for a directory, a config or a
-    tensor that is not what a LLaMA has, naming all bad tensors at once.
+    Weights of any float dtype are rounded once to `dtype`. On the mesh of
+    `jax.set_mesh` every device gets its part, and a host reads only what its devices
+    need, each byte once; one tensor of the file at a time is in its memory. Raises
+    `InputError` for a directory, a config or a tensor that is not what a LLaMA has,
+    naming all bad tensors at once.
     """
     path = Path(path)
     config = read_llama_config(path)
@@ -104,18 +113,67 @@ def load_llama(
     _check(path, model, tensors)
     for row in _rows(config):
         variable = row.variable(model)
-        leaf = np.empty(variable.shape, variable.dtype)
-        for name, matrix in row.matrices(leaf, config):
-            matrix[...] = tensors[name].get_tensor(name)
-        variable.set_value(jnp.asarray(leaf))
+        variable.set_value(_leaf(row, variable, tensors, config))
     return model
+
+
+def _leaf(
+    row: _Row, variable: Any, tensors: Mapping[str, Any], config: LlamaConfig
+) -> jax.Array:
+    """All tensors of a row, each read in the parts that the devices need."""
+    shape, dtype = variable.shape, variable.dtype
+    mesh = jax.sharding.get_mesh()
+    whole = jnp.zeros(0).sharding  # of the default device
+    spec = P() if mesh.empty else kept(names(variable), shape, mesh)
+
+    def sharding(spec: P) -> jax.sharding.Sharding:
+        return whole if mesh.empty else jax.NamedSharding(mesh, spec)
+
+    if "{}" not in row.name:
+        return _tensor(tensors[row.name], row, row.name, shape, dtype, sharding(spec))
+    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding(spec))()
+    place = _placer(sharding(spec))
+    of_layer = sharding(P(*spec[1:]))
+    for index, name in enumerate(row.names(config)):
+        layer = _tensor(tensors[name], row, name, shape[1:], dtype, of_layer)
+        # Wait, or the tensors of all layers would queue up in memory.
+        stack = jax.block_until_ready(place(stack, layer, index))
+    return stack
+
+
+@functools.cache
+def _placer(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+    """A function that puts one layer into the stack, in place."""
+    put = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+def _tensor(
+    file: Any,
+    row: _Row,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    """One tensor of a file, laid out as in the model."""
+    stored = file.get_slice(name)
+    parts: dict[str, np.ndarray] = {}  # devices may hold the same one
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if (key := str(index)) not in parts:
+            x = stored[index[::-1]].T if row.transposed else stored[index]
+            parts[key] = x.astype(dtype, copy=False)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def hf_tensors(model: Llama) -> dict[str, np.ndarray]:
     """The model's weights under their Hugging Face names, in the model's dtype."""
     tensors = {}
     for row in _rows(model.config):
-        leaf = np.asarray(row.variable(model)[...])
+        leaf = to_host(row.variable(model)[...])
         for name, matrix in row.matrices(leaf, model.config):
             tensors[name] = np.ascontiguousarray(matrix)
     return tensors
@@ -129,7 +187,8 @@ def save_llama(
     """Write config.json and model.safetensors, readable by transformers 4 and 5.
 
     `dtype` None keeps the model's. The directory appears complete or not at all; an
-    existing one, and a model with adapters, raise `InputError`.
+    existing one, and a model with adapters, raise `InputError`. Where there are
+    several processes all must call it; the first one writes.
     """
     path = Path(path)
     if path.exists():
@@ -141,6 +200,8 @@ def save_llama(
         )
     dtype = jnp.dtype(model.embed_tokens.dtype if dtype is None else dtype)
     tensors = {k: v.astype(dtype, copy=False) for k, v in hf_tensors(model).items()}
+    if not is_main():
+        return
     with whole_directory(path) as partial:
         config = json.dumps(model.config.to_hf(dtype.name), indent=2)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")

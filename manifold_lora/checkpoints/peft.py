@@ -35,6 +35,8 @@ from manifold_lora.checkpoints.adapter_file import (
     read_adapter,
 )
 from manifold_lora.checkpoints.atomic import save_tensors, whole_directory
+from manifold_lora.distributed.arrays import to_host
+from manifold_lora.distributed.processes import is_main
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama
 
@@ -48,7 +50,8 @@ def save_adapter(
     U S Vᵀ, B is U S and A is V. DoRA becomes PEFT's DoRA. `load_adapter` gives back the
     very same factors: where A and B are not all of them, they are kept beside, in
     factors.safetensors. The directory appears complete or not at all, and is read
-    back and compared before it takes the place of an older one.
+    back and compared before it takes the place of an older one. Where there are several
+    processes all must call it; the first one writes.
 
     Args:
         model: a model with adapters.
@@ -76,16 +79,19 @@ def save_adapter(
     ranks: dict[str, dict[str, int]] = {}  # of the file, by module and full name
     for name, module in modules.items():
         ranks[name] = {}
+        own = module.arrays() if set(module.names) != {"a", "b"} else None
+        exported = module.export()
         for layer, full in enumerate(full_names(model, name)):
             if not module.ranks[layer]:
                 continue
-            parts = module.export(layer)
+            parts = exported[layer]
             ranks[name][full] = parts["lora_A.weight"].shape[0]
             tensors |= {f"base_model.model.{full}.{k}": x for k, x in parts.items()}
-            if set(module.names) != {"a", "b"}:
-                arrays = module.arrays(layer)
-                factors |= {f"{full}.{k}": x for k, x in arrays.items()}
+            if own is not None:
+                factors |= {f"{full}.{k}": x for k, x in own[layer].items()}
     settings = dataclasses.asdict(config) | {"base": fingerprint(model)}
+    if not is_main():
+        return
     with whole_directory(path) as partial:
         texts = {CONFIG: _peft_config(modules, ranks, base_id), EXTRA: settings}
         for file, content in texts.items():
@@ -129,7 +135,7 @@ def fingerprint(model: Llama) -> str:
     )
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(np.asarray(part).astype(ml_dtypes.bfloat16).tobytes())
+        digest.update(to_host(part).astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()[:16]
 
 

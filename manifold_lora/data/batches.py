@@ -25,6 +25,7 @@ def batches(
     shuffle: bool = True,
     packing: bool = False,
     epochs: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> "grain.IterDataset[Batch]":
     """Batches for training, all of one shape, so that the step compiles once.
 
@@ -41,9 +42,12 @@ def batches(
         shuffle: Shuffle anew in each epoch; otherwise the given order.
         packing: Several examples per row, by grain's first-fit packing.
         epochs: Passes over the examples; None repeats for ever.
+        rows: Numbers of the rows of a batch that are made, in ascending order; None
+            makes all. Processes that make different rows of the same batches make
+            together what one alone would; only packing reads the other examples too.
 
     Returns:
-        A grain dataset of dicts of arrays (batch, sequence_length): `input_ids`
+        A grain dataset of dicts of arrays (rows, sequence_length): `input_ids`
         int32; `loss_mask` float32, 1 where the token is itself a target;
         `positions` int32, from 0 in each segment; `segment_ids` int32, from 1 in
         each row, 0 on padding. `iter` of it has `get_state` and `set_state`, whose
@@ -64,31 +68,38 @@ def batches(
     _check(examples, batch_size, sequence_length)
     if epochs is not None and epochs < 1:
         raise InputError(f"--epochs must be at least 1, got {epochs}.")
-    source = grain.MapDataset.source(examples).seed(seed)
+    numbers = grain.MapDataset.range(len(examples)).seed(seed)
     if shuffle:
-        source = source.shuffle()
-    source = source.repeat(epochs).map(_segment)
-    if packing:
-        lengths = {"input_ids": sequence_length, "loss_mask": sequence_length}
-        rows = grain.experimental.FirstFitPackIterDataset(
-            _in_memory(source),
-            length_struct=lengths,
-            num_packing_bins=max(PACKING_ROWS, batch_size),
-            seed=seed,
-            shuffle_bins=shuffle,  # the first rows are the fullest
-        ).map(_packed_row)
-    else:
-        rows = _in_memory(source.map(partial(_row, length=sequence_length)))
-    return _batched(rows, batch_size)
+        numbers = numbers.shuffle()
+    numbers = numbers.repeat(epochs)
+    if not packing:
+        return _unpacked(examples, numbers, batch_size, sequence_length, rows)
+    lengths = {"input_ids": sequence_length, "loss_mask": sequence_length}
+    packed = grain.experimental.FirstFitPackIterDataset(
+        _in_memory(numbers.map(lambda number: _segment(examples[number]))),
+        length_struct=lengths,
+        num_packing_bins=max(PACKING_ROWS, batch_size),
+        seed=seed,
+        shuffle_bins=shuffle,  # the first rows are the fullest
+    ).map(_packed_row)
+    fill_up = partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    whole = packed.batch(batch_size, batch_fn=fill_up)
+    if rows is None:
+        return whole
+    return whole.map(lambda batch: {k: x[list(rows)] for k, x in batch.items()})
 
 
 def evaluation_batches(
-    examples: Sequence[Example], *, batch_size: int, sequence_length: int
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    sequence_length: int,
+    rows: Sequence[int] | None = None,
 ) -> "grain.IterDataset[Batch]":
     """Every example once, in order, one per row, in batches of one shape.
 
     Use it for losses and accuracies over a whole set; the last batch is filled up
-    with empty rows (`segment_ids` 0). The arrays are those of `batches`.
+    with empty rows (`segment_ids` 0). The arrays and `rows` are those of `batches`.
 
     Raises:
         InputError: No examples, one too long, or a size that is not positive.
@@ -96,9 +107,8 @@ def evaluation_batches(
     import grain
 
     _check(examples, batch_size, sequence_length)
-    source = grain.MapDataset.source(examples).map(_segment)
-    rows = _in_memory(source.map(partial(_row, length=sequence_length)))
-    return _batched(rows, batch_size)
+    numbers = grain.MapDataset.range(len(examples))
+    return _unpacked(examples, numbers, batch_size, sequence_length, rows)
 
 
 def padded_length(examples: Sequence[Example], sequence_length: int) -> int:
@@ -138,11 +148,26 @@ def _in_memory(source: "grain.MapDataset") -> "grain.IterDataset":
     )
 
 
-def _batched(rows: "grain.IterDataset", batch_size: int) -> "grain.IterDataset[Batch]":
-    import grain
+def _unpacked(
+    examples: Sequence[Example],
+    numbers: "grain.MapDataset[int]",
+    batch_size: int,
+    length: int,
+    rows: Sequence[int] | None,
+) -> "grain.IterDataset[Batch]":
+    """Batches of one example a row; only those of the chosen rows are read."""
+    chosen = range(batch_size) if rows is None else rows
 
-    fill_up = partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    return rows.batch(batch_size, batch_fn=fill_up)
+    def batch(numbers: list[int]) -> Batch:
+        made = [
+            _row(
+                _segment(examples[numbers[row]]) if row < len(numbers) else None, length
+            )
+            for row in chosen
+        ]
+        return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+    return _in_memory(numbers.batch(batch_size, batch_fn=list).map(batch))
 
 
 def _segment(example: Example) -> Batch:
@@ -151,14 +176,17 @@ def _segment(example: Example) -> Batch:
     return {"input_ids": example.input_ids.astype(np.int32), "loss_mask": loss_mask}
 
 
-def _row(segment: Batch, length: int) -> Batch:
-    size = len(segment["input_ids"])
+def _row(segment: Batch | None, length: int) -> Batch:
+    """A row with one segment, or an empty one."""
     row = {
         "input_ids": np.zeros(length, np.int32),
         "loss_mask": np.zeros(length, np.float32),
         "positions": np.zeros(length, np.int32),
         "segment_ids": np.zeros(length, np.int32),
     }
+    if segment is None:
+        return row
+    size = len(segment["input_ids"])
     row["input_ids"][:size] = segment["input_ids"]
     row["loss_mask"][:size] = segment["loss_mask"]
     row["positions"][:size] = np.arange(size)

@@ -13,11 +13,14 @@ from manifold_lora.distributed.mesh import GROUPS
 from manifold_lora.distributed.sharding import follow, kept, names, shardings
 
 
-def place(module: Any, mesh: Mesh) -> None:
-    """Put every variable of a module where its axes say, in place.
+def place(module: Any) -> None:
+    """Put every variable of a module where its axes say, on the mesh in use.
 
-    What is in place already stays; all processes must hold the same values.
+    What is there already stays; all processes must hold the same values.
     """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return
     state = nnx.state(module)
     for _, variable in nnx.to_flat_state(state):
         value = variable.get_value()
@@ -35,8 +38,11 @@ def _put(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.device_put(x, sharding)
 
 
-def initialised(init: Callable[[Any], Any], params: Any, axes: Any, mesh: Mesh) -> Any:
+def initialised(init: Callable[[Any], Any], params: Any, axes: Any) -> Any:
     """`init(params)`, such as an optimiser's state, placed as the parameters are."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.jit(init)(params)
     specs = follow(jax.eval_shape(init, params), params, axes, mesh)
     return jax.jit(init, out_shardings=shardings(specs, mesh))(params)
 

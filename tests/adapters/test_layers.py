@@ -73,7 +73,7 @@ def stack(method: str) -> tuple[LowRankLinear, list[LowRankLinear]]:
             config,
             ranks=[RANKS[layer]],
             alphas=[ALPHAS[layer]],
-            arrays={k: [x] for k, x in module.arrays(layer).items()},
+            arrays={k: [x] for k, x in module.arrays()[layer].items()},
         )
         for layer in (0, 1)
     ]
@@ -135,7 +135,7 @@ def test_a_filled_up_layer_trains_as_one_of_its_own_rank(method: str):
     for name, x in after["stack"].items():
         put(module, name, x)
     for layer, rank in enumerate(RANKS):
-        own = module.arrays(layer)
+        own = module.arrays()[layer]
         for name in before["stack"]:
             start, end = (
                 np.array(tree["stack"][name][layer]) for tree in (before, after)
@@ -161,7 +161,7 @@ def test_a_filled_up_layer_trains_as_one_of_its_own_rank(method: str):
         assert update.any() == (rank > 0)
         if rank:
             w = np.asarray(module.base.kernel[...], np.float64)[layer].T
-            x = {k: a.astype(np.float64) for k, a in module.arrays(layer).items()}
+            x = {k: a.astype(np.float64) for k, a in module.arrays()[layer].items()}
             new = by_hand.NEW_WEIGHT[method](w, x, ALPHAS[layer] / rank)
             assert tiny.error(w + update, new) < FLOAT32
 
