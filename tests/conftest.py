@@ -15,6 +15,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+@pytest.fixture(autouse=True)
+def one_device(request, monkeypatch):
+    """Runs take one of the eight devices, but in tests marked `mesh`."""
+    if "mesh" in request.keywords:
+        return
+    import jax
+
+    from manifold_lora.distributed import mesh
+
+    monkeypatch.setattr(mesh, "all_devices", lambda: jax.devices()[:1])
+
+
 @pytest.fixture
 def quick_compilation():
     """Compiles in half of the time, for programs whose speed is nothing."""

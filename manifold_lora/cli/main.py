@@ -38,6 +38,8 @@ def commands(arguments: Sequence[str]) -> SubcommandApp:
             loop.train(config)
         except loop.Diverged as error:
             stop(error, 1)
+        except loop.Preempted as error:
+            stop(error, 143)  # as a process that SIGTERM ended
 
     @app.command
     def compare(config: CompareConfig = comparison) -> None:

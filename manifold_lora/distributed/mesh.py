@@ -64,7 +64,7 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: Any = None) -> "Mesh
     """
     import jax
 
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(all_devices() if devices is None else devices)
     count = len(devices)
     sizes = sizes or {"data": 1, "fsdp": count, "tensor": 1}
     shape = tuple(sizes[axis] for axis in AXES)
@@ -77,6 +77,13 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: Any = None) -> "Mesh
         )
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+
+
+def all_devices() -> Any:
+    """The devices of all processes."""
+    import jax
+
+    return jax.devices()
 
 
 def group_count(sizes: Any) -> int:

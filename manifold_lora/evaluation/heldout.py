@@ -2,16 +2,17 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import P
 
 from manifold_lora.data.tokens import Example
+from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.groups import copies, divided, each_group
-from manifold_lora.distributed.sharding import automatic
+from manifold_lora.distributed.sharding import automatic, constrain
 from manifold_lora.evaluation.loss import token_loss
 
 
@@ -49,7 +50,7 @@ def make_evaluate(
 
     @jax.jit
     def sums(factors, frozen, batch):
-        return automatic(sums_of_batch)(factors, frozen, batch)
+        return constrain(automatic(sums_of_batch)(factors, frozen, batch), P())
 
     def evaluate(factors, frozen, batches) -> Evaluation:
         total = np.zeros(4)
@@ -88,7 +89,7 @@ def complete(
     for row, example, start in zip(ids, examples, starts, strict=True):
         row[:start] = example.input_ids[:start]
 
-    @partial(jax.jit, donate_argnums=2)
+    @jax.jit
     def run(factors, frozen, ids):
         model = rebuild(factors, frozen)
 
@@ -103,9 +104,7 @@ def complete(
         return jax.lax.fori_loop(0, max_new_tokens, extend, ids)
 
     completions = []
-    for row, start in zip(
-        np.asarray(run(factors, frozen, jnp.asarray(ids))), starts, strict=True
-    ):
+    for row, start in zip(to_host(run(factors, frozen, ids)), starts, strict=True):
         new = row[start : start + max_new_tokens].tolist()
         end = next((i for i, token in enumerate(new) if token in stop), len(new))
         completions.append(new[:end])

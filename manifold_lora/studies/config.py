@@ -21,6 +21,13 @@ _NOT_HERE = (
     "patience",
     "report",
     "show_batch",
+    "mesh",
+    "coordinator",
+    "processes",
+    "process_id",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "checkpoint_errors",
 )
 
 
@@ -48,6 +55,13 @@ class CompareConfig(TrainConfig):
     patience: Suppress[int | None] = None
     report: Suppress[Any] = ()
     show_batch: Suppress[bool] = False
+    mesh: Suppress[str | None] = None
+    coordinator: Suppress[str | None] = None
+    processes: Suppress[int | None] = None
+    process_id: Suppress[int | None] = None
+    checkpoint_every: Suppress[int | None] = None
+    keep_checkpoints: Suppress[int] = TrainConfig.keep_checkpoints
+    checkpoint_errors: Suppress[Any] = TrainConfig.checkpoint_errors
 
     @property
     def run_directory(self) -> Path:

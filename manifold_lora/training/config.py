@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from manifold_lora.distributed.mesh import read_mesh
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.methods import find_method
 from manifold_lora.methods import problems as exclusions
@@ -27,7 +28,7 @@ class TrainConfig:
     data: Path | None = None  # .jsonl or .json to train on; None: built-in data
     eval_data: Path | None = None  # held-out file; None: taken out of --data
     out: Path | None = None  # run directory; None: runs/METHOD
-    overwrite: bool = False  # replace a run with another configuration in --out
+    overwrite: bool = False  # begin anew, in place of any run in --out
 
     method: str = "stiefel"  # as listed by `manifold-lora methods`
     adapter: Path | None = None  # directory of an adapter to go on from
@@ -86,6 +87,17 @@ class TrainConfig:
     remat: bool = True  # recompute layers in the backward pass to save memory
     report: tuple[Literal["tensorboard", "wandb"], ...] = ()  # besides metrics.jsonl
     base_id: str | None = None  # the base's name in the adapter; None: --model
+    # axes of devices, as in data=2,fsdp=4,tensor=2; None: all devices on fsdp
+    mesh: str | None = None
+    coordinator: str | None = None  # HOST:PORT of process 0; None: found, or alone
+    processes: int | None = None  # how many run this together; None: found, or alone
+    process_id: int | None = None  # number of this one, from 0; None: found
+    # steps between checkpoints; None: 250, and at every evaluation as always
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2  # the last so many, beside the best one
+    # whether a run goes on when a checkpoint cannot be written
+    checkpoint_errors: Literal["stop", "continue"] = "stop"
+
     show_batch: bool = False  # print one batch, trained tokens coloured, and stop
     debug: bool = False  # show tracebacks
 
@@ -107,7 +119,18 @@ class ResolvedConfig(TrainConfig):
 
 
 # Fields that say how a run is started, not what it is.
-_NOT_THE_RUN = {"config", "out", "overwrite", "show_batch", "debug"}
+_NOT_THE_RUN = {
+    "config",
+    "out",
+    "overwrite",
+    "show_batch",
+    "debug",
+    "coordinator",
+    "processes",
+    "process_id",
+}
+# Fields that may change when a run goes on: they do not change what comes of it.
+_MAY_CHANGE = {"mesh", "checkpoint_every", "keep_checkpoints", "checkpoint_errors"}
 
 
 def resolve(config: TrainConfig) -> ResolvedConfig:
@@ -135,6 +158,10 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     resolved = ResolvedConfig(**given | missing)
 
     problems = exclusions(config.method, vars(config))
+    try:
+        read_mesh(resolved.mesh)
+    except InputError as error:
+        problems.append(str(error).removesuffix("."))
     for name, least in _AT_LEAST.items():
         value = getattr(resolved, name)
         if value is not None and not value >= least:
@@ -185,6 +212,10 @@ _AT_LEAST = {
     "eval_every": 1,
     "eval_examples": 1,
     "patience": 1,
+    "processes": 1,
+    "process_id": 0,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
 }
 
 
@@ -248,6 +279,16 @@ def _coerce(value: Any, hint: Any) -> Any:
     elif isinstance(hint, type) and type(value) is hint:
         return value
     raise TypeError
+
+
+def same_run(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What makes two runs different ones, of their settings as TOML holds them."""
+    keys = sorted({*one, *other} - _MAY_CHANGE)
+    return [
+        f"{k} = {one.get(k, 'unset')} there, {other.get(k, 'unset')} now"
+        for k in keys
+        if one.get(k) != other.get(k)
+    ]
 
 
 def as_toml(config: TrainConfig) -> dict[str, Any]:

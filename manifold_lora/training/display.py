@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -38,6 +39,7 @@ def show_plan(
     data: Data,
     steps: int,
     trainable: int,
+    mesh: Any,
 ) -> None:
     """What is about to run."""
     shape = model.config
@@ -64,6 +66,12 @@ def show_plan(
         "optimiser": f"{config.optimizer}, rate {rates}, {config.schedule}",
         "output": f"{config.run_directory}/",
     }
+    if mesh.size > 1:
+        shape_of = ", ".join(f"{n} {axis}" for axis, n in mesh.shape.items() if n > 1)
+        count = jax.process_count()
+        rows["devices"] = f"{mesh.size}: {shape_of}" + (
+            f"; {count} processes" if count > 1 else ""
+        )
     for name, part in (("cut", report), ("cut, held out", data.held_out_report)):
         if part.truncated or part.dropped:
             rows[name] = (

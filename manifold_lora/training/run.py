@@ -1,5 +1,6 @@
 """The directory of a run: its configuration, its metrics, its summary."""
 
+import contextlib
 import importlib
 import json
 import shutil
@@ -9,15 +10,27 @@ from typing import Any
 
 import tomli_w
 
+from manifold_lora.checkpoints.atomic import recover, write_text
 from manifold_lora.errors import InputError
-from manifold_lora.training.config import ResolvedConfig, as_toml
+from manifold_lora.training.config import ResolvedConfig, as_toml, same_run
 
-SUMMARY, SETTINGS, METRICS, ADAPTER, START, MERGED, INSPECTED, PICTURE = (
+(
+    SUMMARY,
+    SETTINGS,
+    METRICS,
+    ADAPTER,
+    START,
+    CHECKPOINTS,
+    MERGED,
+    INSPECTED,
+    PICTURE,
+) = (
     "summary.json",
     "config.toml",
     "metrics.jsonl",
     "adapter",
     "start",  # the adapter before the first step
+    "checkpoints",  # to go on from
     "merged",  # the whole model, of an adapter that can only be merged
     "inspect",  # of `manifold-lora inspect`
     "loss.png",
@@ -34,7 +47,9 @@ def finished(config: ResolvedConfig) -> dict[str, Any] | None:
     out = config.run_directory
     if out.is_file():
         raise InputError(f"--out {out} is a file: choose a directory.")
-    if config.overwrite or not out.is_dir() or not any(out.iterdir()):
+    # Hidden files are what a killed process was writing.
+    empty = not out.is_dir() or all(p.name.startswith(".") for p in out.iterdir())
+    if config.overwrite or empty:
         return None
     if not (out / SETTINGS).is_file():
         raise InputError(
@@ -48,16 +63,11 @@ def finished(config: ResolvedConfig) -> dict[str, Any] | None:
             f"{out / SETTINGS} is not valid TOML ({error}): choose another --out, or "
             "give --overwrite."
         ) from error
-    now = as_toml(config)
-    if before != now:
-        keys = sorted(k for k in before | now if before.get(k) != now.get(k))
-        changes = ", ".join(
-            f"{k} = {before.get(k, 'unset')} there, {now.get(k, 'unset')} now"
-            for k in keys
-        )
+    if changes := same_run(before, as_toml(config)):
         raise InputError(
-            f"--out {out} holds a run with another configuration ({changes}). Choose "
-            "another --out, or give --overwrite to replace it."
+            f"--out {out} holds a run with another configuration "
+            f"({', '.join(changes)}). Choose another --out, or give --overwrite to "
+            "replace it."
         )
     if not (out / SUMMARY).is_file():
         return None
@@ -65,27 +75,50 @@ def finished(config: ResolvedConfig) -> dict[str, Any] | None:
 
 
 def open_run(config: ResolvedConfig) -> Path:
-    """Make the directory, empty it of earlier results, and write the config."""
+    """Make the directory, or make it fit to go on, and write the config.
+
+    With `overwrite` all that an earlier run left is removed. Only one process may
+    call it.
+    """
     out = config.run_directory
     out.mkdir(parents=True, exist_ok=True)
-    for name in (SUMMARY, METRICS, PICTURE):
-        (out / name).unlink(missing_ok=True)
-    for folder in (MERGED, INSPECTED):
-        shutil.rmtree(out / folder, ignore_errors=True)
-    (out / SETTINGS).write_text(tomli_w.dumps(as_toml(config)), encoding="utf-8")
+    for folder in (ADAPTER, START, MERGED):
+        recover(out / folder)
+    if config.overwrite:
+        for name in (SUMMARY, METRICS, PICTURE):
+            (out / name).unlink(missing_ok=True)
+        for folder in (CHECKPOINTS, MERGED, INSPECTED):
+            shutil.rmtree(out / folder, ignore_errors=True)
+    write_text(out / SETTINGS, tomli_w.dumps(as_toml(config)))
     return out
 
 
 class Metrics:
-    """Rows of numbers to metrics.jsonl and, where asked for, to a tracker."""
+    """Rows of numbers to metrics.jsonl and, where asked for, to a tracker.
 
-    def __init__(self, out: Path, config: ResolvedConfig):
-        self.rows: list[dict[str, Any]] = []
-        self._trackers = [_TRACKERS[name](out, config) for name in config.report]
-        self._file = (out / METRICS).open("w", encoding="utf-8")
+    Args:
+        out: the run directory.
+        config: of the run.
+        step: that the run goes on after; rows of later ones were of steps that are
+            taken again. None for a run that begins.
+        writing: whether this process writes; others only take part.
+    """
+
+    def __init__(
+        self, out: Path, config: ResolvedConfig, step: int | None, writing: bool = True
+    ):
+        file = out / METRICS
+        self.rows = [] if step is None or not writing else _rows_until(file, step)
+        self._trackers, self._file = [], None
+        if writing:
+            write_text(file, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._trackers = [_TRACKERS[name](out, config) for name in config.report]
+            self._file = file.open("a", encoding="utf-8")
 
     def write(self, **row: Any) -> None:
         """One row; it is on disk when this returns."""
+        if self._file is None:
+            return
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -96,9 +129,20 @@ class Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for _, close in self._trackers:
             close()
+
+
+def _rows_until(file: Path, step: int) -> list[dict[str, Any]]:
+    """The whole rows of an earlier file up to a step; a killed process may cut one."""
+    rows = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if row["step"] <= step]
 
 
 def _tensorboard(out: Path, config: ResolvedConfig):

@@ -1,5 +1,8 @@
 """From a configuration to examples, a model with its adapter, and a number of steps."""
 
+import hashlib
+import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,14 +12,17 @@ import numpy as np
 from manifold_lora.adapters import AdapterConfig, adapters, attach
 from manifold_lora.checkpoints.huggingface import load_llama
 from manifold_lora.checkpoints.peft import load_adapter
-from manifold_lora.data.batches import batches, padded_length
+from manifold_lora.data.batches import batches, evaluation_batches, padded_length
 from manifold_lora.data.builtin import BASE, builtin_records
 from manifold_lora.data.records import Record, read_records
 from manifold_lora.data.tokens import Example, Report, encode
+from manifold_lora.distributed.arrays import Feed, place, to_host
+from manifold_lora.distributed.mesh import problems
+from manifold_lora.distributed.processes import agree, source_code
 from manifold_lora.errors import InputError
 from manifold_lora.evaluation.diagnostics import effective_rank
-from manifold_lora.models import Llama
-from manifold_lora.training.config import ResolvedConfig
+from manifold_lora.models import Llama, LlamaConfig
+from manifold_lora.training.config import ResolvedConfig, as_toml
 
 
 class Data(NamedTuple):
@@ -97,8 +103,10 @@ def load_model(config: ResolvedConfig) -> Llama:
     model = load_base(config)
     if config.adapter is None:
         attach(model, adapter_config(config), config.seed)
+        place(model)
         return model
     load_adapter(model, config.adapter)
+    place(model)
     found, needed = next(iter(adapters(model).values())).config, adapter_config(config)
     differing = [
         f"{name}: found {getattr(found, name)}, needed {getattr(needed, name)}"
@@ -119,15 +127,51 @@ def effective_ranks(model: Llama) -> list[float]:
     found: list[float] = []
     for module in adapters(model).values():
         _, b = module.pair()
-        each = effective_rank(np.asarray(b)).tolist()
+        each = effective_rank(to_host(b)).tolist()
         found += [x for x, rank in zip(each, module.ranks, strict=True) if rank]
     return found
 
 
+def check_mesh(config: ResolvedConfig, mesh: Any, model: LlamaConfig) -> None:
+    """Raise `InputError` for axes of the mesh that the model or the batch lacks."""
+    rows = config.batch_size // config.accumulate
+    if wrong := problems(mesh.shape, model, rows):
+        raise InputError("--mesh: " + "; ".join(wrong) + ".")
+
+
+def check_agreement(config: ResolvedConfig, data: Data) -> None:
+    """Raise `InputError` where processes have other settings, data or code."""
+    digest = hashlib.sha256()
+    for example in [*data.train, *data.held_out]:
+        digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
+    settings = json.dumps(as_toml(config), sort_keys=True)
+    agree(
+        {
+            "configuration": settings.encode(),
+            "data": digest.digest(),
+            "code": source_code(),
+        }
+    )
+
+
+def held_out_batches(config: ResolvedConfig, data: Data, put: Feed) -> list[Any]:
+    """The held-out examples, on the devices."""
+    made = evaluation_batches(
+        data.held_out,
+        batch_size=config.batch_size,
+        sequence_length=padded_length(data.held_out, config.sequence_length),
+        rows=put.rows,
+    )
+    return [put(batch) for batch in made]
+
+
 def training_batches(
-    config: ResolvedConfig, data: Data, epochs: int | None = None
+    config: ResolvedConfig,
+    data: Data,
+    epochs: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Any:
-    """The batches of a run, in an order that its seed decides."""
+    """The batches of a run, or some rows of each, in an order that its seed decides."""
     return batches(
         data.train,
         batch_size=config.batch_size,
@@ -135,6 +179,7 @@ def training_batches(
         seed=config.seed,
         packing=config.packing,
         epochs=epochs,
+        rows=rows,
     )
 
 

@@ -56,7 +56,8 @@ def make_step(
 
     Returns:
         A function whose metrics are scalars: `loss` (mean over targets), `grad_norm`
-        (global, before clipping) and `residual` (after the step).
+        (global, before clipping), `residual` (after the step) and `tokens` (without
+        padding).
     """
 
     @each_group
@@ -101,6 +102,7 @@ def make_step(
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "residual": largest_residual(manifolds, factors),
+            "tokens": (batch["segment_ids"] > 0).sum(),
         }
         state = TrainState(factors, opt_state, key)
         return keep(state, state.factors, axes), metrics

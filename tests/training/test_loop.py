@@ -64,6 +64,7 @@ def test_a_run(config):
     out = config.out
     assert sorted(p.name for p in out.iterdir()) == [
         "adapter",
+        "checkpoints",
         "config.toml",
         "loss.png",
         "metrics.jsonl",

@@ -119,6 +119,7 @@ def test_diagonal_scaling_writes_the_merged_model(config: TrainConfig):
     assert config.out is not None and config.model is not None
     names = sorted(p.name for p in config.out.iterdir())
     assert names == [
+        "checkpoints",
         "config.toml",
         "loss.png",
         "merged",
