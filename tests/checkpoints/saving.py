@@ -1,0 +1,60 @@
+"""A run that saves, in processes of their own: `saving.py DIRECTORY [PORT ID]`."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from manifold_lora.checkpoints.resume import Checkpoints
+
+IDENTITY = {"method": "stella", "rank": 16}
+SHAPE = (8, 1000)
+
+
+def values(step: int) -> np.ndarray:
+    return np.random.default_rng(step).standard_normal(SHAPE, np.float32)
+
+
+def save_for_ever(directory: Path) -> None:
+    with Checkpoints(directory, identity=IDENTITY) as checkpoints:
+        for step in itertools.count(1):
+            state = {"u": jnp.asarray(values(step))}
+            checkpoints.save(step, state, {"step": step}, best_step=1)
+            print(step, flush=True)
+
+
+def save_together(directory: Path, port: str, process: int) -> None:
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("rows"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    with Checkpoints(directory, identity=IDENTITY) as checkpoints:
+        for step in (1, 2, 3):
+            of = values(step)
+            u = jax.make_array_from_callback(SHAPE, sharding, lambda at, of=of: of[at])
+            key = jax.jit(jax.random.key, out_shardings=everywhere)(step)
+            state = {"u": u, "key": key}
+            checkpoints.save(step, state, {"step": step}, best_step=1)
+        checkpoints.wait()
+        if process == 0:  # damage that both must hear of
+            file = max((directory / "3").rglob("*"), key=lambda p: p.stat().st_size)
+            file.write_bytes(file.read_bytes()[:-1])
+        restored = checkpoints.newest(state)
+        assert restored is not None and restored.step == 2
+        assert len(checkpoints.skipped) == 1, checkpoints.skipped
+        for shard in restored.state["u"].addressable_shards:
+            np.testing.assert_array_equal(shard.data, values(2)[shard.index])
+        checkpoints.save(2, state, {}, best_step=1)  # is there: nothing to do
+        checkpoints.save(4, restored.state, {"step": 4}, best_step=1)
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    if sys.argv[2:]:
+        save_together(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    else:
+        save_for_ever(Path(sys.argv[1]))

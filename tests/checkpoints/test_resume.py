@@ -1,0 +1,441 @@
+"""A run goes on from its last whole checkpoint, whatever became of the others."""
+
+import contextlib
+import logging
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from manifold_lora.checkpoints.resume import (
+    CheckpointError,
+    Checkpoints,
+    DamagedError,
+)
+from manifold_lora.errors import InputError
+from tests.checkpoints import saving
+
+opened = partial(Checkpoints, identity={"method": "stella", "rank": 16})
+SMALL = {"u": jnp.arange(12.0).reshape(3, 4)}
+
+
+class State(NamedTuple):
+    factors: Any
+    opt_state: Any
+    key: jax.Array
+
+
+def small(step: int) -> dict[str, jax.Array]:
+    return {"u": SMALL["u"] + step}
+
+
+def bits(tree: Any) -> list[tuple[Any, ...]]:
+    plain = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for x in jax.tree.leaves(tree)
+    ]
+    return [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in plain]
+
+
+def trained(steps: int = 3) -> tuple[State, Callable[[State], State]]:
+    """A state of every kind of leaf and node, and the step that donates it."""
+    factors = {
+        "wide": {"u": jax.random.normal(jax.random.key(0), (16, 4)), "none": None},
+        "half": jnp.ones(3, jnp.bfloat16),
+        "empty": jnp.zeros((0, 4)),
+    }
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.masked(optax.adamw(1e-2), {"wide": True, "half": False, "empty": True}),
+    )
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: State) -> State:
+        grads = jax.tree.map(jnp.cos, state.factors)
+        updates, opt_state = tx.update(grads, state.opt_state, state.factors)
+        factors = optax.apply_updates(state.factors, updates)
+        return State(factors, opt_state, jax.random.split(state.key)[0])
+
+    state = State(factors, tx.init(factors), jax.random.key(1, impl="rbg"))
+    for _ in range(steps):
+        state = step(state)
+    return state, step
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path: Path):
+    state, step = trained()
+    before, like = bits(state), jax.eval_shape(lambda: state)
+    progress = {"loss": [1 / 3, math.inf, 5e-324], "best": None, "name": "Stiefel Vᵀ"}
+    with opened(tmp_path / "deep" / "checkpoints") as checkpoints:
+        checkpoints.save(3, state, progress, best_step=3)
+        step(step(state))  # which donates the arrays
+    with opened(tmp_path / "deep" / "checkpoints") as checkpoints:
+        assert checkpoints.steps == [3]
+        restored = checkpoints.newest(like)
+    assert restored is not None and restored.step == 3
+    assert restored.progress == progress
+    assert bits(restored.state) == before
+    assert jax.tree.structure(restored.state) == jax.tree.structure(like)
+    assert restored.state.key.dtype == like.key.dtype
+
+
+def test_progress_may_hold_nan(tmp_path: Path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, SMALL, {"loss": math.nan}, best_step=1)
+        assert math.isnan(checkpoints.at(1, SMALL).progress["loss"])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 4), (1, 2)])
+def test_another_mesh(shape: tuple[int, int], tmp_path: Path):
+    def placed(shape: tuple[int, int], *spec: str | None) -> NamedSharding:
+        devices = jax.devices()[: math.prod(shape)]
+        auto = (jax.sharding.AxisType.Auto,) * 2
+        mesh = jax.make_mesh(shape, ("a", "b"), axis_types=auto, devices=devices)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    x = jnp.arange(64.0).reshape(8, 8)
+    saved = {"x": jax.device_put(x, placed((4, 2), "a", "b"))}
+    like = {"x": jax.ShapeDtypeStruct((8, 8), x.dtype, sharding=placed(shape, "b"))}
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, saved, {}, best_step=1)
+        restored = checkpoints.at(1, like).state["x"]
+    assert bits(restored) == bits(x) and restored.sharding == like["x"].sharding
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path):
+    with opened(tmp_path) as checkpoints:
+        for step in range(1, 7):
+            checkpoints.save(step, small(step), {}, best_step=min(step, 2))
+        checkpoints.wait()
+        assert checkpoints.steps == [2, 5, 6]
+        assert sorted(os.listdir(tmp_path)) == ["2", "5", "6"]
+        for step in checkpoints.steps:
+            assert bits(checkpoints.at(step, SMALL).state) == bits(small(step))
+
+
+def test_a_step_that_is_there_is_not_written_again(tmp_path: Path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, small(1), {"n": 1}, best_step=1)
+        checkpoints.save(1, small(2), {"n": 2}, best_step=1)
+        assert checkpoints.at(1, SMALL).progress == {"n": 1}
+
+
+def test_size_on_disk(tmp_path: Path):
+    factors = {
+        f"u{i}": jax.random.normal(jax.random.key(i), (3000, 16)) for i in [1, 2]
+    }
+    state = (factors, optax.adam(1.0).init(factors))
+    factor_bytes = sum(x.nbytes for x in factors.values())
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {}, best_step=1)
+    on_disk = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
+    assert on_disk < 4 * factor_bytes
+
+
+# Damage
+
+
+def files(checkpoint: Path) -> list[Path]:
+    return sorted(p for p in checkpoint.rglob("*") if p.is_file())
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("two")
+    with opened(path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, small(step), {"n": step}, best_step=1)
+    return path
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_damage_to_any_file_is_named_and_the_one_before_used(
+    damage: Callable[[Path], None], two: Path, tmp_path: Path
+):
+    assert len(files(two / "2")) > 8
+    for number, original in enumerate(files(two / "2")):
+        path = shutil.copytree(two, tmp_path / str(number))
+        file = path / original.relative_to(two)
+        damage(file)
+        with opened(path) as checkpoints:
+            restored = checkpoints.newest(SMALL)
+            assert restored is not None and restored.step == 1
+            assert bits(restored.state) == bits(small(1))
+            if damage is Path.unlink and file.name == "manifest.json":
+                assert checkpoints.skipped == []  # as if killed before its end
+                continue
+            [line] = checkpoints.skipped
+            assert line.startswith(f"{path / '2'}: ")
+            name = str(file.relative_to(path / "2"))
+            # a bit of the manifest may be one of another file's hash
+            assert name in line or (damage is flip and name == "manifest.json")
+            with pytest.raises(DamagedError, match="/2: "):
+                checkpoints.at(2, SMALL)
+
+
+def test_a_damaged_one_is_replaced_and_does_not_count_as_kept(
+    two: Path, tmp_path: Path
+):
+    path = shutil.copytree(two, tmp_path / "run")
+    truncate(files(path / "2")[0])
+    with opened(path) as checkpoints:
+        checkpoints.save(2, small(5), {"n": 5}, best_step=2)  # without a look before
+        assert checkpoints.at(2, SMALL).progress == {"n": 5}
+        truncate(files(path / "2")[0])
+        assert checkpoints.newest(SMALL) is not None
+        checkpoints.save(3, small(3), {}, best_step=3)
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 3]
+
+
+def test_checkpoints_of_a_past_that_was_left_are_deleted(two: Path, tmp_path: Path):
+    path = shutil.copytree(two, tmp_path / "run")
+    with opened(path) as checkpoints:
+        assert checkpoints.at(1, SMALL).step == 1
+        checkpoints.save(1, SMALL, {}, best_step=1)
+        checkpoints.save(0, SMALL, {}, best_step=0)
+        checkpoints.wait()
+        assert checkpoints.steps == [0]
+
+
+def test_all_damaged_is_an_error_that_names_each(two: Path, tmp_path: Path):
+    path = shutil.copytree(two, tmp_path / "run")
+    (path / "1" / "run.json").unlink()
+    truncate(path / "2" / "run.json")
+    with opened(path) as checkpoints, pytest.raises(InputError) as caught:
+        checkpoints.newest(SMALL)
+    text = str(caught.value)
+    assert f"{path}/1: run.json is missing" in text
+    assert f"{path}/2: run.json has" in text and "--overwrite" in text
+
+
+def test_what_orbax_cannot_read_is_damaged(two: Path, tmp_path: Path):
+    from manifold_lora.checkpoints.manifest import write_manifest
+
+    path = shutil.copytree(two, tmp_path / "run")
+    for file in (path / "2" / "state" / "d").iterdir():
+        truncate(file)
+    write_manifest(path / "2")  # as if Orbax had written it so
+    with opened(path) as checkpoints:
+        restored = checkpoints.newest(SMALL)
+        assert restored is not None and restored.step == 1
+        assert "2: cannot be read" in checkpoints.skipped[0]
+        checkpoints.save(2, small(2), {}, best_step=1)
+        assert bits(checkpoints.at(2, SMALL).state) == bits(small(2))
+
+
+def test_nothing_or_only_what_was_not_finished_is_none(two: Path, tmp_path: Path):
+    with opened(tmp_path / "none") as checkpoints:
+        assert checkpoints.newest(SMALL) is None and checkpoints.steps == []
+        with pytest.raises(DamagedError, match="none/7: is missing"):
+            checkpoints.at(7, SMALL)
+    assert not (tmp_path / "none").exists()
+    path = shutil.copytree(two, tmp_path / "run")
+    for step in "12":
+        (path / step / "manifest.json").unlink()
+    (path / "notes.txt").write_text("mine")
+    with opened(path) as checkpoints:
+        assert checkpoints.newest(SMALL) is None and checkpoints.skipped == []
+        checkpoints.save(5, SMALL, {}, best_step=5)
+    assert sorted(os.listdir(path)) == ["5", "notes.txt"]
+
+
+# Other runs
+
+
+def test_a_checkpoint_of_another_run_is_refused(two: Path):
+    other = Checkpoints(two, identity={"method": "lora", "base": "ab12", "rank": 16})
+    with other, pytest.raises(InputError) as caught:
+        other.newest(SMALL)
+    text = str(caught.value)
+    assert "base: found none, needed ab12; method: found stella, needed lora" in text
+    assert "rank" not in text and "--out" in text and not other.skipped
+
+
+def test_other_arrays_are_refused(two: Path):
+    like = {"u": jnp.zeros((3, 5)), "v": {"key": jax.random.key(0, impl="rbg")}}
+    with opened(two) as checkpoints, pytest.raises(InputError) as caught:
+        checkpoints.newest(like)
+    assert "u: found float32[3,4], needed float32[3,5]" in str(caught.value)
+    assert "v/key: found none, needed key<rbg>[]" in str(caught.value)
+
+
+# What cannot be written
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file may grow larger: writing fails as on a full disk, for root too."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [0, 200, 2000])
+def test_a_failed_write_is_one_error_and_what_was_there_stays(
+    size: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    big = {"u": jax.random.normal(jax.random.key(0), (100, 100))}
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, big, {}, best_step=1)
+        checkpoints.wait()
+        with largest_file(size):
+            checkpoints.save(2, big, {}, best_step=1)
+            time.sleep(0.05)
+            with pytest.raises(CheckpointError, match="/2 cannot be.*too large"):
+                checkpoints.wait()
+        assert os.listdir(tmp_path) == ["1"]
+        restored = checkpoints.newest(big)
+        assert restored is not None and bits(restored.state) == bits(big)
+        checkpoints.save(2, big, {}, best_step=1)
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 2]
+    assert capfd.readouterr().err == ""
+
+
+def test_the_next_save_and_the_end_tell_of_a_failure(tmp_path: Path):
+    with opened(tmp_path) as checkpoints:
+        with largest_file(0):
+            checkpoints.save(1, SMALL, {}, best_step=1)
+            with pytest.raises(CheckpointError, match="/1 cannot"):
+                checkpoints.save(2, SMALL, {}, best_step=1)
+        checkpoints.save(2, SMALL, {}, best_step=1)
+    with largest_file(0), pytest.raises(CheckpointError, match="/3 cannot"):
+        with opened(tmp_path) as checkpoints:
+            checkpoints.save(3, SMALL, {}, best_step=1)
+    with largest_file(0), pytest.raises(KeyError) as caught:
+        with opened(tmp_path) as checkpoints:
+            checkpoints.save(4, SMALL, {}, best_step=1)
+            raise KeyError("what went wrong first")
+    assert "/4 cannot" in caught.value.__notes__[0]
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path):
+    (tmp_path / "file").write_text("no directory")
+    with opened(tmp_path / "file") as checkpoints:
+        with pytest.raises(CheckpointError, match="file/1 cannot be written: .*exists"):
+            checkpoints.save(1, SMALL, {}, best_step=1)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
+        pytest.skip("a file system of its own can only be mounted by root")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk(full_disk: Path):
+    with opened(full_disk) as checkpoints:
+        checkpoints.save(1, SMALL, {}, best_step=1)
+        checkpoints.wait()
+        (full_disk / "ballast").write_bytes(bytes(700_000))
+        big = {"u": jax.random.normal(jax.random.key(0), (400, 300))}
+        checkpoints.save(2, big, {}, best_step=1)
+        with pytest.raises(CheckpointError, match="/2 .*No space left on device"):
+            checkpoints.wait()
+        assert bits(checkpoints.at(1, SMALL).state) == bits(SMALL)
+        (full_disk / "ballast").unlink()
+        checkpoints.save(2, big, {}, best_step=1)
+        assert bits(checkpoints.at(2, big).state) == bits(big)
+
+
+def test_orbax_is_quiet_and_others_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO, "absl")
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, SMALL, {}, best_step=1)
+        checkpoints.at(1, SMALL)
+    assert caplog.records == []
+    logging.getLogger("absl").info("of somebody else")
+    assert len(caplog.records) == 1
+
+
+# Other processes
+
+
+def start(*arguments: str | Path, devices: int = 1) -> subprocess.Popen[str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", saving.__name__, *map(str, arguments)],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_killed_at_any_moment(tmp_path: Path):
+    newest = 0
+    for seed in range(3):
+        process = start(tmp_path)
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "1"
+        time.sleep(random.Random(seed).uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        with Checkpoints(tmp_path, identity=saving.IDENTITY) as checkpoints:
+            restored = checkpoints.newest({"u": jnp.zeros(saving.SHAPE)})
+            assert checkpoints.skipped == []
+        if restored is None:
+            continue
+        newest = restored.step
+        assert restored.progress == {"step": newest}
+        assert np.array_equal(restored.state["u"], saving.values(newest))
+    assert newest > 0
+
+
+def test_two_processes_save_and_one_restores(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(tmp_path, str(port), str(i), devices=2) for i in range(2)]
+    printed = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
+    u = jax.ShapeDtypeStruct(saving.SHAPE, jnp.float32, sharding=sharding)
+    with Checkpoints(tmp_path, identity=saving.IDENTITY) as checkpoints:
+        assert checkpoints.steps == [1, 2, 4]
+        restored = checkpoints.newest({"u": u, "key": jax.random.key(0)})
+    assert restored is not None and restored.step == 4
+    assert np.array_equal(restored.state["u"], saving.values(2))
+    assert restored.state["u"].sharding == sharding
+    assert bits(restored.state["key"]) == bits(jax.random.key(2))
