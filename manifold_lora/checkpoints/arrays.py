@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Seconds until a process that hears nothing of another one gives the writing up.
+_PATIENCE = 300
+
 
 def write_arrays(directory: Path, arrays: dict[str, jax.Array]) -> Callable[[], None]:
     """Copy the arrays to the host and begin to write them.
@@ -19,7 +22,8 @@ def write_arrays(directory: Path, arrays: dict[str, jax.Array]) -> Callable[[], 
     """
     ocp = _orbax()
     # A new one for each: after an error in its metadata one raises it for ever.
-    checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+    handler = ocp.StandardCheckpointHandler()
+    checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=_PATIENCE)
     # Orbax refuses arrays without entries, which there is no need to store.
     some = {name: array for name, array in arrays.items() if array.size}
     checkpointer.save(directory, args=ocp.args.StandardSave(some))

@@ -1,4 +1,4 @@
-"""What one process of a run finds out and all must know."""
+"""What one process of a run finds out and all must know, lest they part."""
 
 import json
 from collections.abc import Callable
@@ -22,3 +22,12 @@ def first_process(find: Callable[[], T]) -> T:
     padded = np.zeros(size, np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(bytes(broadcast(padded)))
+
+
+def failing(failed: bool) -> list[int]:
+    """The processes that failed; each says whether it did."""
+    if jax.process_count() == 1:
+        return [0] if failed else []
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.flatnonzero(process_allgather(np.bool_(failed))).tolist()

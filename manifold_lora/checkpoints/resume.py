@@ -6,6 +6,7 @@ hash of every other file (`manifest.py`). One without a manifest was not finishe
 and does not count.
 """
 
+import errno
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from manifold_lora.checkpoints.arrays import read_arrays, write_arrays
 from manifold_lora.checkpoints.atomic import write_text
 from manifold_lora.checkpoints.manifest import MANIFEST, check, write_manifest
-from manifold_lora.checkpoints.one_for_all import first_process
+from manifold_lora.checkpoints.one_for_all import failing, first_process
 from manifold_lora.errors import InputError
 
 STATE, RUN = "state", "run.json"
@@ -104,19 +105,17 @@ class Checkpoints:
         }
         text = json.dumps(run, indent=1)
         path = self._directory / str(step)
-        whole, failure = first_process(lambda: self._prepare(step))
+        arrays = {name: _plain(leaf) for name, leaf in leaves.items()}
+        size = sum(array.nbytes for array in arrays.values())
+        whole, failure = first_process(lambda: self._prepare(step, size))
         if whole:
             return
         if failure:
             raise CheckpointError(_cannot_write(path, failure))
-        try:
-            arrays = {name: _plain(leaf) for name, leaf in leaves.items()}
-            done = write_arrays(path / STATE, arrays)
-        except OSError as error:
-            raise CheckpointError(_cannot_write(path, error)) from error
+        done = write_arrays(path / STATE, arrays)
         self._writing = self._thread.submit(self._finish, step, done, text, best_step)
 
-    def _prepare(self, step: int) -> tuple[bool, str]:
+    def _prepare(self, step: int, size: int) -> tuple[bool, str]:
         """Is the step whole already? Else make room for it; what stands in the way?"""
         path = self._directory / str(step)
         if step not in self._damaged and not check(path):
@@ -125,8 +124,14 @@ class Checkpoints:
             self._directory.mkdir(parents=True, exist_ok=True)
             finished = set(self.steps) - self._damaged - {step}
             for other in self._directory.iterdir():
-                if other.name.isdecimal() and int(other.name) not in finished:
+                number = other.name.isdecimal() and other.is_dir()
+                if number and int(other.name) not in finished:
                     _delete(other)
+            # Found out here because Orbax, once it has begun, does not fail neatly.
+            free = shutil.disk_usage(self._directory).free
+            if free < size:
+                message = f"{os.strerror(errno.ENOSPC)}: {size} bytes needed"
+                raise OSError(f"{message}, {free} free")
             path.mkdir()
         except OSError as error:
             return False, str(error)
@@ -140,14 +145,16 @@ class Checkpoints:
         path = self._directory / str(step)
         try:
             done()
-            if jax.process_index() != 0:
-                return
-            write_text(path / RUN, text)
-            write_manifest(path)
+            if jax.process_index() == 0:
+                write_text(path / RUN, text)
+                write_manifest(path)
+                self._delete_old(step, best_step)
         except Exception as error:
-            if jax.process_index() == 0:  # makes room on a full disk
-                _delete(path)
+            if jax.process_index() == 0 and not (path / MANIFEST).exists():
+                _delete(path)  # makes room on a full disk
             raise CheckpointError(_cannot_write(path, error)) from error
+
+    def _delete_old(self, step: int, best_step: int) -> None:
         before = [other for other in self.steps if other <= step]
         # Later ones are of a past that this run did not go on from.
         for other in set(self.steps) - {*before[-self._keep :], best_step}:
@@ -159,9 +166,19 @@ class Checkpoints:
         Raises:
             CheckpointError: it could not be written.
         """
+        if self._writing is None:
+            return
+        failure = self._failure()
+        if failed := failing(failure is not None):
+            raise failure or CheckpointError(
+                f"Process {failed[0]} could not write its part of a checkpoint in "
+                f"{self._directory}, and says why."
+            )
+
+    def _failure(self) -> BaseException | None:
+        """What became of the last write, when it has ended."""
         writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        return writing.exception() if writing else None
 
     def newest(self, like: Any) -> Restored | None:
         """The newest whole checkpoint; None where none was ever finished.
@@ -217,17 +234,21 @@ class Checkpoints:
                 f"{differences}. Run with the configuration it was saved with, choose "
                 "another --out, or give --overwrite to begin anew."
             )
+        arrays, error = {}, None
         try:
             abstract = {name: _abstract(leaf) for name, leaf in leaves.items()}
             arrays = read_arrays(path / STATE, abstract)
-        except Exception as error:  # whatever Orbax makes of files it does not like
-            raise DamagedError(f"{path}: cannot be read: {_reason(error)}") from error
+        except Exception as caught:  # whatever Orbax makes of files it does not like
+            error = caught
+        if failed := failing(error is not None):
+            reason = _reason(error) if error else f"process {failed[0]} says why"
+            raise DamagedError(f"{path}: cannot be read: {reason}") from error
         state = [_as(leaf, arrays[name]) for name, leaf in leaves.items()]
         tree = jax.tree.structure(like)
         return Restored(step, jax.tree.unflatten(tree, state), run["progress"])
 
     def close(self) -> None:
-        """Wait as `wait` does, and let go of the threads."""
+        """Wait as `wait` does, and let go of the thread."""
         try:
             self.wait()
         finally:
@@ -237,12 +258,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        try:
-            self.close()
-        except CheckpointError as failure:
-            if error is None:
-                raise
-            error.add_note(str(failure))  # what ended the block is what matters
+        if error is None:
+            return self.close()
+        # What ended the block is what matters; other processes may not be here.
+        if failure := self._failure():
+            error.add_note(str(failure))
+        self._thread.shutdown()
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:

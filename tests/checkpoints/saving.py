@@ -3,13 +3,15 @@
 import itertools
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from manifold_lora.checkpoints.resume import Checkpoints
+from manifold_lora.checkpoints import resume
+from manifold_lora.checkpoints.resume import CheckpointError, Checkpoints
 
 IDENTITY = {"method": "stella", "rank": 16}
 SHAPE = (8, 1000)
@@ -49,7 +51,23 @@ def save_together(directory: Path, port: str, process: int) -> None:
         for shard in restored.state["u"].addressable_shards:
             np.testing.assert_array_equal(shard.data, values(2)[shard.index])
         checkpoints.save(2, state, {}, best_step=1)  # is there: nothing to do
-        checkpoints.save(4, restored.state, {"step": 4}, best_step=1)
+        if process == 0:  # what fails in one must be an error in both
+            (directory / "4").write_text("in the way")
+        try:
+            checkpoints.save(4, state, {}, best_step=1)
+        except CheckpointError as error:
+            assert "exists" in str(error)
+        else:
+            raise AssertionError("not heard of by both")
+        with mock.patch.object(resume, "write_manifest", side_effect=OSError("full")):
+            checkpoints.save(5, state, {}, best_step=1)
+            try:
+                checkpoints.wait()
+            except CheckpointError as error:
+                assert ("full" if process == 0 else "Process 0") in str(error)
+            else:
+                raise AssertionError("not heard of by both")
+        checkpoints.save(6, restored.state, {"step": 6}, best_step=1)
     jax.distributed.shutdown()
 
 
