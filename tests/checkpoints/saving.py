@@ -23,7 +23,8 @@ def values(step: int) -> np.ndarray:
 
 def save_for_ever(directory: Path) -> None:
     with Checkpoints(directory, identity=IDENTITY) as checkpoints:
-        for step in itertools.count(1):
+        before = checkpoints.newest({"u": jnp.zeros(SHAPE)})
+        for step in itertools.count(before.step + 1 if before else 1):
             state = {"u": jnp.asarray(values(step))}
             checkpoints.save(step, state, {"step": step}, best_step=1)
             print(step, flush=True)
