@@ -2,7 +2,9 @@
 
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -13,8 +15,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from manifold_lora.checkpoints import resume
 from manifold_lora.checkpoints.resume import CheckpointError, Checkpoints
 
-IDENTITY = {"method": "stella", "rank": 16}
+opened = partial(Checkpoints, identity={"method": "stella", "rank": 16})
 SHAPE = (8, 1000)
+
+
+def bits(tree: Any) -> list[tuple[Any, ...]]:
+    plain = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for x in jax.tree.leaves(tree)
+    ]
+    return [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in plain]
 
 
 def values(step: int) -> np.ndarray:
@@ -22,7 +32,7 @@ def values(step: int) -> np.ndarray:
 
 
 def save_for_ever(directory: Path) -> None:
-    with Checkpoints(directory, identity=IDENTITY) as checkpoints:
+    with opened(directory) as checkpoints:
         before = checkpoints.newest({"u": jnp.zeros(SHAPE)})
         for step in itertools.count(before.step + 1 if before else 1):
             state = {"u": jnp.asarray(values(step))}
@@ -35,7 +45,7 @@ def save_together(directory: Path, port: str, process: int) -> None:
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("rows"))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    with Checkpoints(directory, identity=IDENTITY) as checkpoints:
+    with opened(directory) as checkpoints:
         for step in (1, 2, 3):
             of = values(step)
             u = jax.make_array_from_callback(SHAPE, sharding, lambda at, of=of: of[at])

@@ -1,38 +1,24 @@
-"""A run goes on from its last whole checkpoint, whatever became of the others."""
+"""A run goes on from its last whole checkpoint, damage is named, others refused."""
 
-import contextlib
-import logging
 import math
 import os
-import random
-import resource
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from manifold_lora.checkpoints.resume import (
-    CheckpointError,
-    Checkpoints,
-    DamagedError,
-)
+from manifold_lora.checkpoints.manifest import write_manifest
+from manifold_lora.checkpoints.resume import Checkpoints, DamagedError
 from manifold_lora.errors import InputError
-from tests.checkpoints import saving
+from tests.checkpoints.saving import bits, opened
 
-opened = partial(Checkpoints, identity={"method": "stella", "rank": 16})
 SMALL = {"u": jnp.arange(12.0).reshape(3, 4)}
 
 
@@ -44,14 +30,6 @@ class State(NamedTuple):
 
 def small(step: int) -> dict[str, jax.Array]:
     return {"u": SMALL["u"] + step}
-
-
-def bits(tree: Any) -> list[tuple[Any, ...]]:
-    plain = [
-        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-        for x in jax.tree.leaves(tree)
-    ]
-    return [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in plain]
 
 
 def trained(steps: int = 3) -> tuple[State, Callable[[State], State]]:
@@ -237,8 +215,6 @@ def test_all_damaged_is_an_error_that_names_each(two: Path, tmp_path: Path):
 
 
 def test_what_orbax_cannot_read_is_damaged(two: Path, tmp_path: Path):
-    from manifold_lora.checkpoints.manifest import write_manifest
-
     path = shutil.copytree(two, tmp_path / "run")
     for file in (path / "2" / "state" / "d").iterdir():
         truncate(file)
@@ -285,167 +261,3 @@ def test_other_arrays_are_refused(two: Path):
         checkpoints.newest(like)
     assert "u: found float32[3,4], needed float32[3,5]" in str(caught.value)
     assert "v/key: found none, needed key<rbg>[]" in str(caught.value)
-
-
-# What cannot be written
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow larger: writing fails as on a full disk, for root too."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-# Orbax leaves writes running when one has failed, whose errors nobody hears.
-left_running = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-
-
-@left_running
-@pytest.mark.parametrize("size", [0, 200, 2000])
-def test_a_failed_write_is_one_error_and_what_was_there_stays(
-    size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    big = {"u": jax.random.normal(jax.random.key(0), (100, 100))}
-    with opened(tmp_path) as checkpoints:
-        checkpoints.save(1, big, {}, best_step=1)
-        checkpoints.wait()
-        with largest_file(size):
-            checkpoints.save(2, big, {}, best_step=1)
-            with pytest.raises(CheckpointError, match="/2 cannot be.*too large"):
-                checkpoints.wait()
-            time.sleep(0.2)
-        assert checkpoints.steps == [1]
-        restored = checkpoints.newest(big)
-        assert restored is not None and bits(restored.state) == bits(big)
-        checkpoints.save(2, big, {}, best_step=1)
-        checkpoints.wait()
-        assert checkpoints.steps == [1, 2]
-    assert not [record for record in caplog.records if record.name == "absl"]
-
-
-@left_running
-def test_the_next_save_and_the_end_tell_of_a_failure(tmp_path: Path):
-    with opened(tmp_path) as checkpoints:
-        with largest_file(0):
-            checkpoints.save(1, SMALL, {}, best_step=1)
-            with pytest.raises(CheckpointError, match="/1 cannot"):
-                checkpoints.save(2, SMALL, {}, best_step=1)
-        checkpoints.save(2, SMALL, {}, best_step=1)
-    with largest_file(0), pytest.raises(CheckpointError, match="/3 cannot"):
-        with opened(tmp_path) as checkpoints:
-            checkpoints.save(3, SMALL, {}, best_step=1)
-    with largest_file(0), pytest.raises(KeyError) as caught:
-        with opened(tmp_path) as checkpoints:
-            checkpoints.save(4, SMALL, {}, best_step=1)
-            raise KeyError("what went wrong first")
-    assert "/4 cannot" in caught.value.__notes__[0]
-    time.sleep(0.2)
-
-
-def test_a_directory_that_cannot_be_made(tmp_path: Path):
-    (tmp_path / "file").write_text("no directory")
-    with opened(tmp_path / "file") as checkpoints:
-        with pytest.raises(CheckpointError, match="file/1 cannot be written: .*exists"):
-            checkpoints.save(1, SMALL, {}, best_step=1)
-
-
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
-    if (
-        shutil.which("mount") is None
-        or subprocess.run(mount, capture_output=True).returncode
-    ):
-        pytest.skip("a file system of its own can only be mounted by root")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-def test_a_full_disk(full_disk: Path):
-    with opened(full_disk) as checkpoints:
-        checkpoints.save(1, SMALL, {}, best_step=1)
-        checkpoints.wait()
-        (full_disk / "ballast").write_bytes(bytes(700_000))
-        big = {"u": jax.random.normal(jax.random.key(0), (400, 300))}
-        match = "/2 cannot.*No space left on device: 480000 bytes needed"
-        with pytest.raises(CheckpointError, match=match):
-            checkpoints.save(2, big, {}, best_step=1)
-        assert bits(checkpoints.at(1, SMALL).state) == bits(SMALL)
-        (full_disk / "ballast").unlink()
-        checkpoints.save(2, big, {}, best_step=1)
-        assert bits(checkpoints.at(2, big).state) == bits(big)
-
-
-def test_orbax_is_quiet_and_others_are_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    caplog.set_level(logging.INFO, "absl")
-    with opened(tmp_path) as checkpoints:
-        checkpoints.save(1, SMALL, {}, best_step=1)
-        checkpoints.at(1, SMALL)
-    assert caplog.records == []
-    logging.getLogger("absl").info("of somebody else")
-    assert len(caplog.records) == 1
-
-
-# Other processes
-
-
-def start(*arguments: str | Path, devices: int = 1) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", saving.__name__, *map(str, arguments)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def test_killed_at_any_moment(tmp_path: Path):
-    newest = 0
-    for seed in range(3):
-        process = start(tmp_path)
-        assert process.stdout is not None
-        assert int(process.stdout.readline()) == newest + 1
-        time.sleep(random.Random(seed).uniform(0, 0.5))
-        process.kill()
-        process.communicate()
-        with Checkpoints(tmp_path, identity=saving.IDENTITY) as checkpoints:
-            restored = checkpoints.newest({"u": jnp.zeros(saving.SHAPE)})
-            assert checkpoints.skipped == []
-        if restored is None:
-            continue
-        assert restored.step >= newest
-        newest = restored.step
-        assert restored.progress == {"step": newest}
-        assert np.array_equal(restored.state["u"], saving.values(newest))
-    assert newest > 0
-
-
-def test_two_processes_save_and_one_restores(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(tmp_path, str(port), str(i), devices=2) for i in range(2)]
-    printed = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
-    u = jax.ShapeDtypeStruct(saving.SHAPE, jnp.float32, sharding=sharding)
-    with Checkpoints(tmp_path, identity=saving.IDENTITY) as checkpoints:
-        assert checkpoints.steps == [1, 2, 6]
-        restored = checkpoints.newest({"u": u, "key": jax.random.key(0)})
-    assert restored is not None and restored.step == 6
-    assert np.array_equal(restored.state["u"], saving.values(2))
-    assert restored.state["u"].sharding == sharding
-    assert bits(restored.state["key"]) == bits(jax.random.key(2))
