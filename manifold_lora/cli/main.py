@@ -11,16 +11,23 @@ from rich.console import Console
 from tyro.extras import SubcommandApp
 
 from manifold_lora.errors import InputError
+from manifold_lora.studies.chips import without_accelerator
 from manifold_lora.studies.config import CompareConfig
+from manifold_lora.studies.plan_config import PlanConfig
 from manifold_lora.training.config import TrainConfig, read_config
 
 
 def commands(arguments: Sequence[str]) -> SubcommandApp:
     """Every command, with the defaults that a config file may have changed."""
     app = SubcommandApp()
-    comparing = "compare" in arguments[:1]
-    run = TrainConfig() if comparing else _file_defaults(arguments, TrainConfig)
-    comparison = _file_defaults(arguments, CompareConfig) if comparing else _COMPARISON
+    run, comparison, planned = TrainConfig(), CompareConfig(), PlanConfig()
+    match arguments[:1]:
+        case ["compare"]:
+            comparison = _file_defaults(arguments, CompareConfig)
+        case ["plan"]:
+            planned = _file_defaults(arguments, PlanConfig)
+        case _:
+            run = _file_defaults(arguments, TrainConfig)
 
     @app.command
     def train(config: TrainConfig = run) -> None:
@@ -40,6 +47,9 @@ def commands(arguments: Sequence[str]) -> SubcommandApp:
             stop(error, 1)
         except loop.Preempted as error:
             stop(error, 143)  # as a process that SIGTERM ended
+        except loop.processes.Lost as error:
+            _report(error)
+            os._exit(1)  # not waiting for the others
 
     @app.command
     def compare(config: CompareConfig = comparison) -> None:
@@ -53,6 +63,23 @@ def commands(arguments: Sequence[str]) -> SubcommandApp:
         from manifold_lora.studies.compare import compare
 
         compare(config)
+
+    @app.command
+    def plan(config: PlanConfig = planned) -> None:
+        """Say what a run takes on devices that need not be there, before paying.
+
+        Compiles the training step for a TPU slice or for CPU devices, from shapes
+        alone, and shows per device: memory, operations, collectives over every axis of
+        the mesh, and by a roofline the time, the tokens a second and their cost. The
+        model is a name, such as llama-3.1-70b, or a directory with config.json.
+        """
+        without_accelerator()
+        from manifold_lora.studies import plan
+
+        try:
+            plan.plan(config)
+        except (plan.NotFittingError, plan.CompilerError) as error:
+            stop(error, 1)
 
     @app.command
     def methods() -> None:
@@ -117,7 +144,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os._exit(130)
 
 
-_COMPARISON = CompareConfig()
 Config = TypeVar("Config", bound=TrainConfig)
 
 

@@ -42,6 +42,12 @@ class PlanConfig(TrainConfig):
     patience: Suppress[int | None] = None
     report: Suppress[Any] = ()
     base_id: Suppress[str | None] = None
+    coordinator: Suppress[str | None] = None
+    processes: Suppress[int | None] = None
+    process_id: Suppress[int | None] = None
+    checkpoint_every: Suppress[int | None] = None
+    keep_checkpoints: Suppress[int] = TrainConfig.keep_checkpoints
+    checkpoint_errors: Suppress[Any] = TrainConfig.checkpoint_errors
     show_batch: Suppress[bool] = False
 
 
@@ -103,10 +109,9 @@ def _run_of(config: PlanConfig) -> TrainConfig:
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(TrainConfig)
     }
-    given["mesh"] = None if config.mesh == AUTO else config.mesh
+    given["mesh"] = None  # it is read here
     given["dtype"] = config.dtype or "bfloat16"
     if config.model is not None:
         given["batch_size"] = config.batch_size or 16
         given["sequence_length"] = config.sequence_length or 512
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**{name: given[name] for name in given if name in names})
+    return TrainConfig(**given)

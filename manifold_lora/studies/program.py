@@ -39,6 +39,7 @@ _FREE = {
     "tuple",
     "while",
 }
+_PARTS = ("dynamic-slice", "slice", "gather")  # read no more than they give
 _START = "AsyncCollectiveStart"
 
 
@@ -130,16 +131,16 @@ def _memory(module: Module, body: Computation, line: Instruction) -> float:
     """Bytes that a line outside of fusions reads from HBM and writes to it."""
     if line.kind in _FREE:
         return 0.0
-    if line.kind in ("dynamic-slice", "slice"):
+    if line.kind in _PARTS:
         return 2 * _in_hbm(line)
     if line.kind == "dynamic-update-slice":
         return 2 * _in_hbm(body[line.operands[1]])
     reads, writes = [1.0] * len(line.operands), _in_hbm(line)
     if line.called:
-        computation = module.computations[line.called[0]]
-        reads = [_share(computation, n) for n in range(len(line.operands))]
+        inside = module.computations[line.called[0]]
+        reads = [_share(module, inside, n) for n in range(len(line.operands))]
         if line.kind == "fusion":
-            writes = _written(computation)
+            writes = _written(module, inside)
     read = sum(
         _in_hbm(body[operand]) * share
         for operand, share in zip(line.operands, reads, strict=True)
@@ -154,24 +155,29 @@ def _in_hbm(line: Instruction) -> float:
     return sum(array.bytes for array in line.arrays if array.in_hbm)
 
 
-def _share(computation: Computation, number: int) -> float:
+def _share(module: Module, computation: Computation, number: int) -> float:
     """How much of a parameter a fusion reads: what it slices, or all."""
     name = next(
         line.name
         for line in computation.values()
         if line.kind == "parameter" and line.rest.startswith(f"{number})")
     )
-    whole, read = computation[name].bytes, 0.0
+    whole, read, names = computation[name].bytes, 0.0, {name}
     for line in computation.values():
-        if name not in line.operands or _passes(line):
+        taken = names & {*line.operands}
+        if not taken or _passes(line):
             continue
-        if line.kind in _RECEIVED and _is_continued(computation, line):
-            continue
-        if line.kind in ("dynamic-slice", "slice"):
+        if line.kind == "bitcast":
+            names.add(line.name)
+        elif line.kind in _PARTS:
             read += line.bytes
-        elif line.kind == "dynamic-update-slice" and line.operands[0] == name:
+        elif line.kind == "dynamic-update-slice" and line.operands[0] in taken:
             continue  # in place
-        else:
+        elif line.kind == "fusion":
+            inside = module.computations[line.called[0]]
+            places = [n for n, operand in enumerate(line.operands) if operand in taken]
+            read += whole * sum(_share(module, inside, place) for place in places)
+        elif not (line.kind in _RECEIVED and _is_continued(computation, line)):
             return 1.0
     return min(1.0, read / whole) if whole else 0.0
 
@@ -181,22 +187,26 @@ def _passes(line: Instruction) -> bool:
     return line.root and line.kind in ("tuple", "custom-call")
 
 
-def _written(computation: Computation) -> float:
+def _written(module: Module, computation: Computation) -> float:
     """What a fusion writes to HBM: an updated slice, not the array around it."""
     root = next(line for line in computation.values() if line.root)
     if root.kind == "custom-call":  # start or end of a collective
-        return sum(
-            _in_hbm(computation[name])
-            for name in root.operands
-            if _START in root.rest and computation[name].kind in _RECEIVED
-        )
-    results = [root]
+        results = [computation[name] for name in root.operands]
+        started = _START in root.rest
+        return sum(_in_hbm(x) for x in results if started and x.kind in _RECEIVED)
     if root.kind == "tuple":
         results = [computation[name] for name in root.operands]
+    else:
+        results = [root]
     total = 0.0
     for line in results:
+        while line.kind == "bitcast" and line.operands[0] in computation:
+            line = computation[line.operands[0]]
         if line.kind == "dynamic-update-slice":
             line = computation[line.operands[1]]
+        elif line.kind == "fusion":
+            total += _written(module, module.computations[line.called[0]])
+            continue
         elif line.kind == "parameter" or line.kind in _RECEIVED:
             continue
         total += _in_hbm(line)

@@ -240,6 +240,17 @@ def test_flops_count_loops_and_recomputation():
     assert matmul_flops(jax.make_jaxpr(batched)(x, w)) == counted["flops"]
 
 
+def test_full_products_count_as_the_passes_they_take():
+    def products(x, y):
+        full = jnp.matmul(x, x, precision="highest")
+        return full + x @ x + jnp.matmul(y, y, precision="highest")
+
+    x = jnp.ones((4, 4))
+    jaxpr = jax.make_jaxpr(products)(x, x.astype(jnp.bfloat16))
+    assert matmul_flops(jaxpr) == 3 * 2 * 4**3
+    assert matmul_flops(jaxpr, passes=True) == (6 + 1 + 1) * 2 * 4**3
+
+
 def test_flops_of_what_devices_do_each_for_itself():
     mapped = jax.shard_map(
         lambda x: x @ x.T, mesh=MESH, in_specs=P("data"), out_specs=P("data")

@@ -1,0 +1,125 @@
+"""A whole run as shapes: what `train` builds, without an array of it."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import P
+from jax.sharding import Mesh, NamedSharding
+
+from manifold_lora.adapters import attach, axes, manifolds, split
+from manifold_lora.distributed.mesh import GROUPS
+from manifold_lora.distributed.sharding import follow, kept, names
+from manifold_lora.errors import InputError
+from manifold_lora.models import Llama, LlamaConfig
+from manifold_lora.training.config import ResolvedConfig
+from manifold_lora.training.optimizer import build_optimizer
+from manifold_lora.training.setup import adapter_config
+from manifold_lora.training.step import TrainState, make_step
+
+
+class AbstractRun(NamedTuple):
+    """A run's programs and their arguments, as shapes placed on a mesh."""
+
+    mesh: Mesh
+    step: Any  # jitted, as in training
+    state: TrainState
+    frozen: Any
+    batch: dict[str, jax.ShapeDtypeStruct]
+    tx: optax.GradientTransformation
+
+    def traced(self) -> Any:
+        """The training step, traced and ready to be lowered."""
+        with jax.set_mesh(self.mesh):
+            return self.step.trace(self.state, self.frozen, self.batch)
+
+    def optimizer(self) -> Any:
+        """The optimiser's part of it alone, traced likewise."""
+
+        def update(grads: Any, opt_state: Any, factors: Any) -> Any:
+            updates, opt_state = self.tx.update(grads, opt_state, factors)
+            return optax.apply_updates(factors, updates), opt_state
+
+        factors, opt_state, _ = self.state
+        placed = jax.tree.map(lambda x: x.sharding, (factors, opt_state))
+        jitted = jax.jit(update, out_shardings=placed, donate_argnums=(1, 2))
+        with jax.set_mesh(self.mesh):
+            return jitted.trace(factors, opt_state, factors)
+
+
+def abstract_model(config: ResolvedConfig, shape: LlamaConfig) -> Llama:
+    """The model of a run with its adapter, of that shape and without arrays.
+
+    Raises:
+        InputError: as in `attach`, or the layers of a module differ in rank.
+    """
+
+    def build() -> Llama:
+        model = Llama(shape, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0))
+        model.remat = config.remat
+        attach(model, adapter_config(config), config.seed)
+        return model
+
+    try:
+        return nnx.eval_shape(build)
+    except jax.errors.ConcretizationTypeError as error:
+        raise InputError(
+            "a plan needs one rank for all layers of a module, and --targets or "
+            "--rank-pattern give them different ones: name modules only, such as "
+            "q_proj, and plan with the largest rank."
+        ) from error
+
+
+def abstract_run(config: ResolvedConfig, model: Llama, mesh: Mesh) -> AbstractRun:
+    """The run of a configuration with such a model, on that mesh."""
+    rebuild, factors, frozen = split(model)
+    tags, named = manifolds(model), axes(model)
+    tx, _ = build_optimizer(config, tags, config.steps or 1, model.config.hidden_size)
+
+    def put(x: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    opt_state = jax.eval_shape(tx.init, factors)
+    where = follow(opt_state, factors, named, mesh)
+    key: Any = put(jax.eval_shape(lambda: jax.random.key(0)), P())
+    state = TrainState(
+        jax.tree.map(lambda x, a: put(x, kept(a, x.shape, mesh)), factors, named),
+        jax.tree.map(put, opt_state, where),
+        key,
+    )
+    leaves, tree = jax.tree.flatten(frozen)
+    variables = [variable for _, variable in nnx.to_flat_state(frozen)]
+    placed = [
+        put(leaf, kept(names(variable), leaf.shape, mesh))
+        for leaf, variable in zip(leaves, variables, strict=True)
+    ]
+    step = make_step(rebuild, tx, tags, named, config.accumulate)
+    return AbstractRun(
+        mesh, step, state, tree.unflatten(placed), _batch(config, put), tx
+    )
+
+
+def _batch(config: ResolvedConfig, put: Callable[..., Any]) -> dict[str, Any]:
+    shape = (config.batch_size, config.sequence_length)
+    whole = jax.ShapeDtypeStruct(shape, jnp.int32)
+    names = ("input_ids", "positions", "segment_ids")
+    arrays = dict.fromkeys(names, put(whole, P(GROUPS)))
+    mask = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return arrays | {"loss_mask": put(mask, P(GROUPS))}
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that the largest part of every array of a placed tree takes, in all."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            continue  # of no size worth the name
+        part = x.sharding.shard_shape(x.shape)
+        total += x.dtype.itemsize * math.prod(part)
+    return total
