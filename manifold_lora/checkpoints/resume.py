@@ -84,13 +84,13 @@ class Checkpoints:
 
         The arrays may be donated as soon as this returns. A step that is on disk whole
         is not written again. When the new checkpoint is finished, older ones are
-        deleted but for the last few and that of `best_step`.
+        deleted but for the last few and those that were best at the time of these.
 
         Args:
             step: how many steps have been taken.
             state: any tree of JAX arrays, PRNG keys among them.
             progress: what else the run needs, as JSON; NaN and infinity too.
-            best_step: the step whose checkpoint is kept however old it gets.
+            best_step: the step whose checkpoint is kept as long as this one is.
 
         Raises:
             CheckpointError: an earlier one could not be written, and nothing of this
@@ -101,6 +101,7 @@ class Checkpoints:
         run = {
             "identity": self._identity,
             "progress": progress,
+            "best_step": best_step,
             "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
         }
         text = json.dumps(run, indent=1)
@@ -113,7 +114,7 @@ class Checkpoints:
         if failure:
             raise CheckpointError(_cannot_write(path, failure))
         done = write_arrays(path / STATE, arrays)
-        self._writing = self._thread.submit(self._finish, step, done, text, best_step)
+        self._writing = self._thread.submit(self._finish, step, done, text)
 
     def _prepare(self, step: int, size: int) -> tuple[bool, str]:
         """Is the step whole already? Else make room for it; what stands in the way?"""
@@ -138,9 +139,7 @@ class Checkpoints:
         self._damaged.clear()
         return False, ""
 
-    def _finish(
-        self, step: int, done: Callable[[], None], text: str, best_step: int
-    ) -> None:
+    def _finish(self, step: int, done: Callable[[], None], text: str) -> None:
         """Wait until the arrays are written, add the rest, delete older ones."""
         path = self._directory / str(step)
         try:
@@ -148,16 +147,18 @@ class Checkpoints:
             if jax.process_index() == 0:
                 write_text(path / RUN, text)
                 write_manifest(path)
-                self._delete_old(step, best_step)
+                self._delete_old(step)
         except Exception as error:
             if jax.process_index() == 0 and not (path / MANIFEST).exists():
                 _delete(path)  # makes room on a full disk
             raise CheckpointError(_cannot_write(path, error)) from error
 
-    def _delete_old(self, step: int, best_step: int) -> None:
-        before = [other for other in self.steps if other <= step]
+    def _delete_old(self, step: int) -> None:
         # Later ones are of a past that this run did not go on from.
-        for other in set(self.steps) - {*before[-self._keep :], best_step}:
+        last = [other for other in self.steps if other <= step][-self._keep :]
+        runs = [self._directory / str(other) / RUN for other in last]
+        best = {json.loads(run.read_text("utf-8"))["best_step"] for run in runs}
+        for other in set(self.steps) - {*last, *best}:
             _delete(self._directory / str(other))
 
     def wait(self) -> None:
@@ -260,10 +261,11 @@ class Checkpoints:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
             return self.close()
-        # What ended the block is what matters; other processes may not be here.
-        if failure := self._failure():
+        # What ended the block is what matters. Other processes, which a write waits
+        # for, may be gone.
+        if jax.process_count() == 1 and (failure := self._failure()):
             error.add_note(str(failure))
-        self._thread.shutdown()
+        self._thread.shutdown(wait=jax.process_count() == 1)
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:

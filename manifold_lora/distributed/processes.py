@@ -1,11 +1,12 @@
 """Several processes as one program: how they find each other, agree, and end."""
 
+import contextlib
 import glob
 import hashlib
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -120,6 +121,32 @@ def source_code() -> bytes:
     package = Path(__file__).parent.parent
     files = sorted(package.rglob("*.py"))
     return jax.__version__.encode() + b"".join(file.read_bytes() for file in files)
+
+
+class Lost(RuntimeError):
+    """The processes of a run no longer work together."""
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Raise `Lost` where the work of several processes fails.
+
+    Raises:
+        Lost: most often because one of them is gone. Only ending this process helps,
+            at once and without waiting for the others.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise Lost(
+            f"process {jax.process_index()} cannot work with the others any more; most "
+            f"often one of them is gone, and its own output says why ({reason}). Start "
+            "all of them again with the same command: the run goes on from its newest "
+            "checkpoint."
+        ) from error
 
 
 class Preemption:

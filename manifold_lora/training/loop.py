@@ -79,6 +79,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         InputError: something in the configuration, the model or the data is wrong.
         Diverged: the loss became NaN or infinite; the best adapter so far is kept.
         Preempted: SIGTERM came; the same call goes on from there.
+        Lost: another process of the run is gone; end this one without waiting.
         CheckpointError: a checkpoint cannot be written; the earlier ones are whole.
     """
     config = resolve(config)
@@ -93,7 +94,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         )
         return summary
     mesh = make_mesh(read_mesh(config.mesh))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), processes.together():
         return _Run(config, console, mesh).go()
 
 

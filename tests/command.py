@@ -1,0 +1,48 @@
+"""The command in processes of its own, on so many CPU devices each."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+CODE = "from manifold_lora.cli.main import main; main()"
+
+
+def start(*arguments: Any, devices: int = 1, **env: str) -> subprocess.Popen[str]:
+    """`manifold-lora` with these arguments, running."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags} | env,
+    )
+
+
+def end(process: subprocess.Popen[str], seconds: float = 100) -> tuple[int, str]:
+    """Its exit code and what it printed."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def wait(condition: Callable[[], bool], seconds: float = 100) -> None:
+    """Until the condition holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.01)
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as flags of the command."""
+    found = []
+    for name, value in settings.items():
+        found.append("--" + name.replace("_", "-"))
+        found += [*map(str, value)] if isinstance(value, tuple) else [str(value)]
+    return found
