@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 import manifold_lora as ml
-from manifold_lora.adapters import split
+from manifold_lora.adapters import axes, split
 from manifold_lora.training.step import TrainState, make_step
 
 REPEATS = 5
@@ -43,7 +43,7 @@ def step_times(layers: int) -> tuple[float, float]:
     ones = np.ones((2, 128), np.int32)
     batch = {name: ones for name in ("input_ids", "positions", "segment_ids")}
     batch |= {"loss_mask": ones.astype(np.float32)}
-    step = jax.jit(make_step(rebuild, tx, tags))
+    step = jax.jit(make_step(rebuild, tx, tags, axes(model)))
     began = time.perf_counter()
     lowered = step.lower(state, frozen, batch)
     traced = time.perf_counter()

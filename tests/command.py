@@ -11,14 +11,15 @@ CODE = "from manifold_lora.cli.main import main; main()"
 
 
 def start(*arguments: Any, devices: int = 1, **env: str) -> subprocess.Popen[str]:
-    """`manifold-lora` with these arguments, running."""
+    """`manifold-lora` with these arguments, running; compiled quickly, not well."""
     flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | env
     return subprocess.Popen(
         [sys.executable, "-c", CODE, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"XLA_FLAGS": flags} | env,
+        env=os.environ | env,
     )
 
 

@@ -285,7 +285,6 @@ def test_meshes_that_do_not_fit(config, mesh, message):
 def test_kill_at_any_moment(config, files):
     """Three times, at random moments, and then to the end."""
     rng = random.Random(0)
-    # the command compiles as it does for users, so the whole run does so too
     options = {**files, **SETTINGS, "steps": 24, "out": config.run_directory}
     arguments = ["train", *command.flags(options)]
     metrics = config.run_directory / "metrics.jsonl"
