@@ -28,7 +28,7 @@ import scipy.linalg
 from flax import nnx
 
 import manifold_lora as ml
-from manifold_lora.adapters import split
+from manifold_lora.adapters import axes, split
 from manifold_lora.manifolds.stiefel import Retraction
 from manifold_lora.training.step import TrainState, make_step
 
@@ -306,7 +306,7 @@ def share_of_training(ours: float, config: ml.LlamaConfig, tokens: int) -> None:
     ones = jnp.ones((1, tokens), jnp.int32)
     batch = {name: ones for name in ("input_ids", "segment_ids")}
     batch |= {"positions": jnp.arange(tokens)[None], "loss_mask": jnp.ones((1, tokens))}
-    step = make_step(rebuild, tx, tags)
+    step = make_step(rebuild, tx, tags, axes(model))
     holder = [TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))]
 
     def once() -> None:

@@ -78,7 +78,7 @@ def costs(folder: Path) -> None:
     """Time and bytes of the checkpoints of the default run."""
     blocked: list[float] = []
     steps: list[float] = []
-    save, one_step = resume.Checkpoints.save, loop._Run.one_step
+    save, one_step = resume.Checkpoints.save, loop.Run.one_step
 
     def timed(method, durations):
         def call(*arguments, **options):
@@ -90,7 +90,7 @@ def costs(folder: Path) -> None:
         return call
 
     resume.Checkpoints.save = timed(save, blocked)
-    loop._Run.one_step = timed(one_step, steps)
+    loop.Run.one_step = timed(one_step, steps)
     config = dataclasses.replace(TrainConfig(), out=folder / "costs")
     loop.train(config, Console(file=io.StringIO()))
     checkpoint = max(config.run_directory.glob("checkpoints/*"))

@@ -29,7 +29,12 @@ from manifold_lora.distributed import processes
 from manifold_lora.distributed.arrays import Feed, initialised
 from manifold_lora.distributed.mesh import make_mesh, read_mesh
 from manifold_lora.evaluation.heldout import Evaluation, make_evaluate
-from manifold_lora.training.config import ResolvedConfig, TrainConfig, resolve
+from manifold_lora.training.config import (
+    ResolvedConfig,
+    TrainConfig,
+    as_toml,
+    resolve,
+)
 from manifold_lora.training.display import (
     progress_bar,
     show_plan,
@@ -95,10 +100,10 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         return summary
     mesh = make_mesh(read_mesh(config.mesh))
     with jax.set_mesh(mesh), processes.together():
-        return _Run(config, console, mesh).go()
+        return Run(config, console, mesh).go()
 
 
-class _Run:
+class Run:
     """One run: what it is made of, and its stages in the order of their calls."""
 
     def __init__(self, config: ResolvedConfig, console: Console, mesh: Any):
@@ -195,7 +200,7 @@ class _Run:
             self.keep(self.start)
             first = self.look(0, self.start)
             return state, Progress(before=first, best=first)
-        progress = Progress.from_json(restored.progress)
+        progress = Progress.from_json(restored.progress["progress"])
         self.earlier = progress.seconds
         self.console.print(f"Going on from the checkpoint of step {restored.step}.")
         best = progress.best_step
@@ -315,7 +320,7 @@ class _Run:
             self.checkpoints.save(
                 progress.step,
                 state,
-                progress.to_json(),
+                {"progress": progress.to_json(), "config": as_toml(self.config)},
                 best_step=progress.best_step,
             )
 
