@@ -53,7 +53,8 @@ def read_mesh(text: str | None) -> dict[str, int] | None:
 def make_mesh(sizes: dict[str, int] | None = None, devices: Any = None) -> "Mesh":
     """The devices as a mesh of `AXES`, with automatic partitioning.
 
-    Neighbours in the hardware become neighbours on the last axes, which exchange most.
+    Neighbours in the hardware become neighbours on the last axes, which exchange most;
+    sides of a TPU slice are divided where an axis is no whole side.
 
     Args:
         sizes: of every axis; None puts all devices on fsdp.
@@ -76,7 +77,15 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: Any = None) -> "Mesh
             f"be {count}. Leave --mesh out to put all on fsdp."
         )
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    except NotImplementedError:  # an axis is no whole side of a TPU slice
+        from jax.experimental import mesh_utils
+
+        array = mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
+        return jax.sharding.Mesh(array, AXES, axis_types=auto)
 
 
 def all_devices() -> Any:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from manifold_lora.adapters import factors
 from manifold_lora.data.builtin import BASE
-from manifold_lora.distributed.mesh import problems
+from manifold_lora.distributed.mesh import make_mesh, problems
 from manifold_lora.errors import InputError
 from manifold_lora.models.shapes import model_shape, parameter_count
 from manifold_lora.studies.abstract import (
@@ -30,7 +30,6 @@ from manifold_lora.studies.roofline import seconds, times
 from manifold_lora.studies.targets import (
     bandwidth,
     cpu_devices,
-    mesh_of,
     topology_devices,
 )
 
@@ -122,11 +121,11 @@ class _Planner:
     def bandwidth_on(self, sizes: Sizes, axes: tuple[str, ...]) -> float:
         """Bytes a second along axes of a mesh of that shape."""
         assert self.topology is not None
-        return bandwidth(mesh_of(sizes, self.devices).devices, axes, self.topology)
+        return bandwidth(make_mesh(sizes, self.devices).devices, axes, self.topology)
 
     def plan(self, sizes: Sizes) -> dict[str, Any]:
         """The plan on one mesh, as JSON can hold it."""
-        run = abstract_run(self.target.run, self.model, mesh_of(sizes, self.devices))
+        run = abstract_run(self.target.run, self.model, make_mesh(sizes, self.devices))
         found = self._heading(sizes) | {"memory": self._held(run)}
         traced, began = run.traced(), time.perf_counter()
         try:

@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
 
-from manifold_lora.distributed.mesh import AXES, make_mesh
+from manifold_lora.distributed.mesh import AXES
 from manifold_lora.errors import InputError
 from manifold_lora.studies.chips import Topology, unknown_slice
 
@@ -60,21 +59,6 @@ def cpu_devices(count: int) -> list[Any]:
             "Plan in a process of its own, by the command."
         )
     return devices[:count]
-
-
-def mesh_of(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
-    """The mesh that training makes of such devices.
-
-    Where an axis is no whole side of the slice, the sides are divided.
-    """
-    try:
-        return make_mesh(sizes, devices)
-    except NotImplementedError:
-        shape = tuple(sizes[axis] for axis in AXES)
-        array = mesh_utils.create_device_mesh(
-            shape, devices, allow_split_physical_axes=True
-        )
-        return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def bandwidth(devices: np.ndarray, axes: Sequence[str], topology: Topology) -> float:

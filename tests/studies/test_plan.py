@@ -16,6 +16,7 @@ from rich.console import Console
 from manifold_lora.adapters import attach, axes, manifolds, split
 from manifold_lora.cli.main import main
 from manifold_lora.distributed.arrays import initialised, place
+from manifold_lora.distributed.mesh import make_mesh
 from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS
 from manifold_lora.models import Llama
@@ -32,7 +33,6 @@ from manifold_lora.studies.meshes import (
 )
 from manifold_lora.studies.plan import plan
 from manifold_lora.studies.plan_config import PlanConfig, resolve_plan
-from manifold_lora.studies.targets import mesh_of
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.setup import adapter_config
 from manifold_lora.training.step import TrainState
@@ -105,7 +105,7 @@ def test_collectives_of_gradients_do_not_grow_with_the_micro_batches(
 def test_arrays_are_placed_as_in_training(model, method):
     target = resolve_plan(config_of(model, method=method, mesh="fsdp=4,tensor=2"))
     assert target.mesh
-    mesh = mesh_of(target.mesh, jax.devices())
+    mesh = make_mesh(target.mesh, jax.devices())
     shape = dataclasses.replace(CONFIG, vocab_size=256)
     planned = abstract_run(target.run, abstract_model(target.run, shape), mesh)
 
@@ -213,7 +213,9 @@ def bad_inputs(model, folder):
     }
 
 
-def test_bad_input_is_one_message_and_exit_code_2(capsys, model, tmp_path):
+def test_bad_input_is_one_message_and_exit_code_2(capsys, model, tmp_path, monkeypatch):
+    # It would change the environment of the tests that follow.
+    monkeypatch.setattr("manifold_lora.cli.main.without_accelerator", lambda: None)
     wrong = {}
     for name, (arguments, message) in bad_inputs(model, tmp_path).items():
         code = 0
@@ -232,7 +234,7 @@ def test_a_plan_for_a_tpu_that_is_not_here(tmp_path):
     pytest.importorskip("libtpu", reason="needs libtpu (the [tpu] extra)")
     code = "from manifold_lora.cli.main import main; main()"
     command = [sys.executable, "-c", code, "plan", "--topology", "v5e:2x2"]
-    command += ["--mesh", "fsdp=2,tensor=2", "--method", "stella"]
+    command += ["--mesh", "fsdp=2,tensor=2", "--method", "lora"]
     file = tmp_path / "plan.json"
     done = subprocess.run(
         [*command, "--out", str(file)], capture_output=True, text=True, check=True
