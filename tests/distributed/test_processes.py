@@ -50,15 +50,16 @@ def free_port() -> int:
 
 
 def start_two(
-    settings: Mapping[str, Any], other: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any], other: Mapping[str, Any] | None = None, **env: str
 ) -> list[subprocess.Popen[str]]:
-    """Two processes of two devices; `other` are settings of the second."""
+    """Two processes of two devices; `other` and `env` are the second's own."""
     together = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
     started = []
     for number, changes in enumerate(({}, other or {})):
         given = {**settings, **together, "process_id": number, **changes}
         arguments = command.flags(given)
-        started.append(command.start("train", *arguments, devices=2))
+        own = env if number else {}
+        started.append(command.start("train", *arguments, devices=2, **own))
     return started
 
 
@@ -128,17 +129,25 @@ def test_a_dead_process_ends_the_other_and_the_run_goes_on(
         assert "Going on from the checkpoint of step" in output
 
 
-def test_processes_with_other_data_or_settings_are_told(
+def test_processes_with_other_settings_data_or_code_are_told(
     files: dict[str, Path], tmp_path: Path
 ):
     other = data_file(tmp_path / "other.jsonl", count=38)
+    package = Path(processes.__file__).parent.parent
+    shutil.copytree(package, tmp_path / "code" / package.name)
+    with (tmp_path / "code" / package.name / "errors.py").open("a") as file:
+        file.write("# another version\n")
     two = start_two(
-        {**SETTINGS, **files, "out": tmp_path / "run"}, {"data": other, "seed": 1}
+        {**SETTINGS, **files, "out": tmp_path / "run"},
+        {"data": other, "seed": 1},
+        PYTHONPATH=str(tmp_path / "code"),
+        PYTHONSAFEPATH="1",  # or the working directory would come first
     )
     for code, output in map(command.end, two):
         assert code == 2, output
         assert "process 1 has other configuration than process 0" in output
         assert "process 1 has other data than process 0" in output
+        assert "process 1 has other code than process 0" in output
         assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
