@@ -7,6 +7,10 @@
 3. The optimiser takes less than 1 % of the step, by the roofline.
 4. From 64 to 512 chips at the same work a chip, bytes a chip grow by less than 10 %.
 
+libtpu 0.0.42.1, which jax 0.10.2 asks for, fails now and then on float32 products for
+v6e ("RET_CHECK failure … live_range_finder"), and so on every method but lora there;
+0.0.52 compiles them. A plan that fails is named and left out.
+
 Needs libtpu (the [tpu] extra) and no TPU. A compilation takes minutes; each plan is
 kept as JSON in --cache, and the next call goes on from there.
 """
@@ -22,12 +26,11 @@ from manifold_lora.methods import METHODS
 SMALL = ("--model", "llama-3.1-8b", "--batch-size", "32", "--sequence-length", "2048")
 LARGE = ("--model", "llama-3.1-70b", "--sequence-length", "2048")
 V5E = (*SMALL, "--topology", "v5e:4x4", "--mesh", "fsdp=16")
+V6E = (*SMALL, "--topology", "v6e:4x4", "--mesh", "fsdp=16")
 CASES = {
     "8b on v5e:4x4": (*V5E, "--method", "stella"),
-    "8b on v6e:4x4": (
-        *(*SMALL, "--topology", "v6e:4x4", "--mesh", "fsdp=16"),
-        *("--method", "stella"),
-    ),
+    "8b on v6e:4x4": (*V6E, "--method", "lora"),
+    "stella on v6e:4x4": (*V6E, "--method", "stella"),
     "70b on v5p:4x4x4": (
         *(*LARGE, "--topology", "v5p:4x4x4", "--mesh", "fsdp=16,tensor=4"),
         *("--batch-size", "64", "--method", "stella"),
