@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import NamedSharding, P
 from rich.console import Console
 
 from manifold_lora.adapters import axes, manifolds, set_factors, split
@@ -183,7 +184,9 @@ class Run:
         """The state before the first step; the step donates it."""
         factors = jax.tree.map(jnp.copy, self.start)
         opt_state = initialised(self.tx.init, factors, self.names)
-        return TrainState(factors, opt_state, jax.random.key(self.config.seed))
+        everywhere = NamedSharding(self.mesh, P())
+        key = jax.jit(jax.random.key, out_shardings=everywhere)(self.config.seed)
+        return TrainState(factors, opt_state, key)
 
     def restored(self) -> Restored | None:
         """The newest whole checkpoint, if there is one."""
