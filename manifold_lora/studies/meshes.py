@@ -19,9 +19,8 @@ from manifold_lora.training.config import ResolvedConfig
 Sizes = dict[str, int]
 # Bytes a second along axes of a mesh of these sizes.
 Bandwidth = Callable[[Sizes, tuple[str, ...]], float]
-# Float32 arrays of the size of a layer's attention weights, and of a row's logits,
-# that are there at once in the backward pass: theirs, their gradients' and one more.
-_COPIES = 3
+# In float32, and rounded to half of it: attention weights of a layer, logits of a row.
+_COPIES = 1.5
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Estimate:
     """What a step takes of one device."""
 
     memory: float  # bytes
+    fixed: float  # of them those that do not grow with the rows of a micro-batch
     seconds: float  # 0 without a chip's numbers
 
 
@@ -52,8 +52,9 @@ def estimate(
     """Memory and time of a step on a mesh.
 
     Memory: the base over fsdp × tensor; one group's copy of the factors and of their
-    gradients, and the kept parts; each layer's input (all that a layer keeps without
-    remat); two layers gathered; attention weights and one row's logits in float32.
+    gradients, and the kept parts; two layers and the embeddings gathered; each layer's
+    input (without remat all that it computes); what one layer computes, and its
+    gradients; attention weights and one row's logits.
 
     Time: the larger one of computing and gathering the base (twice a micro-batch,
     forward and backward, which overlaps), plus what nothing hides: over tensor four
@@ -69,19 +70,23 @@ def estimate(
     layer = (base - inside) / shape.num_hidden_layers
     activation = rows * time * shape.hidden_size * item
 
-    kept = 1 + (0 if run.remat else _unkept(shape) / tensor)
+    inner = activation * (4 + _inner(shape) / tensor)  # all that a layer computes
     attention = 4 * rows * shape.num_attention_heads / tensor * time**2
     logits = 4 * time * shape.vocab_size / tensor
-    memory = (
+    fixed = (
         base / (fsdp * tensor)
         + 4 * job.trained * (2 / tensor + 3 / (fsdp * tensor))
-        + activation * shape.num_hidden_layers * kept
-        + 2 * layer / tensor
-        + inside / tensor
-        + _COPIES * (attention + logits)
+        + (2 * layer + inside) / tensor
+        + _COPIES * logits
+    )
+    memory = (
+        fixed
+        + (activation if run.remat else inner) * shape.num_hidden_layers
+        + 2 * inner
+        + _COPIES * attention
     )
     if topology is None:
-        return Estimate(memory, 0.0)
+        return Estimate(memory, fixed, 0.0)
 
     parts = run.accumulate
 
@@ -96,14 +101,14 @@ def estimate(
     gathered = moved(2 * parts * base / tensor, ("fsdp",))
     exposed = moved(8 * parts * activation * shape.num_hidden_layers, ("tensor",))
     exposed += moved(2 * 4 * job.trained / tensor, GROUPS)
-    return Estimate(memory, max(flops / topology.chip.flops, gathered) + exposed)
+    seconds = max(flops / topology.chip.flops, gathered) + exposed
+    return Estimate(memory, fixed, seconds)
 
 
-def _unkept(shape: LlamaConfig) -> float:
-    """Widths of a layer's activations in all, over the model's width."""
+def _inner(shape: LlamaConfig) -> float:
+    """Widths of heads and MLP of a layer in all, over the model's width."""
     heads = shape.num_attention_heads + 2 * shape.num_key_value_heads
-    widths = heads * shape.head_dim + 3 * shape.intermediate_size
-    return 4 + widths / shape.hidden_size
+    return (heads * shape.head_dim + 3 * shape.intermediate_size) / shape.hidden_size
 
 
 def candidates(job: Job, count: int) -> Iterator[Sizes]:
@@ -144,23 +149,22 @@ def remedies(
 ) -> list[str]:
     """Single changes that should make an over-full plan fit, best first.
 
-    Each is estimated as the compiler's own need, less what the estimate says that the
-    change saves.
+    The compiler's own need is taken apart as the estimate is: what is fixed, and what
+    grows with the rows, which is scaled as the estimate says.
     """
 
     def bandwidth(sizes: Sizes, axes: tuple[str, ...]) -> float:
         return 1.0
 
-    def memory(changed: Job, mesh: Sizes) -> float:
-        return estimate(changed, mesh, None, bandwidth).memory
-
-    before = memory(job, sizes)
+    before = estimate(job, sizes, None, bandwidth)
+    grown = max(needed - before.fixed, 0) / (before.memory - before.fixed)
     found: list[str] = []
 
     def offer(text: str, changed: Job, mesh: Sizes) -> bool:
-        after = needed - before + memory(changed, mesh)
+        then = estimate(changed, mesh, None, bandwidth)
+        after = then.fixed + grown * (then.memory - then.fixed)
         if after <= limit:
-            found.append(f"{text} (about {max(after, 0) / 2**30:.1f} GiB)")
+            found.append(f"{text} (about {after / 2**30:.1f} GiB)")
         return after <= limit
 
     if not job.run.remat:
