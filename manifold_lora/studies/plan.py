@@ -126,31 +126,37 @@ class _Planner:
     def plan(self, sizes: Sizes) -> dict[str, Any]:
         """The plan on one mesh, as JSON can hold it."""
         run = abstract_run(self.target.run, self.model, make_mesh(sizes, self.devices))
-        found = self._heading(sizes) | {"memory": self._held(run)}
-        traced, began = run.traced(), time.perf_counter()
+        heading, held = self._heading(sizes), self._held(run)
         try:
-            compiled = traced.lower().compile()
+            found = self._compiled(run)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                return found | self._too_large(found["memory"], sizes, str(error))
+                return heading | self._too_large(held, sizes, str(error))
             raise CompilerError(
                 f"the compiler failed on the step for {self.where}, mesh "
                 f"{written(sizes)}: {str(error).splitlines()[0]} Try another "
                 "--batch-size, --sequence-length or --mesh, or another libtpu."
             ) from error
-        found["compile_seconds"] = time.perf_counter() - began
-        found["memory"] |= self._peak(compiled.memory_analysis())
-        found |= self._read(run, traced, compiled)
-        part = run.optimizer()
-        found["optimizer"] = self._read(run, part, part.lower().compile())
+        found["memory"] = held | found["memory"]
         if self.topology is not None:
             whole = found["seconds"]["step"]
             found["optimizer"]["share"] = found["optimizer"]["seconds"]["step"] / whole
             found |= self._rates(whole)
         peak, limit = found["memory"]["peak"], found["memory"]["available"]
-        found["fits"] = limit is None or peak <= limit
-        found["remedies"] = []
-        return found
+        fits = limit is None or peak <= limit
+        return heading | found | {"fits": fits, "remedies": []}
+
+    def _compiled(self, run: AbstractRun) -> dict[str, Any]:
+        """The step, and the optimiser's part of it, compiled and read."""
+        traced, began = run.traced(), time.perf_counter()
+        compiled = traced.lower().compile()
+        found: dict[str, Any] = {
+            "compile_seconds": time.perf_counter() - began,
+            "memory": self._peak(compiled.memory_analysis()),
+            **self._read(run, traced, compiled),
+        }
+        part = run.optimizer()
+        return found | {"optimizer": self._read(run, part, part.lower().compile())}
 
     def _heading(self, sizes: Sizes) -> dict[str, Any]:
         run = self.target.run

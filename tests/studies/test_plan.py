@@ -31,7 +31,7 @@ from manifold_lora.studies.meshes import (
     remedies,
     written,
 )
-from manifold_lora.studies.plan import plan
+from manifold_lora.studies.plan import CompilerError, plan
 from manifold_lora.studies.plan_config import PlanConfig, resolve_plan
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.setup import adapter_config
@@ -190,6 +190,17 @@ def test_auto_takes_a_mesh_that_divides(model, quick_compilation):
     assert plan(few, Console(quiet=True))["mesh"] == sizes(1, 4, 2)
     with pytest.raises(InputError, match=r"no mesh of 8 devices.*data × fsdp = 8"):
         plan(dataclasses.replace(few, batch_size=3), Console(quiet=True))
+
+
+def test_a_failure_of_the_compiler_is_no_traceback(model, monkeypatch):
+    def fail(run):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr("manifold_lora.studies.abstract.AbstractRun.traced", fail)
+    with pytest.raises(
+        CompilerError, match=r"8 CPU devices.*RET_CHECK.*another libtpu"
+    ):
+        plan(config_of(model), Console(quiet=True))
 
 
 def bad_inputs(model, folder):
