@@ -121,8 +121,8 @@ def names(variable: Any) -> Axes:
 def follow(tree: Any, params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Specs for a tree that holds copies of the parameters' tree, such as moments.
 
-    A leaf whose path ends with that of a parameter has its axes, as far as the shapes
-    agree: second moments of a row have one column. All others are replicated.
+    A leaf whose path ends with that of a parameter is placed as it is, as far as the
+    shapes agree: second moments of a row have one column. All others are replicated.
 
     Args:
         tree: of arrays or shapes.
@@ -143,8 +143,8 @@ def follow(tree: Any, params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> Any:
         for length in lengths:
             there, axis = known.get(keys[-length:], ((), ()))
             if axis and len(there) == len(shape):
-                pairs = zip(axis, there, shape, strict=True)
-                return kept([a if n == m else None for a, n, m in pairs], shape, mesh)
+                same = zip(kept(axis, there, mesh), there, shape, strict=True)
+                return P(*(place if n == m else None for place, n, m in same))
         return P()
 
     return jax.tree_util.tree_map_with_path(spec, tree)

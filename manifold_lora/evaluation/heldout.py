@@ -12,6 +12,7 @@ from jax import P
 from manifold_lora.data.tokens import Example
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.groups import copies, divided, each_group
+from manifold_lora.distributed.mesh import group_count
 from manifold_lora.distributed.sharding import automatic, constrain
 from manifold_lora.evaluation.loss import token_loss
 
@@ -37,28 +38,38 @@ def make_evaluate(
         axes: names of the axes of the factors, from `adapters.axes`.
     """
 
-    @each_group
-    def sums_of_group(factors, frozen, batch):
+    def sums_of_rows(factors, frozen, batch):
         nll, mask, hit = token_loss(rebuild(factors, frozen), batch)
         asked = mask.any(axis=1)
         right = asked & (hit | (mask == 0)).all(axis=1)
         return jnp.stack([nll.sum(), mask.sum(), right.sum(), asked.sum()])
 
-    def sums_of_batch(factors, frozen, batch):
-        rows = jax.tree.map(lambda x: x[0], divided(batch))  # in one part
-        return sums_of_group(copies(factors, axes), frozen, rows).sum(0)
-
-    @jax.jit
-    def sums(factors, frozen, batch):
-        return constrain(automatic(sums_of_batch)(factors, frozen, batch), P())
+    sums = _by_groups(sums_of_rows, axes)
 
     def evaluate(factors, frozen, batches) -> Evaluation:
         total = np.zeros(4)
         for batch in batches:
-            total += np.asarray(sums(factors, frozen, batch), np.float64)
+            total += np.asarray(sums(factors, frozen, batch), np.float64).sum(0)
         return Evaluation(float(total[0] / total[1]), float(total[2] / total[3]))
 
     return evaluate
+
+
+def _by_groups(f: Callable[..., Any], axes: Any) -> Callable[..., Any]:
+    """`f(factors, frozen, batch)`, compiled, each group of devices on its own rows.
+
+    The results have an axis of groups in front, and are on every device.
+    """
+
+    def all_rows(factors, frozen, batch):
+        rows = jax.tree.map(lambda x: x[0], divided(batch))  # in one part
+        return each_group(f)(copies(factors, axes), frozen, rows)
+
+    @jax.jit
+    def run(factors, frozen, batch):
+        return constrain(automatic(all_rows)(factors, frozen, batch), P())
+
+    return run
 
 
 def majority(train: Sequence[Example], held_out: Sequence[Example]) -> float:
@@ -74,6 +85,7 @@ def answer(example: Example) -> tuple[int, ...]:
 
 def complete(
     rebuild: Callable[..., Any],
+    axes: Any,
     factors: Any,
     frozen: Any,
     examples: Sequence[Example],
@@ -84,14 +96,17 @@ def complete(
 
     For a handful of examples to show: every token runs the whole row again.
     """
-    starts = np.array([int(example.loss_mask.argmax()) for example in examples])
-    ids = np.zeros((len(examples), starts.max() + max_new_tokens), np.int32)
-    for row, example, start in zip(ids, examples, starts, strict=True):
-        row[:start] = example.input_ids[:start]
+    prompts = [example.input_ids[: example.loss_mask.argmax()] for example in examples]
+    groups = group_count(jax.sharding.get_mesh().shape)
+    # Every group gets as many rows: some are added, whose completions nobody reads.
+    rows = [*prompts, *prompts[:1] * (-len(prompts) % groups)]
+    starts = np.array([len(row) for row in rows])
+    ids = np.zeros((len(rows), starts.max() + max_new_tokens), np.int32)
+    for row, prompt in zip(ids, rows, strict=True):
+        row[: len(prompt)] = prompt
 
-    @jax.jit
-    def run(factors, frozen, ids):
-        model = rebuild(factors, frozen)
+    def extended(factors, frozen, batch):
+        model, (ids, starts) = rebuild(factors, frozen), batch
 
         def extend(step, ids):
             end = starts + step  # what stands after it is unseen: attention is causal
@@ -99,13 +114,14 @@ def complete(
                 model.hidden_states(ids), (end - 1)[:, None, None], axis=1
             )
             token = model.unembed(last[:, 0]).argmax(-1).astype(ids.dtype)
-            return ids.at[np.arange(len(starts)), end].set(token)
+            return ids.at[jnp.arange(len(starts)), end].set(token)
 
         return jax.lax.fori_loop(0, max_new_tokens, extend, ids)
 
+    found = to_host(_by_groups(extended, axes)(factors, frozen, (ids, starts)))
     completions = []
-    for row, start in zip(to_host(run(factors, frozen, ids)), starts, strict=True):
-        new = row[start : start + max_new_tokens].tolist()
+    for row, prompt in zip(found.reshape(ids.shape), prompts, strict=False):
+        new = row[len(prompt) :][:max_new_tokens].tolist()
         end = next((i for i, token in enumerate(new) if token in stop), len(new))
         completions.append(new[:end])
     return completions

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from manifold_lora.adapters import adapters, split
+from manifold_lora.adapters import adapters, axes, split
 from manifold_lora.data.tokens import Example
 from manifold_lora.evaluation.heldout import answer, complete
 from manifold_lora.models import Llama
@@ -124,7 +124,9 @@ def show_predictions(
     console: Console, model: Llama, tokenizer: Any, examples: Sequence[Example]
 ) -> None:
     """Prompts with the model's greedy completions beside the truth."""
-    completions = complete(*split(model), examples, model.config.eos_token_id)
+    rebuild, factors, frozen = split(model)
+    stop = model.config.eos_token_id
+    completions = complete(rebuild, axes(model), factors, frozen, examples, stop)
     table = Table(title="Held-out examples", title_justify="left", box=None)
     table.add_column("prompt", no_wrap=True)
     table.add_column("predicted")

@@ -1,0 +1,131 @@
+"""Meshes of eight devices, and a small adapted model with a batch for them."""
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import P
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+import manifold_lora as ml
+from manifold_lora.adapters import adapters, axes, split
+from manifold_lora.distributed.arrays import Feed, initialised, place
+from manifold_lora.distributed.mesh import make_mesh, read_mesh
+from manifold_lora.evaluation.heldout import make_evaluate
+from manifold_lora.methods import METHODS
+from manifold_lora.training.config import TrainConfig, resolve
+from manifold_lora.training.optimizer import build_optimizer
+from manifold_lora.training.step import TrainState, make_step
+
+MESHES = ("fsdp=8", "data=4,fsdp=2", "data=2,fsdp=2,tensor=2")
+# Three layers and 61 words, which no mesh divides.
+CONFIG = ml.LlamaConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+ROWS, LENGTH = 16, 6
+# A fifth of the time to compile, for programs whose speed is nothing.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+def mesh_of(text: str, explicit: bool = False) -> Mesh:
+    mesh = make_mesh(read_mesh(text), jax.devices())
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * 3)
+
+
+def model_of(method: str, **options: Any) -> ml.Llama:
+    """A random model with adapters, all of them of its own to change."""
+    return nnx.clone(_model(method, json.dumps(options)))
+
+
+@functools.cache
+def _model(method: str, options: str) -> ml.Llama:
+    model = ml.Llama(CONFIG, rngs=nnx.Rngs(0))
+    model.remat = False  # compiles faster; tests/models compares both
+    given = {"rank": 4, "dropout": 0.2, "targets": ["q_proj", "down_proj"]}
+    ml.attach(model, ml.AdapterConfig(method, **given | json.loads(options)))
+    return model
+
+
+def batch_of(seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows with 0 to 5 targets, of which some end early."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, LENGTH + 1, ROWS)
+    inside = np.arange(LENGTH) < lengths[:, None]
+    targets = rng.random((ROWS, LENGTH)) < np.linspace(0.1, 0.9, ROWS)[:, None]
+    return {
+        "input_ids": rng.integers(0, CONFIG.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+        * inside,
+        "loss_mask": (targets & inside).astype(np.float32),
+        "positions": np.arange(LENGTH, dtype=np.int32) * inside,
+        "segment_ids": inside.astype(np.int32),
+    }
+
+
+class Run:
+    """A model and its training step, on the ambient mesh if there is one."""
+
+    def __init__(self, model: ml.Llama, accumulate: int = 1):
+        (method,) = {module.config.method for module in adapters(model).values()}
+        place(model)
+        self.model, self.axes, tags = model, axes(model), ml.manifolds(model)
+        # Steps long enough for a wrong one to be seen.
+        rate = METHODS[method].builtin_rate
+        free = METHODS[method].builtin_free_rate
+        config = resolve(
+            TrainConfig(
+                method=method,
+                warmup_steps=0,
+                learning_rate=rate,
+                free_learning_rate=free,
+            )
+        )
+        self.tx, _ = build_optimizer(config, tags, 10, CONFIG.hidden_size)
+        rebuild, self.factors, self.frozen = split(model)
+        self.rebuild = rebuild
+        self.step: Any = make_step(rebuild, self.tx, tags, self.axes, accumulate)
+        self.evaluate = make_evaluate(rebuild, self.axes)
+        self.state = TrainState(
+            self.factors,
+            initialised(self.tx.init, self.factors, self.axes),
+            everywhere(jax.random.key(0)),
+        )
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The step, compiled in a fifth of the time."""
+        return self.step.lower(self.state, self.frozen, fed(batch_of())).compile(QUICK)
+
+
+@contextmanager
+def on(text: str | None, explicit: bool = False) -> Iterator[Mesh | None]:
+    """The mesh as the ambient one; none, which is one device, for None."""
+    if text is None:
+        yield None
+    else:
+        mesh = mesh_of(text, explicit)
+        with jax.set_mesh(mesh):
+            yield mesh
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+    """The array on all devices of the ambient mesh."""
+    mesh = jax.sharding.get_mesh()
+    return x if mesh.empty else jax.device_put(x, NamedSharding(mesh, P()))
+
+
+def fed(batch: dict[str, np.ndarray]) -> Any:
+    """The batch on the ambient mesh."""
+    mesh = jax.sharding.get_mesh()
+    return batch if mesh.empty else Feed(mesh, ROWS)(batch)
