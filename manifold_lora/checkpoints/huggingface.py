@@ -160,7 +160,7 @@ def _tensor(
     stored = file.get_slice(name)
     parts: dict[str, np.ndarray] = {}  # devices may hold the same one
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         if (key := str(index)) not in parts:
             x = stored[index[::-1]].T if row.transposed else stored[index]
             parts[key] = x.astype(dtype, copy=False)

@@ -1,5 +1,6 @@
 """Arrays onto the devices of all processes, and back to the host."""
 
+import bisect
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +82,7 @@ class Feed:
             for row in range(*index[0].indices(batch_size))
         }
         # Numbers of the rows of a batch that this process reads, in order.
-        self.rows = np.array(sorted(needed))
+        self.rows = sorted(needed)
 
     def __call__(self, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The batch whose rows of this process are given, as global arrays."""
@@ -89,7 +90,7 @@ class Feed:
         def put(x: np.ndarray) -> jax.Array:
             def rows(index: Any) -> np.ndarray:
                 first, *_ = index[0].indices(self.size)
-                start = int(np.searchsorted(self.rows, first))
+                start = bisect.bisect_left(self.rows, first)
                 count = len(range(*index[0].indices(self.size)))
                 return x[start : start + count]
 

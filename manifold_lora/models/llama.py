@@ -46,9 +46,12 @@ class Attention(nnx.Module):
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
 
-        def linear(sizes: tuple[int, int], *axes: str) -> Linear:
+        def linear(
+            in_features: int, out_features: int, axes: tuple[str, str]
+        ) -> Linear:
             return Linear(
-                *sizes,
+                in_features,
+                out_features,
                 axes=axes,
                 layers=config.num_hidden_layers,
                 bias=config.attention_bias,
@@ -56,10 +59,11 @@ class Attention(nnx.Module):
                 rngs=rngs,
             )
 
-        self.q_proj = linear((config.hidden_size, width), "embed", "heads")
-        self.k_proj = linear((config.hidden_size, kv_width), "embed", "heads")
-        self.v_proj = linear((config.hidden_size, kv_width), "embed", "heads")
-        self.o_proj = linear((width, config.hidden_size), "heads", "embed")
+        inwards = ("embed", "heads")
+        self.q_proj = linear(config.hidden_size, width, inwards)
+        self.k_proj = linear(config.hidden_size, kv_width, inwards)
+        self.v_proj = linear(config.hidden_size, kv_width, inwards)
+        self.o_proj = linear(width, config.hidden_size, ("heads", "embed"))
 
     def __call__(
         self, x: jax.Array, rope: Rope, mask: jax.Array, key: jax.Array | None
@@ -79,9 +83,12 @@ class MLP(nnx.Module):
     """down(silu(gate(x)) · up(x)), stacked over layers."""
 
     def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs):
-        def linear(sizes: tuple[int, int], *axes: str) -> Linear:
+        def linear(
+            in_features: int, out_features: int, axes: tuple[str, str]
+        ) -> Linear:
             return Linear(
-                *sizes,
+                in_features,
+                out_features,
                 axes=axes,
                 layers=config.num_hidden_layers,
                 bias=config.mlp_bias,
@@ -89,10 +96,10 @@ class MLP(nnx.Module):
                 rngs=rngs,
             )
 
-        sizes = (config.hidden_size, config.intermediate_size)
-        self.gate_proj = linear(sizes, "embed", "mlp")
-        self.up_proj = linear(sizes, "embed", "mlp")
-        self.down_proj = linear(sizes[::-1], "mlp", "embed")
+        d, m, inwards = config.hidden_size, config.intermediate_size, ("embed", "mlp")
+        self.gate_proj = linear(d, m, inwards)
+        self.up_proj = linear(d, m, inwards)
+        self.down_proj = linear(m, d, ("mlp", "embed"))
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Shapes (b, t, d) to the same."""
@@ -224,13 +231,20 @@ class Llama(nnx.Module):
             x, _ = jax.lax.scan(layer, x, (state, keys))
             return self.norm(x)
 
-    def unembed(self, h: jax.Array) -> jax.Array:
-        """Logits of hidden states, (…, d) to (…, vocab), accumulated in float32."""
+    def head(self) -> jax.Array:
+        """The kernel of `unembed`, (d, vocab), as a device computes with it."""
+        if self.lm_head is None:
+            return use(self.embed_tokens[...], ("vocab", "embed")).T
+        return self.lm_head.gathered()
+
+    def unembed(self, h: jax.Array, head: jax.Array | None = None) -> jax.Array:
+        """Logits of hidden states, (…, d) to (…, vocab), accumulated in float32.
+
+        A caller that does it in parts takes `head()` once and hands it in, so that it
+        is not gathered for every part.
+        """
+        kernel = self.head() if head is None else head
         with self._precision():
-            if self.lm_head is None:
-                kernel = use(self.embed_tokens[...], ("vocab", "embed")).T
-            else:
-                kernel = self.lm_head.gathered()
             return jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
 
     def _precision(self) -> AbstractContextManager[object]:

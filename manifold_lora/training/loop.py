@@ -288,7 +288,7 @@ class Run:
 
     def one_step(
         self, state: TrainState, batch: dict[str, np.ndarray], progress: Progress
-    ) -> tuple[TrainState, dict[str, float]]:
+    ) -> tuple[TrainState, dict[str, Any]]:
         """One step; what it was like goes to the metrics, and back to be shown."""
         started = time.perf_counter()
         rate = np.asarray(self.schedule(progress.step)).item()

@@ -32,8 +32,8 @@ class Progress:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """The progress that `to_json` was called on."""
-        pairs = {k: Evaluation(*values[k]) for k in ("before", "best")}
-        return cls(**values | pairs)
+        pairs: dict[str, Any] = {k: Evaluation(*values[k]) for k in ("before", "best")}
+        return cls(**{**values, **pairs})
 
     def found(self, evaluation: Evaluation, metric: str) -> bool:
         """Take note of an evaluation after `step`; true where it is the best."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 import manifold_lora as ml
-from manifold_lora.adapters import split
+from manifold_lora.adapters import axes, split
 from manifold_lora.cli.main import main
 from manifold_lora.errors import InputError
 from manifold_lora.evaluation import heldout
@@ -111,7 +111,9 @@ def test_the_numbers_of_a_cell_are_those_of_its_adapter(config, finished):
     model.remat = False
     ml.load_adapter(model, folder)
     rebuild, factors, frozen = split(model)
-    again = heldout.make_evaluate(rebuild)(factors, frozen, runners[1].held_out)
+    again = heldout.make_evaluate(rebuild, axes(model))(
+        factors, frozen, runners[1].held_out
+    )
     assert again.loss == pytest.approx(cell["final"]["loss"], abs=1e-6)
     assert again.accuracy == cell["final"]["accuracy"]
     ranks = []
