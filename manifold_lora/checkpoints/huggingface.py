@@ -123,11 +123,10 @@ def _leaf(
     """All tensors of a row, each read in the parts that the devices need."""
     shape, dtype = variable.shape, variable.dtype
     mesh = jax.sharding.get_mesh()
-    whole = jnp.zeros(0).sharding  # of the default device
     spec = P() if mesh.empty else kept(names(variable), shape, mesh)
 
-    def sharding(spec: P) -> jax.sharding.Sharding:
-        return whole if mesh.empty else jax.NamedSharding(mesh, spec)
+    def sharding(spec: P) -> jax.NamedSharding | None:
+        return None if mesh.empty else jax.NamedSharding(mesh, spec)
 
     if "{}" not in row.name:
         return _tensor(tensors[row.name], row, row.name, shape, dtype, sharding(spec))
@@ -142,7 +141,7 @@ def _leaf(
 
 
 @functools.cache
-def _placer(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+def _placer(sharding: jax.NamedSharding | None) -> Callable[..., jax.Array]:
     """A function that puts one layer into the stack, in place."""
     put = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)
@@ -154,9 +153,9 @@ def _tensor(
     name: str,
     shape: tuple[int, ...],
     dtype: Any,
-    sharding: jax.sharding.Sharding,
+    sharding: jax.NamedSharding | None,
 ) -> jax.Array:
-    """One tensor of a file, laid out as in the model."""
+    """One tensor of a file, laid out as in the model; on the default device or so."""
     stored = file.get_slice(name)
     parts: dict[str, np.ndarray] = {}  # devices may hold the same one
 
@@ -166,6 +165,8 @@ def _tensor(
             parts[key] = x.astype(dtype, copy=False)
         return parts[key]
 
+    if sharding is None:  # not bound to that device, as `jnp.asarray` leaves it
+        return jnp.asarray(part((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, part)
 
 
