@@ -8,7 +8,6 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,41 +127,51 @@ def _leaf(
     def sharding(spec: P) -> jax.NamedSharding | None:
         return None if mesh.empty else jax.NamedSharding(mesh, spec)
 
-    if "{}" not in row.name:
-        return _tensor(tensors[row.name], row, row.name, shape, dtype, sharding(spec))
-    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding(spec))()
-    place = _placer(sharding(spec))
-    of_layer = sharding(P(*spec[1:]))
+    stacked = "{}" in row.name
+    # One tensor as in the file: devices transpose faster, and a host need not copy.
+    axes = [*zip(shape, (*spec, *(None,) * len(shape)), strict=False)][stacked:]
+    size, place = zip(*(axes[::-1] if row.transposed else axes), strict=True)
+    put = _putter(sharding(spec), row.transposed)
+    stack = None
+    if stacked:
+        stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding(spec))()
     for index, name in enumerate(row.names(config)):
-        layer = _tensor(tensors[name], row, name, shape[1:], dtype, of_layer)
+        x = _tensor(tensors[name], name, size, dtype, sharding(P(*place)))
         # Wait, or the tensors of all layers would queue up in memory.
-        stack = jax.block_until_ready(place(stack, layer, index))
+        stack = jax.block_until_ready(put(stack, x, index))
+    assert stack is not None
     return stack
 
 
 @functools.cache
-def _placer(sharding: jax.NamedSharding | None) -> Callable[..., jax.Array]:
-    """A function that puts one layer into the stack, in place."""
-    put = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+def _putter(
+    sharding: jax.NamedSharding | None, transposed: bool
+) -> Callable[..., jax.Array]:
+    """A function that puts one tensor into the stack, in place; without, by itself."""
+
+    def put(stack: jax.Array | None, x: jax.Array, index: Any) -> jax.Array:
+        x = x.T if transposed else x
+        if stack is None:
+            return x
+        return jax.lax.dynamic_update_index_in_dim(stack, x, index, axis=0)
+
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
 def _tensor(
     file: Any,
-    row: _Row,
     name: str,
     shape: tuple[int, ...],
     dtype: Any,
     sharding: jax.NamedSharding | None,
 ) -> jax.Array:
-    """One tensor of a file, laid out as in the model; on the default device or so."""
+    """One tensor of a file, as it is there; on the default device or so."""
     stored = file.get_slice(name)
     parts: dict[str, np.ndarray] = {}  # devices may hold the same one
 
     def part(index: Any) -> np.ndarray:
         if (key := str(index)) not in parts:
-            x = stored[index[::-1]].T if row.transposed else stored[index]
-            parts[key] = x.astype(dtype, copy=False)
+            parts[key] = stored[index].astype(dtype, copy=False)
         return parts[key]
 
     if sharding is None:  # not bound to that device, as `jnp.asarray` leaves it

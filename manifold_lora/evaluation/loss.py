@@ -34,12 +34,14 @@ def token_loss(
         key=key,
     )[:, :-1]  # (b, t − 1, d)
 
+    head = model.head()  # once for all rows
+
     # Row by row, and again in the backward pass: the logits of a whole batch would
     # be the largest array of all (4 GiB for 16 rows of 512 and 128k words).
     @jax.checkpoint
     def row(hidden_and_targets):
         h, target = hidden_and_targets  # (t − 1, d), (t − 1,)
-        logits = model.unembed(h)  # (t − 1, vocab)
+        logits = model.unembed(h, head)  # (t − 1, vocab)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         nll = jax.nn.logsumexp(logits, axis=-1) - chosen
         return nll, chosen >= logits.max(axis=-1)

@@ -67,20 +67,21 @@ def make_step(
 
     def total_loss(copied, *arguments):
         nll, count = summed_loss(copied, *arguments)
-        return nll.sum(), count.sum()
+        return nll.sum(), (nll, count)
 
     def gradients(factors, frozen, batch, keys):
         copied = copies(factors, axes)
 
         def add(total, part_and_keys):
-            gradient = jax.value_and_grad(total_loss, has_aux=True)
-            (nll, count), grads = gradient(copied, frozen, *part_and_keys)
-            return jax.tree.map(jnp.add, total, (nll, count, grads)), None
+            gradient = jax.grad(total_loss, has_aux=True)
+            grads, sums = gradient(copied, frozen, *part_and_keys)
+            return jax.tree.map(jnp.add, total, (sums, grads)), None
 
-        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, copied))
         parts = divided((batch, keys), accumulate)
-        (nll, count, grads), _ = jax.lax.scan(add, zeros, parts)
-        count = jnp.maximum(count, 1)
+        zero = jnp.zeros(parts[1].shape[1])  # for each group
+        zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, copied))
+        ((nll, count), grads), _ = jax.lax.scan(add, zeros, parts)
+        nll, count = nll.sum(), jnp.maximum(count.sum(), 1)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), summed(grads, axes))
         return nll / count, grads
 

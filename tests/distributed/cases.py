@@ -44,14 +44,14 @@ def mesh_of(text: str, explicit: bool = False) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * 3)
 
 
-def model_of(method: str, **options: Any) -> ml.Llama:
+def model_of(method: str, config: ml.LlamaConfig = CONFIG, **options: Any) -> ml.Llama:
     """A random model with adapters, all of them of its own to change."""
-    return nnx.clone(_model(method, json.dumps(options)))
+    return nnx.clone(_model(method, config, json.dumps(options)))
 
 
 @functools.cache
-def _model(method: str, options: str) -> ml.Llama:
-    model = ml.Llama(CONFIG, rngs=nnx.Rngs(0))
+def _model(method: str, config: ml.LlamaConfig, options: str) -> ml.Llama:
+    model = ml.Llama(config, rngs=nnx.Rngs(0))
     model.remat = False  # compiles faster; tests/models compares both
     given = {"rank": 4, "dropout": 0.2, "targets": ["q_proj", "down_proj"]}
     ml.attach(model, ml.AdapterConfig(method, **given | json.loads(options)))
@@ -91,7 +91,7 @@ class Run:
                 free_learning_rate=free,
             )
         )
-        self.tx, _ = build_optimizer(config, tags, 10, CONFIG.hidden_size)
+        self.tx, _ = build_optimizer(config, tags, 10, model.config.hidden_size)
         rebuild, self.factors, self.frozen = split(model)
         self.rebuild = rebuild
         self.step: Any = make_step(rebuild, self.tx, tags, self.axes, accumulate)
