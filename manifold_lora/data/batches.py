@@ -167,7 +167,7 @@ def _unpacked(
         ]
         return {name: np.stack([row[name] for row in made]) for name in made[0]}
 
-    return _in_memory(numbers.batch(batch_size, batch_fn=list).map(batch))
+    return _in_memory(numbers).batch(batch_size, batch_fn=list).map(batch)
 
 
 def _segment(example: Example) -> Batch:

@@ -232,3 +232,32 @@ def test_wrong_values_are_refused_at_once(change: dict, words: str) -> None:
     }
     with pytest.raises(InputError, match=words):
         batches(**(options | change))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_of_several_processes_are_those_of_one(packing: bool) -> None:
+    examples = make_examples(50)
+    options: dict[str, Any] = {"batch_size": 4, "sequence_length": LENGTH, "seed": 1}
+    options |= {"packing": packing, "epochs": 2}
+    parts = [batches(examples, rows=rows, **options) for rows in ([0, 3], [1, 2])]
+    count = 0
+    for whole, first, second in zip(batches(examples, **options), *parts, strict=True):
+        for name, x in whole.items():
+            np.testing.assert_array_equal(first[name], x[[0, 3]])
+            np.testing.assert_array_equal(second[name], x[[1, 2]])
+        count += 1
+    assert count > 5
+
+
+def test_an_unpacked_row_reads_its_own_examples_only() -> None:
+    read: list[int] = []
+
+    class Watched(list[Example]):
+        def __getitem__(self, number: Any) -> Any:
+            read.append(number)
+            return super().__getitem__(number)
+
+    options: dict[str, Any] = {"batch_size": 4, "sequence_length": LENGTH, "seed": 0}
+    data = batches(Watched(make_examples(8)), rows=[1, 2], shuffle=False, **options)
+    next(iter(data))
+    assert read == [1, 2]
