@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from manifold_lora.studies.meshes import written
+from manifold_lora.training.display import show_pairs
 
 
 def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     """Memory, work, collectives and time of a step on each device."""
-    _pairs(console, "Plan", _heading(plan))
-    _pairs(console, "Memory of each device", _memory(plan["memory"]))
+    show_pairs(console, "Plan", _heading(plan))
+    show_pairs(console, "Memory of each device", _memory(plan["memory"]))
     if not plan["fits"]:
         console.print("It does not fit. What should help, by estimate:", style="red")
         for remedy in plan["remedies"] or ["a larger slice, or a smaller model"]:
@@ -25,10 +25,10 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
         "received from others": f"{_large(plan['collective_bytes'])}B",
         "compiled in": f"{plan['compile_seconds']:.0f} s",
     }
-    _pairs(console, "Step of each device", work)
+    show_pairs(console, "Step of each device", work)
     _collectives(console, plan["collectives"])
     if "seconds" in plan:
-        _pairs(console, "Time by the roofline", _time(plan))
+        show_pairs(console, "Time by the roofline", _time(plan))
     else:
         console.print("CPU devices have no stated peaks: no time.", style="dim")
 
@@ -99,15 +99,6 @@ def _time(plan: Mapping[str, Any]) -> dict[str, str]:
         "tokens": f"{plan['tokens_per_second']:,.0f} a second",
         "cost": f"${plan['dollars_per_billion_tokens']:,.2f} for a billion tokens",
     }
-
-
-def _pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, escape(value))
-    console.print(table)
 
 
 def _large(number: float) -> str:

@@ -1,6 +1,6 @@
 """What a run shows on the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def show_plan(
                 f"tokens (longest {part.longest:,}), {part.dropped:,} left out because "
                 "they have no answer"
             )
-    _show(console, "Plan", rows)
+    show_pairs(console, "Plan", rows)
 
 
 def show_result(console: Console, out: Path, summary: dict[str, Any]) -> None:
@@ -108,10 +108,11 @@ def show_result(console: Console, out: Path, summary: dict[str, Any]) -> None:
             f"{', '.join(map(str, summary['ranks_exported']))}, "
             f"{summary['energy_discarded']:.2%} of the energy discarded"
         )
-    _show(console, "Result", rows)
+    show_pairs(console, "Result", rows)
 
 
-def _show(console: Console, title: str, rows: dict[str, str]) -> None:
+def show_pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
+    """A table of names and values."""
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

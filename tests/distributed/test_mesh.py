@@ -153,3 +153,14 @@ def test_many_divisors_are_cut_short():
     (line,) = problems({"fsdp": 7}, model_shape("llama-3.1-70b"))
     shown = "1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, …, 8192"
     assert line == f"fsdp=7 does not divide hidden_size 8192: fsdp may be {shown}"
+
+
+def test_sides_of_a_slice_are_divided_where_an_axis_is_no_whole_side(monkeypatch):
+    def refuse(*arguments, **options):
+        raise NotImplementedError("no whole side")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    mesh = make_mesh(read_mesh("fsdp=4,tensor=2"), jax.devices())
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert {*mesh.devices.flat} == {*jax.devices()}
+    assert {*mesh.axis_types} == {jax.sharding.AxisType.Auto}
