@@ -1,4 +1,4 @@
-"""The rooms of the package and who may enter which: the table of the design."""
+"""Which subpackage may import which: the table of the design."""
 
 import ast
 import subprocess
@@ -8,39 +8,28 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "manifold_lora"
-# Each room with the rooms it may import; itself and these it always may.
+# Each subpackage with those it may import; itself and these it always may.
 EVERYWHERE = {"errors", "methods"}
-ROOMS = {
+BELOW = {
     "manifolds": set(),
     "optimizers": {"manifolds"},
     "distributed": set(),
     "models": {"distributed"},
-    "adapters": {"manifolds", "distributed", "models"},
-    "checkpoints": {"manifolds", "distributed", "models", "adapters"},
+    "adapters": {"manifolds", "optimizers", "distributed", "models"},
     "data": set(),
-    "evaluation": {
-        "manifolds",
-        "optimizers",
-        "distributed",
-        "models",
-        "adapters",
-        "checkpoints",
-        "data",
-    },
-    "cli": {
-        "distributed",
-        "training",
-        "evaluation",
-        "checkpoints",
-        "adapters",
-        "models",
-        "data",
-        "studies",
-    },
+    "checkpoints": {"manifolds", "distributed", "models", "adapters"},
 }
-ROOMS["training"] = ROOMS["evaluation"] | {"evaluation"}
-ROOMS["studies"] = ROOMS["training"] | {"training"}
-# Third parties that a room must not know.
+# A command is a subpackage: it may use all of the above and the commands named here.
+COMMANDS = {
+    "evaluation": set(),
+    "training": {"evaluation"},
+    "inspection": set(),
+    "comparison": {"training", "evaluation", "inspection"},
+    "planning": {"training"},
+    "cli": {"training", "comparison", "planning", "inspection"},
+}
+ALLOWED = BELOW | {name: BELOW.keys() | uses for name, uses in COMMANDS.items()}
+# Third parties that a subpackage must not know.
 FORBIDDEN = {
     "manifolds": {"optax", "flax"},
     "optimizers": {"flax"},
@@ -58,21 +47,23 @@ def imports(file):
             yield node.module or ""
 
 
-@pytest.mark.parametrize("room", [p.name for p in PACKAGE.iterdir() if p.is_dir()])
-def test_arrows(room):
-    if not list((PACKAGE / room).glob("*.py")):
-        return  # __pycache__
-    allowed = ROOMS[room] | {room} | EVERYWHERE
-    for file in (PACKAGE / room).glob("*.py"):
+@pytest.mark.parametrize(
+    "subpackage", sorted({file.parent.name for file in PACKAGE.glob("*/*.py")})
+)
+def test_imports(subpackage):
+    allowed = ALLOWED[subpackage] | {subpackage} | EVERYWHERE
+    for file in (PACKAGE / subpackage).glob("*.py"):
         for name in imports(file):
             top, *rest = name.split(".")
             if top == "manifold_lora" and rest:
                 assert rest[0] in allowed, f"{file.name} imports {name}"
-            assert top not in FORBIDDEN.get(room, ()), f"{file.name} imports {name}"
+            assert top not in FORBIDDEN.get(subpackage, ()), (
+                f"{file.name} imports {name}"
+            )
 
 
 @pytest.mark.parametrize("name", sorted(EVERYWHERE))
-def test_what_every_room_may_import_imports_little(name):
+def test_what_all_may_import_imports_little(name):
     found = {*imports(PACKAGE / f"{name}.py")}
     assert {n for n in found if n.startswith("manifold_lora")} <= {
         f"manifold_lora.{other}" for other in EVERYWHERE - {name}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from manifold_lora.studies.plan_config import PlanConfig, resolve_plan
+from manifold_lora.planning.config import PlanConfig, resolve_plan
 from manifold_lora.training.config import TrainConfig, resolve
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"

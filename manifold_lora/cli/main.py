@@ -10,10 +10,10 @@ import tyro
 from rich.console import Console
 from tyro.extras import SubcommandApp
 
+from manifold_lora.comparison.config import CompareConfig
 from manifold_lora.errors import InputError
-from manifold_lora.studies.chips import without_accelerator
-from manifold_lora.studies.config import CompareConfig
-from manifold_lora.studies.plan_config import PlanConfig
+from manifold_lora.planning.chips import without_accelerator
+from manifold_lora.planning.config import PlanConfig
 from manifold_lora.training.config import TrainConfig, read_config
 
 
@@ -60,7 +60,7 @@ def commands(arguments: Sequence[str]) -> SubcommandApp:
         and the adapters. Interrupted, it goes on after the last finished run.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from manifold_lora.studies.compare import compare
+        from manifold_lora.comparison.compare import compare
 
         compare(config)
 
@@ -74,7 +74,7 @@ def commands(arguments: Sequence[str]) -> SubcommandApp:
         model is a name, such as llama-3.1-70b, or a directory with config.json.
         """
         without_accelerator()
-        from manifold_lora.studies import plan
+        from manifold_lora.planning import plan
 
         try:
             plan.plan(config)
@@ -84,7 +84,7 @@ def commands(arguments: Sequence[str]) -> SubcommandApp:
     @app.command
     def methods() -> None:
         """List the methods: formula, manifolds, defaults, memory, export, options."""
-        from manifold_lora.training.methods_view import show_methods
+        from manifold_lora.training.describe import show_methods
 
         show_methods(Console())
 
@@ -108,7 +108,7 @@ def commands(arguments: Sequence[str]) -> SubcommandApp:
             debug: show tracebacks.
         """
         del debug  # main looks for it
-        from manifold_lora.evaluation.inspection import inspect_adapter
+        from manifold_lora.inspection.inspect import inspect_adapter
 
         inspect_adapter(adapter, out)
 

@@ -1,1 +1,1 @@
-"""How good a model is, and what its factors look like."""
+"""Held-out measures of a model."""

@@ -14,7 +14,7 @@ from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.groups import copies, divided, each_group
 from manifold_lora.distributed.mesh import group_count
 from manifold_lora.distributed.sharding import automatic, constrain
-from manifold_lora.evaluation.loss import token_loss
+from manifold_lora.models.loss import token_loss
 
 
 class Evaluation(NamedTuple):

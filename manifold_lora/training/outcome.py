@@ -14,9 +14,9 @@ from manifold_lora.checkpoints.huggingface import save_llama
 from manifold_lora.data.builtin import BASE
 from manifold_lora.distributed.processes import is_main, wait_for_all
 from manifold_lora.evaluation.heldout import majority, make_evaluate
-from manifold_lora.evaluation.plots import plot_loss
 from manifold_lora.training.config import ResolvedConfig
 from manifold_lora.training.display import show_result
+from manifold_lora.training.plot import plot_loss
 from manifold_lora.training.progress import Progress
 from manifold_lora.training.run import ADAPTER, MERGED, PICTURE, SUMMARY
 from manifold_lora.training.setup import Data, effective_ranks

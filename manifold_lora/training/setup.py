@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from manifold_lora.adapters import AdapterConfig, adapters, attach
+from manifold_lora.adapters.diagnostics import effective_rank
 from manifold_lora.checkpoints.huggingface import load_llama
 from manifold_lora.checkpoints.peft import load_adapter
 from manifold_lora.data.batches import batches, evaluation_batches, padded_length
@@ -20,7 +21,6 @@ from manifold_lora.distributed.arrays import Feed, place, to_host
 from manifold_lora.distributed.mesh import problems
 from manifold_lora.distributed.processes import agree, source_code
 from manifold_lora.errors import InputError
-from manifold_lora.evaluation.diagnostics import effective_rank
 from manifold_lora.models import Llama, LlamaConfig
 from manifold_lora.training.config import ResolvedConfig, as_toml
 

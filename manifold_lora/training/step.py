@@ -11,7 +11,7 @@ from jax import Array, P
 
 from manifold_lora.distributed.groups import copies, divided, each_group, summed
 from manifold_lora.distributed.sharding import automatic, keep, placed
-from manifold_lora.evaluation.loss import token_loss
+from manifold_lora.models.loss import token_loss
 from manifold_lora.optimizers.tree import map_points
 
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from manifold_lora.distributed.sharding import keep
 from manifold_lora.methods import METHODS
-from manifold_lora.studies.hlo import groups_of, read_module
+from manifold_lora.planning.hlo import groups_of, read_module
 from tests.distributed.cases import (
     CONFIG,
     LENGTH,

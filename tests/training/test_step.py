@@ -13,7 +13,7 @@ import manifold_lora as ml
 from manifold_lora.adapters import axes, split
 from manifold_lora.data.batches import batches
 from manifold_lora.data.tokens import Example
-from manifold_lora.evaluation.loss import token_loss
+from manifold_lora.models.loss import token_loss
 from manifold_lora.training.step import TrainState, largest_residual, make_step
 from tests.tiny import CONFIG
 from tests.tolerances import FLOAT32, RESIDUAL

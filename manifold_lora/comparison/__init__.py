@@ -1,0 +1,1 @@
+"""`manifold-lora compare`: several methods, each at its own best learning rate."""

@@ -1,0 +1,1 @@
+"""`manifold-lora inspect`: ranks, angles and spectra of an adapter, with plots."""

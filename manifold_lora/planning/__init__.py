@@ -1,0 +1,1 @@
+"""`manifold-lora plan`: the training step compiled without access to the devices."""

@@ -1,0 +1,422 @@
+"""A whole comparison on a tiny model: what it writes, skips, repeats and refuses."""
+
+import dataclasses
+import io
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file
+
+import manifold_lora as ml
+from manifold_lora.adapters import axes, split
+from manifold_lora.cli.main import main
+from manifold_lora.comparison import compare as study
+from manifold_lora.comparison.cells import Cells
+from manifold_lora.comparison.config import CompareConfig, resolve_comparison
+from manifold_lora.comparison.runner import Runner
+from manifold_lora.errors import InputError
+from manifold_lora.evaluation import heldout
+from manifold_lora.training.config import read_config
+from manifold_lora.training.optimizer import Rates
+from tests.tiny import data_file, model_directory
+
+STUDIES = Path(__file__).parents[2] / "examples" / "studies"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return CompareConfig(
+        model=model_directory(folder / "model"),
+        data=data_file(folder / "train.jsonl"),
+        out=folder / "compare",
+        methods=("lora,stiefel",),
+        learning_rates=("0.02",),
+        targets=("q_proj",),
+        rank=4,
+        seeds=2,
+        steps=6,
+        search_steps=2,
+        batch_size=8,
+        eval_every=3,
+        warmup_steps=2,
+        remat=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config):
+    """The comparison, what it showed, every call of a step, runners and traces."""
+    calls, runners, traces = [], [], []
+    original = Runner.__init__
+    loss = heldout.token_loss
+
+    def traced(*args):
+        traces.append(args)
+        return loss(*args)
+
+    def watched(self, *args):
+        original(self, *args)
+        runners.append(self)
+        step = self.step
+
+        def counted(state, frozen, batch, extra):
+            calls.append((self.config.method, extra, batch["input_ids"]))
+            return step(state, frozen, batch, extra)
+
+        self.compiled, self.step = step, counted
+
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "__init__", watched)
+        patch.setattr(heldout, "token_loss", traced)
+        content = study.compare(config, console)
+    shown = console.file.getvalue()  # pyright: ignore
+    return content, shown, calls, runners, len(traces)
+
+
+def final(content, method):
+    cells = content["cells"].items()
+    found = [c for k, c in cells if c["method"] == method and "search" not in k]
+    return sorted(found, key=lambda cell: cell["seed"])
+
+
+def test_what_is_written(config, finished):
+    content, shown, *_ = finished
+    names = {"compare.json", "compare.md", "compare.png", "adapters"}
+    assert {p.name for p in config.out.iterdir()} == names
+    assert json.loads((config.out / "compare.json").read_text()) == content
+    assert (config.out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    table = (config.out / "compare.md").read_text()
+    for name in ("lora", "stiefel"):
+        assert f"| `{name}` |" in table and name in shown
+        for seed in (0, 1):
+            model = ml.load_llama(config.model)
+            ml.load_adapter(model, config.out / "adapters" / f"{name}-seed{seed}")
+            assert ml.factors(model)
+
+
+def test_the_numbers_of_a_cell_are_those_of_its_adapter(config, finished):
+    """The file of the adapter, read again, has the loss and the rank in the table."""
+    content, _, _, runners, _ = finished
+    folder = config.out / "adapters" / "stiefel-seed1"
+    cell = final(content, "stiefel")[1]
+    model = ml.load_llama(config.model)
+    model.remat = False
+    ml.load_adapter(model, folder)
+    rebuild, factors, frozen = split(model)
+    again = heldout.make_evaluate(rebuild, axes(model))(
+        factors, frozen, runners[1].held_out
+    )
+    assert again.loss == pytest.approx(cell["final"]["loss"], abs=1e-6)
+    assert again.accuracy == cell["final"]["accuracy"]
+    ranks = []
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, a in tensors.items():
+        if "lora_A" not in name:
+            continue
+        b = tensors[name.replace("lora_A", "lora_B")].astype(np.float64)
+        sigma = np.linalg.svd(b @ a, compute_uv=False)
+        p = sigma[sigma > 1e-9 * sigma[0]] / sigma.sum()
+        ranks.append(np.exp(-np.sum(p * np.log(p))))
+    assert len(ranks) == 2
+    assert cell["effective_rank_update"] == pytest.approx(np.mean(ranks), abs=1e-4)
+
+
+def test_each_method_is_compiled_once(finished):
+    *_, runners, evaluations = finished
+    assert [runner.config.method for runner in runners] == ["lora", "stiefel"]
+    assert [runner.compiled._cache_size() for runner in runners] == [1, 1]
+    assert evaluations == 2  # times that the evaluation was traced
+
+
+def test_all_methods_see_the_same_batches(finished):
+    _, _, calls, *_ = finished
+    by_method = {}
+    for name, extra, ids in calls:
+        if int(extra["steps"]) == 6:
+            by_method.setdefault(name, []).append(ids)
+    assert len(by_method["lora"]) == len(by_method["stiefel"]) == 2 * 6
+    for one, other in zip(*by_method.values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(by_method["lora"][0], by_method["lora"][6])  # two seeds
+
+
+def test_the_search_takes_the_least_loss_and_grows(finished):
+    content, *_ = finished
+    for name, place in (("lora", 0), ("stiefel", 0), ("stiefel", 1)):
+        best = content["best"][name]
+        tried = {
+            cell["rates"][place]: cell["final"]["loss"]
+            for key, cell in content["cells"].items()
+            if cell["method"] == name
+            and "search" in key
+            and all(
+                rate == best[i]
+                for i, rate in enumerate(cell["rates"])
+                if i != place and place == 1
+            )
+            and (place == 1 or len(best) == 1 or cell["rates"][1] == 2e-4)
+        }
+        least = min(tried, key=tried.__getitem__)
+        assert best[place] == pytest.approx(least)
+        assert min(tried) < least < max(tried) or len(tried) >= 5
+
+
+def test_the_summary_is_that_of_the_cells(finished):
+    content, *_ = finished
+    goal = np.mean([c["final"]["loss"] for c in final(content, "lora")])
+    losses = [row["loss"][0] for row in content["summary"]]
+    assert losses == sorted(losses)
+    for row in content["summary"]:
+        cells = final(content, row["method"])
+        assert [cell["seed"] for cell in cells] == [0, 1]
+        for key, field in (("loss", "loss"), ("accuracy", "accuracy")):
+            values = [cell["final"][field] for cell in cells]
+            mean, spread = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
+            assert row[key] == pytest.approx([mean, spread], abs=1e-12)
+        curve = np.mean([[p["loss"] for p in c["curve"]] for c in cells], axis=0)
+        steps = [point["step"] for point in cells[0]["curve"]]
+        assert steps == [0, 3, 6]
+        reached = row["steps_to_baseline"]
+        if reached is None:
+            assert (curve > goal).all()
+        else:
+            assert np.interp(reached, steps, curve) == pytest.approx(goal)
+        times = content["step_seconds"]
+        assert row["overhead"] == times[row["method"]] / times["lora"]
+        # q_proj of two layers, 32 to 32, rank 4
+        assert row["parameters"] == 2 * 4 * (32 + 32)
+    stiefel = next(r for r in content["summary"] if r["method"] == "stiefel")
+    assert stiefel["effective_rank_b"][0] == pytest.approx(4, abs=1e-3)
+    assert 0 < stiefel["largest_residual"] < 1e-6
+
+
+def test_a_cell_is_an_ordinary_run(config, finished):
+    """The same rates, seed and steps in the training loop give the same losses."""
+    from manifold_lora.training import loop
+    from manifold_lora.training.config import TrainConfig
+
+    content, *_ = finished
+    (rate,) = content["best"]["lora"]
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    given = {k: v for k, v in vars(config).items() if k in fields}
+    given |= {"method": "lora", "learning_rate": rate, "out": config.out / "../run"}
+    loop.train(TrainConfig(**given), Console(file=io.StringIO()))
+    rows = (config.out / "../run/metrics.jsonl").read_text().splitlines()
+    losses = [r["loss"] for r in map(json.loads, rows) if "loss" in r]
+    assert final(content, "lora")[0]["losses"] == pytest.approx(losses, abs=2e-5)
+
+
+def test_finished_cells_are_not_run_again(config, finished, tmp_path, monkeypatch):
+    content, *_ = finished
+    before = (config.out / "compare.json").read_text()
+    study.compare(config, console := Console(file=io.StringIO(), width=200))
+    assert "finished" in console.file.getvalue()  # pyright: ignore
+    assert (config.out / "compare.json").read_text() == before
+
+    ran = []
+
+    def run(self, rates, seed, steps, *_):
+        ran.append((self.config.method, seed, steps))
+        return lost
+
+    part = {k: v for k, v in content.items() if k not in ("summary", "best")}
+    part["cells"] = dict(content["cells"])
+    key = next(k for k in part["cells"] if "seed 1" in k and "stiefel" in k)
+    lost = part["cells"].pop(key)
+    (tmp_path / "compare.json").write_text(json.dumps(part))
+    monkeypatch.setattr(Runner, "run", run)
+    again = study.compare(
+        dataclasses.replace(config, out=tmp_path), Console(quiet=True)
+    )
+    assert ran == [("stiefel", 1, 6)]
+    assert again["summary"] == content["summary"]
+
+
+def test_other_settings_are_refused(config, finished):
+    changed = dataclasses.replace(config, rank=2)
+    message = r"other settings.*runs\.lora\.rank = 4 there, 2 now.*--overwrite"
+    with pytest.raises(InputError, match=message):
+        study.compare(changed, Console(quiet=True))
+
+
+def test_overwriting_takes_away_a_comparison_and_nothing_else(tmp_path):
+    Cells(tmp_path, {"seeds": [0]})["one"] = {"loss": 1}
+    (tmp_path / "adapters" / "lora-seed0").mkdir(parents=True)
+    (tmp_path / "compare.md").touch()
+    (tmp_path / "notes.txt").touch()
+    assert "one" in Cells(tmp_path, {"seeds": [0]})
+    assert "one" not in Cells(tmp_path, {"seeds": [1]}, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(InputError, match="holds no comparison"):
+        Cells(tmp_path, {"seeds": [0]})
+    (tmp_path / "compare.json").write_text('{"settings": {}}')
+    with pytest.raises(InputError, match="is damaged"):
+        Cells(tmp_path, {"seeds": [0]})
+    with pytest.raises(InputError, match="is a file"):
+        Cells(tmp_path / "notes.txt", {})
+
+
+def test_a_larger_method_gets_a_lower_rank(config, finished, monkeypatch):
+    monkeypatch.setattr(study, "BUDGET", 1.01)
+    changed = dataclasses.replace(config, methods=("lora", "stella"))
+    made = study._Study(resolve_comparison(changed), None, None)  # pyright: ignore
+    assert made.runner("lora").config.rank == 4
+    # 2 layers: rank 4 has 2·4·64 + 2·16 parameters, over the 512 of lora
+    stella = made.runner("stella")
+    assert (stella.config.rank, stella.config.alpha) == (3, 6)  # of the same scale
+    assert stella.trainable == 2 * (3 * 64 + 3 * 3)
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_divergence_ends_a_cell(finished, monkeypatch, name):
+    lora, count = finished[3][0], itertools.count(1)
+
+    def poisoned(*arguments):
+        state, metrics = lora.compiled(*arguments)
+        return state, metrics | ({name: math.nan} if next(count) == 3 else {})
+
+    monkeypatch.setattr(lora, "step", poisoned)
+    cell = lora.run(Rates(0.02), 0, 6, 3, lambda *_: None)
+    assert cell["diverged"] and cell["steps"] == 3 and "final" not in cell
+    assert len(cell["losses"]) == 3
+    text = json.dumps(cell, allow_nan=False)  # JSON has no NaN
+    assert ("null" in text) == (name == "loss")
+
+
+def test_divergence_everywhere(config, tmp_path):
+    """Rates whose first update overflows: the message has each, and what to try."""
+    wild = dataclasses.replace(
+        config, out=tmp_path, methods=("lora",), learning_rates=(1e38, 3e38)
+    )
+    with pytest.raises(InputError) as caught:
+        study.compare(wild, Console(quiet=True))
+    message = str(caught.value)
+    each = re.findall(r"([13]e\+38): diverged at step \d with loss (?:nan|\d)", message)
+    assert each == ["1e+38", "3e+38"]
+    assert message.startswith("lora: the learning rate diverges at every rate")
+    assert "smaller --learning-rates, a longer --warmup-steps" in message
+    text = (tmp_path / "compare.json").read_text()
+    cells = json.loads(text, parse_constant=pytest.fail)["cells"]
+    assert [cell["diverged"] for cell in cells.values()] == [True, True]
+
+
+def test_an_interrupted_comparison_goes_on(config, finished, tmp_path, monkeypatch):
+    content, *_ = finished
+    config, ran = dataclasses.replace(config, out=tmp_path), []
+
+    def run(self, rates, seed, steps, *_):
+        if len(ran) == stop:
+            raise KeyboardInterrupt
+        shown = " ".join(f"{rate:g}" for rate in rates if rate is not None)
+        key = f"{self.config.method} rates {shown} seed {seed} steps {steps}"
+        ran.append(key + (" search" if steps == 2 else ""))
+        return content["cells"][ran[-1]]
+
+    monkeypatch.setattr(Runner, "run", run)
+    monkeypatch.setattr(study._Study, "timing", lambda _: content["step_seconds"])
+    for stop in (2, len(content["cells"]) - 1):
+        with pytest.raises(KeyboardInterrupt):
+            study.compare(config, Console(quiet=True))
+        written = json.loads((tmp_path / "compare.json").read_text())
+        assert list(written["cells"]) == ran and len(ran) == stop
+    stop = None
+    assert study.compare(config, Console(quiet=True)) == content
+    assert ran == list(content["cells"])  # each once
+    # All methods have their first seed before any has its second.
+    last = [(cell["method"], cell["seed"]) for cell in content["cells"].values()][-4:]
+    assert last == [("lora", 0), ("stiefel", 0), ("lora", 1), ("stiefel", 1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": ("lora", "stelal")}, ["unknown method 'stelal'", "stella"]),
+        ({"methods": ()}, ["at least one method"]),
+        ({"learning_rates": ("fast",)}, ["positive numbers or auto, got fast"]),
+        ({"learning_rates": ("auto", "1")}, ["got auto"]),
+        ({"seeds": 0}, ["--seeds must be at least 1"]),
+        ({"search_steps": 0}, ["--search-steps must be at least 1"]),
+        ({"learning_rate": 1.0}, ["learning_rate has no place in a comparison"]),
+        ({"best_metric": "accuracy"}, ["best_metric has no place in a comparison"]),
+        ({"learning_rates": (0.0, -1)}, ["auto, got 0.0", "auto, got -1"]),
+        ({"rank": 0}, ["--rank must be at least 1"]),
+        ({"diagonal_s": True}, ["no method of the comparison takes diagonal_s=True"]),
+        ({"start": "svd_major"}, ["takes start=svd_major"]),
+    ],
+)
+def test_bad_settings(config, changes, words):
+    with pytest.raises(InputError) as caught:
+        resolve_comparison(dataclasses.replace(config, **changes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_options_go_to_the_methods_that_have_them(config):
+    plan = resolve_comparison(
+        dataclasses.replace(
+            config, methods=("lora stella", "loram_br"), diagonal_s=True, start="zero"
+        )
+    )
+    settings = {n: (run.diagonal_s, run.start) for n, run in plan.runs.items()}
+    assert settings == {
+        "lora": (False, "kaiming"),
+        "stella": (True, "zero"),
+        "loram_br": (False, "zero"),
+    }
+    assert plan.baseline == "lora"
+
+
+def test_grids_are_the_papers_or_those_of_the_built_in_base():
+    given = CompareConfig(methods=("stella",), model="somewhere")  # pyright: ignore
+    assert resolve_comparison(given).grids["stella"] == (2e-4, 5e-4, 1e-3)
+    builtin = resolve_comparison(CompareConfig(methods=("stella",)))
+    assert builtin.grids["stella"] == pytest.approx((5e-3 / 3, 5e-3, 15e-3))
+    assert builtin.baseline == "stella"
+
+
+def test_the_command_reads_a_file(config, tmp_path, capsys):
+    file = tmp_path / "c.toml"
+    file.write_text('methods = ["lora"]\nseedz = 2\n')
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "--config", str(file)])
+    assert stopped.value.code == 2 and "Did you mean seed" in capsys.readouterr().err
+    file.write_text('methods = ["lora"]\nseeds = 0\n')
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "--config", str(file)])
+    assert stopped.value.code == 2 and "--seeds" in capsys.readouterr().err
+    file.write_text('methods = "lora,stella"\nlearning_rates = [3e-3, 1, "2,3e-3"]\n')
+    plan = resolve_comparison(read_config(file, CompareConfig))
+    assert set(plan.runs) == {"lora", "stella"} and plan.grids["lora"] == (3e-3, 1, 2)
+
+
+def test_settings_of_one_run_are_no_flags(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--method", "lora"])
+    error = capsys.readouterr().err
+    assert "Unrecognized options" in error and "--methods" in error
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    shown = capsys.readouterr().out
+    assert "--methods" in shown and "--learning-rates" in shown
+    for flag in (
+        "--method ",
+        "--learning-rate ",
+        "--patience",
+        "--report",
+        "--adapter",
+    ):
+        assert flag not in shown
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.toml")), ids=lambda f: f.name)
+def test_shipped_studies_are_valid(file):
+    plan = resolve_comparison(read_config(file, CompareConfig))
+    assert len(plan.seeds) == 3 and plan.shared.out is not None
