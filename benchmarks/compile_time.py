@@ -37,7 +37,7 @@ def step_times(layers: int) -> tuple[float, float]:
     model = ml.Llama(config, rngs=nnx.Rngs(0))
     ml.attach(model, ml.AdapterConfig("stiefel", rank=8))
     rebuild, factors, frozen = split(model)
-    tags = ml.manifolds(model)
+    tags = ml.manifold_tree(model)
     tx = ml.stiefel_lora(0.1, tags)
     state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))
     ones = np.ones((2, 128), np.int32)

@@ -301,7 +301,7 @@ def share_of_training(ours: float, config: ml.LlamaConfig, tokens: int) -> None:
     model = ml.Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     ml.attach(model, ml.AdapterConfig("stiefel", rank=RANK))
     rebuild, factors, frozen = split(model)
-    tags = ml.manifolds(model)
+    tags = ml.manifold_tree(model)
     tx = ml.stiefel_lora(0.1, tags)
     ones = jnp.ones((1, tokens), jnp.int32)
     batch = {name: ones for name in ("input_ids", "segment_ids")}

@@ -10,17 +10,16 @@ The names below are the public interface. Each is imported on first use, so that
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manifold_lora.adapters import AdapterConfig as AdapterConfig
     from manifold_lora.adapters import attach as attach
     from manifold_lora.adapters import factors as factors
-    from manifold_lora.adapters import manifolds as manifolds
+    from manifold_lora.adapters import manifold_tree as manifold_tree
     from manifold_lora.adapters import merge as merge
     from manifold_lora.adapters import set_factors as set_factors
+    from manifold_lora.adapters import split as split
     from manifold_lora.checkpoints.huggingface import load_llama as load_llama
     from manifold_lora.checkpoints.huggingface import save_llama as save_llama
     from manifold_lora.checkpoints.peft import load_adapter as load_adapter
@@ -52,9 +51,10 @@ _HOMES = {
         "AdapterConfig",
         "attach",
         "factors",
-        "manifolds",
+        "manifold_tree",
         "merge",
         "set_factors",
+        "split",
     ],
     "checkpoints.huggingface": ["load_llama", "save_llama"],
     "checkpoints.peft": ["load_adapter", "save_adapter"],
@@ -87,31 +87,11 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-class _Manifolds(types.ModuleType):
-    """The room `manifold_lora.manifolds`, also callable as `ml.manifolds(model)`."""
-
-    def __call__(self, model: Any) -> dict[str, Any]:
-        """The manifold of every factor; see `manifold_lora.adapters.manifolds`."""
-        return importlib.import_module(f"{__name__}.adapters").manifolds(model)
-
-
-class _Package(types.ModuleType):
-    """Importing a room binds its name here; one name is a public function as well."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "manifolds":
-            value.__class__ = _Manifolds
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
 def __getattr__(name: str) -> Any:
+    if name == "manifolds":  # a subpackage that needs no import of its own
+        return importlib.import_module(f"{__name__}.manifolds")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "manifolds":
-        return importlib.import_module(f"{__name__}.manifolds")
     module = importlib.import_module(f"{__name__}.{_HOME_OF[name]}")
     globals()[name] = value = getattr(module, name)
     return value

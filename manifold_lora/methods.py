@@ -24,7 +24,7 @@ class Method:
     builtin_rate: float  # for the small built-in base, which learns at higher ones
     free_rate: float | None = None  # of the free factors, where they have their own
     builtin_free_rate: float | None = None
-    starts: tuple[str, ...] = ("random",)  # the first is the default
+    inits: tuple[str, ...] = ("random",)  # the first is the default
     options: tuple[str, ...] = ()  # settings that not every method has
     export: str = "LoRA"  # PEFT's name of what the adapter is written as
 
@@ -33,7 +33,7 @@ _PAIR = ("optimizer",)  # settings of every method whose optimiser wraps another
 _LORA = "Hu et al. 2021, arXiv:2106.09685"
 _LANDING = "Manifold-LoRA 2024"
 _LORAM = "LoRAM 2025"
-_LORA_STARTS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+_LORA_INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 
 METHODS: dict[str, Method] = {
     "lora": Method(
@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
         rates=(1e-4, 2e-4, 3e-4),
         rate=2e-4,
         builtin_rate=5e-3,
-        starts=_LORA_STARTS,
+        inits=_LORA_INITS,
         options=(*_PAIR, "fixed_a", "diagonal_scaling", "lora_plus_ratio"),
     ),
     "dora": Method(
@@ -55,7 +55,7 @@ METHODS: dict[str, Method] = {
         rates=(1e-4, 2e-4, 3e-4),
         rate=2e-4,
         builtin_rate=5e-3,
-        starts=("kaiming", "gaussian"),
+        inits=("kaiming", "gaussian"),
         options=(*_PAIR, "lora_plus_ratio"),
         export="DoRA",
     ),
@@ -92,7 +92,7 @@ METHODS: dict[str, Method] = {
         rates=(2e-4, 5e-4, 1e-3),
         rate=5e-4,
         builtin_rate=5e-3,
-        starts=("random", "zero", "svd_major", "svd_minor"),
+        inits=("random", "zero", "svd_major", "svd_minor"),
         options=(*_PAIR, "diagonal_s"),
     ),
     "loram_fr": Method(
@@ -103,7 +103,7 @@ METHODS: dict[str, Method] = {
         rates=(3e-5, 5e-5, 1e-4),
         rate=5e-5,
         builtin_rate=1e-3,
-        starts=("identity", "zero"),
+        inits=("identity", "zero"),
         options=("second_moment", "diagonal_scaling"),
     ),
     "loram_br": Method(
@@ -114,7 +114,7 @@ METHODS: dict[str, Method] = {
         rates=(5e-5, 1e-4, 2e-4),
         rate=1e-4,
         builtin_rate=1e-3,
-        starts=("zero",),
+        inits=("zero",),
         options=(
             "second_moment",
             "diagonal_scaling",
@@ -190,18 +190,18 @@ def problems(name: str, settings: Mapping[str, Any]) -> list[str]:
             f"method {name} and {option}={value} exclude each other: {option} goes "
             f"with {allowed}"
         )
-    start = settings.get("start")
-    if start is not None and start not in method.starts:
-        others = [k for k, m in METHODS.items() if start in m.starts]
-        allowed = f"; {start} goes with {', '.join(others)}" if others else ""
+    init = settings.get("init")
+    if init is not None and init not in method.inits:
+        others = [k for k, m in METHODS.items() if init in m.inits]
+        allowed = f"; {init} goes with {', '.join(others)}" if others else ""
         found.append(
-            f"method {name} and start={start} exclude each other: {name} starts with "
-            f"{', '.join(method.starts)}{allowed}"
+            f"method {name} and init={init} exclude each other: the initialisations of "
+            f"{name} are {', '.join(method.inits)}{allowed}"
         )
-    if start in ("pissa", "olora", "orthogonal") and settings.get("fixed_a"):
+    if init in ("pissa", "olora", "orthogonal") and settings.get("fixed_a"):
         found.append(
-            f"start={start} and fixed_a={settings['fixed_a']} exclude each other: "
-            "fixed_a goes with the starts kaiming and gaussian"
+            f"init={init} and fixed_a={settings['fixed_a']} exclude each other: "
+            "fixed_a goes with the initialisations kaiming and gaussian"
         )
     if settings.get("diagonal_scaling") and settings.get("truncate_below") is not None:
         found.append(

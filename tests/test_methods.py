@@ -41,7 +41,7 @@ ALLOWED = {  # restated
     "rate_bounds": ["landing_stiefel", "landing_oblique"],
     "project_on_export": ["landing_stiefel", "landing_oblique"],
 }
-STARTS = {
+INITS = {
     "kaiming": ["lora", "dora"],
     "gaussian": ["lora", "dora"],
     "orthogonal": ["lora"],
@@ -64,8 +64,9 @@ STARTS = {
 def refusals(method: str, **given: Any) -> list[str]:
     """What a run, and where it takes the setting an adapter, says to it."""
     said = []
+    run = {"start" if key == "init" else key: x for key, x in given.items()}
     for make in (
-        lambda: resolve(TrainConfig(method=method, **given)),
+        lambda: resolve(TrainConfig(method=method, **run)),
         lambda: AdapterConfig(method, **given),
     ):
         try:
@@ -93,23 +94,23 @@ def test_every_option_goes_with_its_methods_alone(option: str):
         assert problems(name, {option: OPTIONS[option]}) == []
 
 
-@pytest.mark.parametrize("start", STARTS)
-def test_every_start_goes_with_its_methods_alone(start: str):
+@pytest.mark.parametrize("init", INITS)
+def test_every_initialisation_goes_with_its_methods_alone(init: str):
     for name, method in METHODS.items():
-        said = refusals(name, start=start)
-        if name in STARTS[start]:
-            assert start in method.starts and said == []
+        said = refusals(name, init=init)
+        if name in INITS[init]:
+            assert init in method.inits and said == []
             continue
         assert len(said) == 2
         for text in said:
-            assert f"method {name} and start={start} exclude each other" in text
-            assert f"{name} starts with {', '.join(method.starts)}" in text
-            assert f"{start} goes with {', '.join(STARTS[start])}." in text
+            assert f"method {name} and init={init} exclude each other" in text
+            assert f"initialisations of {name} are {', '.join(method.inits)}" in text
+            assert f"{init} goes with {', '.join(INITS[init])}." in text
 
 
 def test_the_tables_are_whole():
     for name, method in METHODS.items():
-        assert set(method.starts) <= STARTS.keys() and set(method.options) <= {*OPTIONS}
+        assert set(method.inits) <= INITS.keys() and set(method.options) <= {*OPTIONS}
         cls = adapter_class(name)
         assert issubclass(cls, LowRankLinear) and cls.__doc__
         assert method.recipe in RECIPES
@@ -121,15 +122,15 @@ def test_the_tables_are_whole():
         assert (method.builtin_free_rate is None) == (method.free_rate is None)
 
 
-def test_an_unknown_start_has_no_method():
-    text = problems("stella", {"start": "pisa"})[0]
-    assert "start=pisa" in text and "goes with" not in text
+def test_an_unknown_initialisation_has_no_method():
+    text = problems("stella", {"init": "pisa"})[0]
+    assert "init=pisa" in text and "goes with" not in text
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal"])
-def test_a_fixed_factor_needs_a_random_start(start: str):
-    (text,) = problems("lora", {"start": start, "fixed_a": "random"})
-    assert f"start={start} and fixed_a=random exclude each other" in text
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_a_fixed_factor_needs_a_random_initialisation(init: str):
+    (text,) = problems("lora", {"init": init, "fixed_a": "random"})
+    assert f"init={init} and fixed_a=random exclude each other" in text
     assert "kaiming and gaussian" in text
 
 
@@ -140,10 +141,11 @@ def test_what_can_only_be_merged_is_not_truncated():
 
 
 def test_everything_wrong_is_said_at_once():
-    given = {"diagonal_s": True, "start": "svd_major", "attraction": 1.0}
+    given = {"diagonal_s": True, "init": "svd_major", "attraction": 1.0}
     assert len(problems("lora", given)) == 3
+    run = {"start" if key == "init" else key: x for key, x in given.items()}
     with pytest.raises(InputError, match=r"diagonal_s.*attraction.*svd_major"):
-        resolve(TrainConfig(method="lora", **given))
+        resolve(TrainConfig(method="lora", **run))
 
 
 @pytest.mark.parametrize("make", [find_method, lambda name: problems(name, {})])

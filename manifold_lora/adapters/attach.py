@@ -1,4 +1,4 @@
-"""Adapters into a model, and the trees that the optimiser sees."""
+"""Attach adapters to a model and merge them; the trees that the optimiser sees."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -43,14 +43,14 @@ def projections(model: Any) -> Iterator[tuple[str, Any, str]]:
 
 def adapters(model: Any) -> dict[str, LowRankLinear]:
     """The adapted projections by name, such as "self_attn.q_proj"."""
-    found = {}
+    modules = {}
     for name, parent, attribute in projections(model):
         module = getattr(parent, attribute)
         if isinstance(module, ScaledLinear):
             module = module.adapter
         if isinstance(module, LowRankLinear):
-            found[name] = module
-    return found
+            modules[name] = module
+    return modules
 
 
 def full_names(model: Any, name: str) -> list[str]:
@@ -61,10 +61,10 @@ def full_names(model: Any, name: str) -> list[str]:
 
 def check_bare(model: Any) -> None:
     """Raise `InputError` if the model has adapters already."""
-    if found := adapters(model):
+    if modules := adapters(model):
         raise InputError(
-            f"the model has adapters already ({', '.join(found)}): merge them, or load "
-            "the model again."
+            f"the model has adapters already ({', '.join(modules)}): merge them, or "
+            "load the model again."
         )
 
 
@@ -72,15 +72,15 @@ def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
     """Replace the targeted projections of a model by adapted ones, in place.
 
     The base weights are shared, not copied or changed. Layers are stacked: where
-    they differ in rank, or some are not adapted, the smaller ones are filled up to
-    the largest, which costs memory and changes no output and no gradient. Two
-    optimisers count what is added: `loram` with "row" second moments takes larger
-    steps in such layers, `stella` with a hidden size slightly smaller ones.
+    they differ in rank, or some are not adapted, the smaller ones are padded to the
+    largest, which costs memory and changes no output and no gradient. Two optimisers
+    count the padding: `loram` with "row" second moments takes larger steps in such
+    layers, `stella` with a hidden size slightly smaller ones.
 
     Args:
         model: a `Llama` without adapters.
         config: what to attach.
-        seed: of the random start.
+        seed: for the random initialisation.
 
     Raises:
         InputError: for targets or pattern keys that match nothing, or a rank larger
@@ -107,7 +107,7 @@ def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
     for what in ("rank_pattern", "alpha_pattern"):
         check_names(what, getattr(config, what), names, matches_end)
 
-    chosen = []
+    made = []
     assert config.alpha is not None
     for index, (name, parent, attribute) in enumerate(sites):
         full = full_names(model, name)
@@ -129,13 +129,13 @@ def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
             )
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-        chosen.append((parent, attribute, adapter))
-    for parent, attribute, adapter in chosen:
-        put(parent, attribute, adapter)
+        made.append((parent, attribute, adapter))
+    for parent, attribute, adapter in made:
+        install(parent, attribute, adapter)
 
 
-def put(parent: Any, attribute: str, adapter: LowRankLinear) -> None:
-    """Replace a projection by its adapter, with the diagonal scaling it asks for."""
+def install(parent: Any, attribute: str, adapter: LowRankLinear) -> None:
+    """Replace a projection by its adapter, in a `ScaledLinear` if it asks for one."""
     scaled = adapter.config.diagonal_scaling
     setattr(parent, attribute, ScaledLinear(adapter) if scaled else adapter)
 
@@ -146,20 +146,20 @@ def factors(model: Any) -> dict[str, Any]:
 
 
 def set_factors(model: Any, factors: dict[str, Any]) -> None:
-    """Put arrays of the structure of `factors(model)` into the model, in place.
+    """Set the factors of a model, in place, from a tree like `factors(model)`.
 
     Raises:
         InputError: for factors that are missing, unknown or of another shape.
     """
     state = nnx.state(model, nnx.LoRAParam)
     needed, given = _shapes(nnx.to_pure_dict(state)), _shapes(factors)
-    bad = [
+    errors = [
         f"{name}: found {given.get(name)}, needed {needed.get(name)}"
         for name in sorted({*needed, *given})
         if given.get(name) != needed.get(name)
     ]
-    if bad:
-        raise InputError("the factors are not of this model:\n  " + "\n  ".join(bad))
+    if errors:
+        raise InputError("the factors do not fit the model:\n  " + "\n  ".join(errors))
     nnx.replace_by_pure_dict(state, factors)
     nnx.update(model, state)
 
@@ -169,11 +169,22 @@ def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
 
-def manifolds(model: Any) -> dict[str, Any]:
-    """The manifold of every factor or group of coupled ones, from the tags beside them.
+def manifold_tree(model: Any) -> dict[str, Any]:
+    """The manifolds of the factors as a tree, for the optimisers.
 
     A prefix tree of `factors(model)`: where factors are the parts of one point, such as
     u, s and v of `FixedRank`, their manifold stands in place of the dict of them.
+
+    Examples:
+        >>> from flax import nnx
+        >>> import manifold_lora as ml
+        >>> config = ml.LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        ...     head_dim=4)
+        >>> model = ml.Llama(config, rngs=nnx.Rngs(0))
+        >>> ml.attach(model, ml.AdapterConfig("stella", rank=2, targets="q_proj"))
+        >>> ml.manifold_tree(model)["layers"]["self_attn"]["q_proj"]["s"]
+        Euclidean()
     """
     state = nnx.state(model, nnx.LoRAParam)
     tags = jax.tree.map(
@@ -196,15 +207,51 @@ def _coupled(tags: Any) -> Any:
     first = next(iter(tags.values()), None)
     if isinstance(first, Manifold) and first.is_point(tags):
         return first
-    return {key: _coupled(below) for key, below in tags.items()}
+    return {key: _coupled(subtree) for key, subtree in tags.items()}
 
 
 def split(model: Any) -> tuple[Callable[..., Any], dict[str, Any], Any]:
-    """A model as a function of its factors and its frozen rest, for `jax.grad`.
+    """Split a model into its factors and its frozen rest, for `jax.grad` and Optax.
+
+    Use it to write a training step of your own: only the factors are differentiated,
+    and the base is an argument of the compiled step instead of a constant in it.
+
+    Args:
+        model: a `Llama` with adapters; it is not changed.
 
     Returns:
-        `rebuild`, `factors`, `frozen` with `rebuild(factors, frozen)` the model again;
-        both arguments are pytrees of arrays, `factors` as Optax wants it.
+        `(rebuild, factors, frozen)`, where `rebuild(factors, frozen)` is the model
+        again. `factors` is the nested dict of float32 arrays that `factors(model)`
+        gives, and `frozen` a pytree of all other arrays.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> import manifold_lora as ml
+        >>> config = ml.LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        ...     head_dim=4)
+        >>> model = ml.Llama(config, rngs=nnx.Rngs(0))
+        >>> ml.attach(model, ml.AdapterConfig("stiefel", rank=2))
+        >>> rebuild, factors, frozen = ml.split(model)
+        >>> tx = ml.riemannian(optax.adam(1e-2), ml.manifold_tree(model))
+        >>> state, ids = tx.init(factors), jnp.arange(8)[None]
+        >>> def loss(factors, frozen):
+        ...     logits = rebuild(factors, frozen)(ids)
+        ...     return optax.softmax_cross_entropy_with_integer_labels(
+        ...         logits[:, :-1], ids[:, 1:]).mean()
+        >>> @jax.jit
+        ... def step(factors, state, frozen):
+        ...     value, gradients = jax.value_and_grad(loss)(factors, frozen)
+        ...     updates, state = tx.update(gradients, state, factors)
+        ...     return optax.apply_updates(factors, updates), state, value
+        >>> losses = []
+        >>> for _ in range(3):
+        ...     factors, state, value = step(factors, state, frozen)
+        ...     losses.append(float(value))
+        >>> losses[0] > losses[1] > losses[2]
+        True
+        >>> ml.set_factors(model, factors)
     """
     graph, state, frozen = nnx.split(model, nnx.LoRAParam, ...)
     treedef = jax.tree.structure(state)
@@ -224,12 +271,12 @@ def _paths(tree: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def merge(model: Any) -> None:
-    """Add every ΔW into its base kernel, in place, and take the adapters out.
+    """Add every ΔW to its base kernel, in place, and remove the adapters.
 
-    Summed in float32 and rounded once to the dtype of the base. Use it before
-    `save_llama`; keep the adapter itself with `save_adapter` where it can be kept.
+    The sum is in float32 and rounded once to the dtype of the base. Use it before
+    `save_llama`; to keep the adapter by itself, use `save_adapter` instead.
     """
     for _, parent, attribute in list(projections(model)):
         module = getattr(parent, attribute)
         if isinstance(module, LowRankLinear | ScaledLinear):
-            setattr(parent, attribute, module.fuse())
+            setattr(parent, attribute, module.merge())

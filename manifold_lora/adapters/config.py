@@ -1,4 +1,4 @@
-"""What an adapter is to be: method, rank, scale and targets."""
+"""The configuration of an adapter: method, rank, scale and targets."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ class AdapterConfig:
             regular expression for the whole name, "model.layers.0.self_attn.q_proj".
         rank_pattern: rank by module name or regular expression for the end of it.
         alpha_pattern: alpha likewise.
-        start: of the factors, one of the method's; None takes its first.
+        init: initialisation of the factors; None takes the method's first.
         fixed_a: of "lora" and "stiefel": A is not trained, but fixed at "random", or
             at a "projection" of the weight.
         diagonal_s: of "stella": S is a diagonal.
@@ -55,7 +55,7 @@ class AdapterConfig:
     targets: str | Sequence[str] = "all-linear"
     rank_pattern: Mapping[str, int] = _pattern()
     alpha_pattern: Mapping[str, float] = _pattern()
-    start: str | None = None
+    init: str | None = None
     fixed_a: FixedA | None = None
     diagonal_s: bool = False
     diagonal_scaling: bool = False
@@ -67,7 +67,7 @@ class AdapterConfig:
         filled: dict[str, Any] = {}
         if self.alpha is None:
             filled["alpha"] = 2 * self.rank
-        filled["start"] = self.start or find_method(self.method).starts[0]
+        filled["init"] = self.init or find_method(self.method).inits[0]
         if not isinstance(self.targets, str):
             filled["targets"] = tuple(self.targets)
         for name, value in filled.items():
@@ -83,10 +83,10 @@ class AdapterConfig:
             wrong.append(f"dropout must be in [0, 1), got {self.dropout}")
         if not self.targets:
             wrong.append("targets must name at least one module")
-        if self.start == "orthogonal":
+        if self.init == "orthogonal":
             odd = [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]
             if odd:
-                wrong.append(f"start orthogonal needs even ranks, got {odd[0]}")
+                wrong.append(f"init orthogonal needs even ranks, got {odd[0]}")
         if wrong:
             raise InputError("; ".join(wrong) + ".")
 
@@ -135,4 +135,6 @@ def _full_match(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise InputError(f"{pattern!r} is no regular expression: {error}.") from error
+        raise InputError(
+            f"{pattern!r} is not a regular expression: {error}."
+        ) from error

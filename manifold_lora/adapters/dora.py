@@ -1,32 +1,32 @@
-"""DoRA: the magnitude of every output by itself, and LoRA for the direction."""
+"""DoRA: a separate magnitude vector m, and LoRA for the direction."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from manifold_lora.adapters.config import AdapterConfig
+from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.lora import LoRALinear
 from manifold_lora.adapters.low_rank import Arrays
-from manifold_lora.distributed.arrays import to_host
-from manifold_lora.manifolds import Euclidean, Manifold
 from manifold_lora.models import Linear
+
+MAGNITUDE = Factor(("out",), peft="lora_magnitude_vector")
 
 
 class DoRALinear(LoRALinear):
-    """y = m ⊙ (W x + s B Aᵀ x)/‖W + s B Aᵀ‖, with a trained length m of every output.
+    """y = m ⊙ (W x + s B Aᵀ x)/‖W + s B Aᵀ‖, with a trained magnitude vector m.
 
     The norm is that of a row of W + ΔW, over the inputs, and is a constant for the
-    gradient, as in PEFT. It is found without the sum, from what is known of a row i:
+    gradient, as in PEFT. It is computed without forming the sum, row by row:
 
         ‖W + sBAᵀ‖² = ‖W‖² + 2s (B ⊙ WA)·1 + s² (B AᵀA ⊙ B)·1
 
     so that it costs what a product with A costs, and equals m to the last bit as long
-    as the update is zero: the model starts as its base. m starts at ‖W‖. Dropout acts
-    on the update alone. `pair` and the factors A and B are LoRA's; the weight of the
-    whole layer is not W plus a matrix of low rank, so it exports as PEFT's DoRA.
+    as the update is zero. m is initialised to ‖W‖, and the layer to its base. Dropout
+    acts on the update alone. `product` and the factors A and B are LoRA's; the weight
+    of the whole layer is not W plus a matrix of low rank: it exports as PEFT's DoRA.
 
     References:
         Liu et al., "DoRA: Weight-decomposed low-rank adaptation", 2024,
@@ -38,22 +38,22 @@ class DoRALinear(LoRALinear):
     def __init__(self, base: Linear, config: AdapterConfig, **options: Any):
         super().__init__(base, config, **options)
         m0 = row_norms(base.kernel[...])
-        self.m0 = nnx.Variable(m0, axes=self._named("m", m0.ndim))
+        self.m0 = nnx.Variable(m0, axes=self._mesh_axes(MAGNITUDE))
 
     @staticmethod
-    def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
+    def factors(config: AdapterConfig) -> dict[str, Factor]:
         """A, B and m are free."""
-        return {"a": Euclidean(), "b": Euclidean(), "m": Euclidean()}
+        return LoRALinear.factors(config) | {"m": MAGNITUDE}
 
     @staticmethod
-    def start(
+    def init(
         key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
         """LoRA's A and B, and m = ‖W‖."""
-        return LoRALinear.start(key, kernel, rank, config) | {"m": row_norms(kernel)}
+        return {**LoRALinear.init(key, kernel, rank, config), "m": row_norms(kernel)}
 
     def delta(self, x: jax.Array) -> jax.Array:
-        """(m/‖W + sBAᵀ‖) ⊙ s B Aᵀ x: the second part of y."""
+        """The second part of y: (m/‖W + sBAᵀ‖) ⊙ s B Aᵀ x."""
         return self._gain().astype(x.dtype) * super().delta(x)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -69,23 +69,15 @@ class DoRALinear(LoRALinear):
         kernel = self.base.kernel[...].astype(jnp.float32)
         return self._gain()[..., None, :] * (kernel + super().weight()) - kernel
 
-    def fuse(self) -> Linear:
+    def merge(self) -> Linear:
         """The plain layer m ⊙ (W + sBAᵀ)/‖·‖, in float32 and rounded once."""
         kernel = self.base.kernel
         total = kernel[...].astype(jnp.float32) + super().weight()
         kernel.set_value((self._gain()[..., None, :] * total).astype(kernel.dtype))
         return self.base
 
-    def export(self) -> list[dict[str, np.ndarray]]:
-        """LoRA's two tensors and the magnitudes."""
-        lengths = to_host(self.m[...]).reshape(-1, self.base.out_features)
-        return [
-            tensors | {"lora_magnitude_vector": m}
-            for tensors, m in zip(super().export(), lengths, strict=True)
-        ]
-
     def _gain(self) -> jax.Array:
-        """M over the norm of the rows, ((layers,) out)."""
+        """The gain m/‖W + sBAᵀ‖ of every output, ((layers,) out)."""
         a, b = jax.lax.stop_gradient(self.pair())
         s = self.scale[...][..., None]
         kernel = self.base.gathered().astype(jnp.float32)

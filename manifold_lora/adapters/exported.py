@@ -1,4 +1,4 @@
-"""What an adapter becomes on export, where that is not what was trained."""
+"""Adapters as they are exported, where that is not what was trained."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from manifold_lora.adapters.attach import (
     projections,
     set_factors,
 )
+from manifold_lora.adapters.factor import tags
 from manifold_lora.adapters.low_rank import LowRankLinear
 from manifold_lora.adapters.scaled import ScaledLinear
 from manifold_lora.distributed.arrays import place
@@ -25,15 +26,15 @@ from manifold_lora.manifolds import Oblique, Stiefel, truncate
 def as_exported(
     model: Any, *, project: bool = False, truncate_below: float | None = None
 ) -> Iterator[float]:
-    """Let the model hold its adapters as they are to be saved, within the block.
+    """Hold the adapters as they are to be exported, within the block.
 
-    Afterwards it holds those that are trained again. Save the adapter inside, and
-    evaluate it there to know what was saved.
+    Afterwards the model holds the trained ones again. Save the adapter inside the
+    block, and evaluate the model there to measure what was saved.
 
     Args:
         model: a `Llama` with adapters.
-        project: put factors that only landed near their manifold on it, exactly: at
-            the nearest point.
+        project: project factors that were only attracted to their manifold to the
+            nearest point on it.
         truncate_below: drop the singular values of A Vᵀ below this, of points of
             `BoundedRank`; every layer keeps the rank that it needs, at least 1.
 
@@ -42,13 +43,13 @@ def as_exported(
         discards.
     """
     own = adapters(model)
-    kept = []
+    originals = []
     for name, parent, attribute in list(projections(model)):
         module = getattr(parent, attribute)
         if isinstance(module, ScaledLinear):
-            kept.append((module, "adapter", module.adapter))
+            originals.append((module, "adapter", module.adapter))
         elif name in own:
-            kept.append((parent, attribute, module))
+            originals.append((parent, attribute, module))
     share = 0.0
     trained = factors(model)
     try:
@@ -57,17 +58,17 @@ def as_exported(
                 _project(module)
         if truncate_below is not None:
             new, share = _truncated(model, own, truncate_below)
-            for (parent, attribute, _), module in zip(kept, new, strict=True):
+            for (parent, attribute, _), module in zip(originals, new, strict=True):
                 setattr(parent, attribute, module)
         yield share
     finally:
-        for parent, attribute, module in kept:
+        for parent, attribute, module in originals:
             setattr(parent, attribute, module)
         set_factors(model, trained)
 
 
 def _project(module: LowRankLinear) -> None:
-    for name, manifold in module.manifolds(module.config).items():
+    for name, manifold in tags(module.factors(module.config)).items():
         if isinstance(manifold, Stiefel | Oblique):
             variable = getattr(module, name)
             variable.set_value(manifold.nearest_point(variable[...]))

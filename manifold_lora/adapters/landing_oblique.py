@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from manifold_lora.adapters.config import AdapterConfig
+from manifold_lora.adapters.factor import Factor
+from manifold_lora.adapters.initialisers import random_point, tall_shapes
 from manifold_lora.adapters.lora import LoRALinear
 from manifold_lora.adapters.low_rank import Arrays
-from manifold_lora.adapters.starts import random_point, tall_shapes
-from manifold_lora.manifolds import Euclidean, Manifold, Oblique
+from manifold_lora.manifolds import Oblique
 
 
 class LandingObliqueLinear(LoRALinear):
@@ -22,15 +23,18 @@ class LandingObliqueLinear(LoRALinear):
     """
 
     @staticmethod
-    def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
+    def factors(config: AdapterConfig) -> dict[str, Factor]:
         """A is free, B near the oblique manifold."""
-        return {"a": Euclidean(), "b": Oblique()}
+        return {
+            "a": Factor(("in", "rank")),
+            "b": Factor(("out", "rank"), Oblique(), padding="identity"),
+        }
 
     @staticmethod
-    def start(
+    def init(
         key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
-        """Random columns of length 1 in B, and A = 0."""
+        """Random unit columns in B, and A = 0."""
         a_shape, b_shape = tall_shapes(kernel, rank)
         b = random_point(Oblique(), key, b_shape)
         return {"a": jnp.zeros(a_shape, jnp.float32), "b": b}

@@ -7,35 +7,35 @@ import jax.numpy as jnp
 from flax import nnx
 
 from manifold_lora.adapters.config import AdapterConfig
-from manifold_lora.adapters.low_rank import Arrays, LowRankLinear
-from manifold_lora.adapters.starts import (
+from manifold_lora.adapters.factor import Factor
+from manifold_lora.adapters.initialisers import (
     orthonormal,
     projection,
     singular_vectors,
     tall_shapes,
 )
-from manifold_lora.manifolds import Euclidean, Manifold
+from manifold_lora.adapters.low_rank import Arrays, LowRankLinear
 
 
 class LoRALinear(LowRankLinear):
     """y = W x + s B (Aᵀ x), with A (in, r) and B (out, r).
 
-    The starts, in PEFT's words:
+    The initialisations, by PEFT's names:
 
     - "kaiming": A uniform on ±1/√in, B = 0;
-    - "gaussian": A normal with deviation 1/r, B = 0;
-    - "orthogonal": A and B normal of deviation 1/10 on orthogonal halves of an r×r
-      basis, so that B Aᵀ = 0 to rounding; r must be even;
+    - "gaussian": A normal with standard deviation 1/r, B = 0;
+    - "orthogonal": A and B normal with standard deviation 1/10 on orthogonal halves of
+      an r×r basis, so that B Aᵀ = 0 to rounding; r must be even;
     - "pissa": B Aᵀ the best approximation of W of rank r, divided by s;
     - "olora": B and Aᵀ the first r columns and rows of Q and R in W = QR.
 
-    The last two would change the model. PEFT takes s B Aᵀ out of the base weight;
-    here the base stays as it is, and the start is kept as a fixed correction
-    −s B₀A₀ᵀ, exact and of rank 2r in an export. All but "orthogonal" begin as the
-    base, bit for bit.
+    The last two would change the model. PEFT subtracts s B Aᵀ from the base weight;
+    here the base stays as it is, and the initial factors are kept as a fixed
+    correction −s B₀A₀ᵀ, exact and of rank 2r in an export. With all but "orthogonal"
+    ΔW = 0 at initialisation, bit for bit.
 
-    With `fixed_a` only B is trained (the ablation of Stiefel-LoRA): A is the random
-    start, or WᵀP with a random orthonormal P (out, r), a projection of the weight.
+    With `fixed_a` only B is trained (the ablation of Stiefel-LoRA): A is random, or
+    WᵀP with a random orthonormal P (out, r), a projection of the weight.
 
     References:
         Hu et al., "LoRA", 2021, arXiv:2106.09685; Kalajdzievski, "Rank-stabilized
@@ -47,17 +47,21 @@ class LoRALinear(LowRankLinear):
     b: nnx.LoRAParam
 
     @staticmethod
-    def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
-        """A and B are free; A is not trained where it is fixed."""
-        return free_a(config) | {"b": Euclidean()}
+    def factors(config: AdapterConfig) -> dict[str, Factor]:
+        """A and B are free, A unless it is fixed; A₀ and B₀ are not trained."""
+        factors = {"a": a_factor(config), "b": Factor(("out", "rank"))}
+        if config.init in ("pissa", "olora"):
+            factors["a0"] = Factor(("in", "rank"), trained=False)
+            factors["b0"] = Factor(("out", "rank"), trained=False)
+        return factors
 
     @staticmethod
-    def start(
+    def init(
         key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
         """A and B, and for "pissa" and "olora" the same again as "a0" and "b0"."""
         a_shape, b_shape = tall_shapes(kernel, rank)
-        kind = config.start
+        kind = config.init
         if kind in ("pissa", "olora"):
             a, b = _from_weight(kernel, rank, config)
             return {"a": a, "b": b, "a0": a, "b0": b}
@@ -66,10 +70,7 @@ class LoRALinear(LowRankLinear):
         b = jnp.zeros(b_shape, jnp.float32)
         if config.fixed_a == "projection":
             _, p = orthonormal(key, kernel, rank)
-            return {
-                "a": projection(kernel, p),
-                "b": b,
-            }
+            return {"a": projection(kernel, p), "b": b}
         if kind == "gaussian":
             return {"a": jax.random.normal(key, a_shape) / rank, "b": b}
         bound = 1 / math.sqrt(a_shape[-2])
@@ -77,33 +78,34 @@ class LoRALinear(LowRankLinear):
         return {"a": a, "b": b}
 
     def delta(self, x: jax.Array) -> jax.Array:
-        """S B (Aᵀ x), less the fixed correction where there is one."""
-        y = self._product(x, "a", "b")
-        # Two products of one form: at the start they are equal to the last bit.
-        return y - self._product(x, "a0", "b0") if "a0" in self.names else y
+        """The update s B (Aᵀ x), less the fixed correction where there is one."""
+        y = self._times(x, "a", "b")
+        # Two products of one form: at initialisation they are equal to the last bit.
+        return y - self._times(x, "a0", "b0") if "a0" in self.names else y
 
-    def pair(self) -> tuple[jax.Array, jax.Array]:
+    @staticmethod
+    def product(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
         """A and B themselves, or [A A₀] and [B −B₀]."""
-        a, b = self.inputs("a"), self.outputs("b")
-        if "a0" not in self.names:
+        a, b = arrays["a"], arrays["b"]
+        if "a0" not in arrays:
             return a, b
-        a0, b0 = self.inputs("a0"), self.outputs("b0")
+        a0, b0 = arrays["a0"], arrays["b0"]
         return jnp.concatenate([a, a0], -1), jnp.concatenate([b, -b0], -1)
 
-    def _product(self, x: jax.Array, a: str, b: str) -> jax.Array:
-        scaled = self.scale[...][..., None, None] * self.outputs(b)
-        return (x @ self.inputs(a).astype(x.dtype)) @ scaled.astype(x.dtype).mT
+    def _times(self, x: jax.Array, a: str, b: str) -> jax.Array:
+        scaled = self.scale[...][..., None, None] * self.factor(b)
+        return (x @ self.factor(a).astype(x.dtype)) @ scaled.astype(x.dtype).mT
 
 
-def free_a(config: AdapterConfig) -> dict[str, Manifold]:
-    """A is a free factor, unless it is fixed."""
-    return {} if config.fixed_a else {"a": Euclidean()}
+def a_factor(config: AdapterConfig) -> Factor:
+    """A is free, or not trained where `fixed_a` fixes it."""
+    return Factor(("in", "rank"), trained=config.fixed_a is None)
 
 
 def _from_weight(
     kernel: jax.Array, rank: int, config: AdapterConfig
 ) -> tuple[jax.Array, jax.Array]:
-    if config.start == "olora":
+    if config.init == "olora":
         q, r = jnp.linalg.qr(kernel.astype(jnp.float32).mT)
         return r[..., :rank, :].mT, q[..., :rank]
     v, sigma, u = singular_vectors(kernel)

@@ -1,19 +1,21 @@
 """LoRAM-FR: ΔW = s U S Vᵀ on the matrices of fixed rank."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from manifold_lora.adapters.config import AdapterConfig
+from manifold_lora.adapters.factor import Factor
+from manifold_lora.adapters.initialisers import orthonormal
 from manifold_lora.adapters.low_rank import Arrays
-from manifold_lora.adapters.starts import orthonormal
 from manifold_lora.adapters.three_factors import ThreeFactorLinear
 from manifold_lora.errors import InputError
-from manifold_lora.manifolds import FixedRank, Manifold
+from manifold_lora.manifolds import Euclidean, FixedRank, Stiefel
 from manifold_lora.models import Linear
 
-S0 = 1e-3  # of the start S = s₀I; 1e-4 and 1e-2 train worse
+S0 = 1e-3  # of the initial S = s₀I; 1e-4 and 1e-2 train worse
 
 
 class LoRAMFixedLinear(ThreeFactorLinear):
@@ -22,13 +24,13 @@ class LoRAMFixedLinear(ThreeFactorLinear):
     Its "gradients" are not those of the chain rule: see `fixed_rank_product`. Use them
     with `manifold_lora.loram` or `riemannian`, not with a plain optimiser.
 
-    The starts, both with uniform U and V:
+    The initialisations, both with uniform U and V:
 
     - "identity": S = s₀I with a small s₀: a point of the manifold, whose ΔW is small
       but not zero;
-    - "zero": S = 0, the paper's, where the model starts as its base, bit for bit. It
-      is no point of the manifold, and only the retraction by truncation leaves it,
-      which calls LAPACK and may hang on small CPUs (see `FixedRank.retract`).
+    - "zero": S = 0, the paper's, so that ΔW = 0, bit for bit. It is not a point of the
+      manifold, and only the retraction by truncation leaves it, which calls LAPACK
+      and may hang on small CPUs (see `FixedRank.retract`).
 
     References:
         Jiang, Wang & Stich, "LoRAM: Low-rank adaptation of large language models on
@@ -37,33 +39,38 @@ class LoRAMFixedLinear(ThreeFactorLinear):
 
     def __init__(self, base: Linear, config: AdapterConfig, **options: Any):
         super().__init__(base, config, **options)
-        if config.start == "zero" and len(found := {*self.ranks} - {0}) > 1:
-            # Truncation mixes a layer's columns with those that fill it up.
+        if config.init == "zero" and len(ranks := {*self.ranks} - {0}) > 1:
+            # Truncation mixes a layer's columns with its padding.
             raise InputError(
-                "loram_fr with start zero needs one rank in all layers, got "
-                f"{', '.join(map(str, sorted(found)))}: take start identity, or "
+                "loram_fr with init zero needs one rank in all layers, got "
+                f"{', '.join(map(str, sorted(ranks)))}: take init identity, or "
                 "leave out --rank-pattern for some of the layers."
             )
 
     @staticmethod
-    def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
-        """U, S and V are one point."""
-        manifold = FixedRank("truncation" if config.start == "zero" else "orthographic")
-        return dict.fromkeys(("u", "s", "v"), manifold)
+    def factors(config: AdapterConfig) -> dict[str, Factor]:
+        """U, S and V are one point; what pads S must be regular, too."""
+        point = FixedRank("truncation" if config.init == "zero" else "orthographic")
+        part = partial(Factor, part_of=point, padding="identity")
+        return {
+            "u": part(("out", "rank"), Stiefel()),
+            "s": part(("rank", "rank"), Euclidean()),
+            "v": part(("in", "rank"), Stiefel()),
+        }
 
     @staticmethod
-    def start(
+    def init(
         key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
         """U, S and V."""
         v, u = orthonormal(key, kernel, rank)
-        size = 0.0 if config.start == "zero" else S0
+        size = 0.0 if config.init == "zero" else S0
         s = jnp.broadcast_to(size * jnp.eye(rank), (*kernel.shape[:-2], rank, rank))
         return {"u": u, "s": s, "v": v}
 
     def delta(self, x: jax.Array) -> jax.Array:
-        """S U S (Vᵀ x), with the pair of `fixed_rank_product` for a gradient."""
-        u, s, v = self.outputs("u"), self.s[...], self.inputs("v")
+        """The update s U S (Vᵀ x), with the gradients of `fixed_rank_product`."""
+        u, s, v = map(self.factor, "usv")
         return fixed_rank_product(x, self.scale[...], u, s, v)
 
 
@@ -71,7 +78,7 @@ class LoRAMFixedLinear(ThreeFactorLinear):
 def fixed_rank_product(
     x: jax.Array, scale: jax.Array, u: jax.Array, s: jax.Array, v: jax.Array
 ) -> jax.Array:
-    """Y = scale · x V Sᵀ Uᵀ, whose gradients are those that `FixedRank` needs.
+    """Compute y = s · x V Sᵀ Uᵀ, whose gradients are those that `FixedRank` needs.
 
     With G = ∂f/∂(U S Vᵀ) the gradients of u, s and v are **G V, UᵀG V and GᵀU**, and
     not the chain rule's G V Sᵀ, UᵀG V and GᵀU S, which carry a factor S and vanish at
@@ -81,9 +88,9 @@ def fixed_rank_product(
 
     Args:
         x: (…, in) in the dtype of the products.
-        scale: of ΔW, a number.
+        scale: the s of ΔW, a number.
         u: (out, r) float32.
-        s: (r, r) float32.
+        s: the matrix S, (r, r) float32.
         v: (in, r) float32.
 
     Returns:

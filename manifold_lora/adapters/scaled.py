@@ -10,7 +10,7 @@ from manifold_lora.models import Linear
 
 
 class ScaledLinear(nnx.Module):
-    """y = D₁ W D₂ x + ΔW x, with trained diagonals that start at I.
+    """y = D₁ W D₂ x + ΔW x, with trained diagonals, I at first.
 
     LoRAM proposes it for any method. D₁ and D₂ are vectors "d1" ((layers,) out) and
     "d2" ((layers,) in) beside the wrapped adapter, and free. The result is not W plus
@@ -40,13 +40,13 @@ class ScaledLinear(nnx.Module):
         y = d1.astype(x.dtype) * (y - bias) + bias
         return y + self.adapter.delta(self.adapter.dropped(x, key))
 
-    def fuse(self) -> Linear:
+    def merge(self) -> Linear:
         """The plain layer with D₁ W D₂ + ΔW, in float32 and rounded once."""
         kernel = self.adapter.base.kernel
         d1, d2 = self.diagonals()
         scaled = d2[..., None] * kernel[...].astype(jnp.float32)
-        fused = scaled * d1[..., None, :] + self.adapter.weight()
-        kernel.set_value(fused.astype(kernel.dtype))
+        merged = scaled * d1[..., None, :] + self.adapter.weight()
+        kernel.set_value(merged.astype(kernel.dtype))
         return self.adapter.base
 
     def diagonals(self) -> tuple[jax.Array, jax.Array]:

@@ -4,23 +4,24 @@ import jax
 import jax.numpy as jnp
 
 from manifold_lora.adapters.config import AdapterConfig
-from manifold_lora.adapters.lora import LoRALinear, free_a
+from manifold_lora.adapters.factor import Factor
+from manifold_lora.adapters.initialisers import projection, random_point, tall_shapes
+from manifold_lora.adapters.lora import LoRALinear, a_factor
 from manifold_lora.adapters.low_rank import Arrays
-from manifold_lora.adapters.starts import projection, random_point, tall_shapes
-from manifold_lora.manifolds import Manifold, Stiefel
+from manifold_lora.manifolds import Stiefel
 
 
 class StiefelLinear(LoRALinear):
     """y = W x + s B (Aᵀ x), with orthonormal columns of B (out, r).
 
     B stays on the Stiefel manifold, so that all r directions of the output are used
-    (entropy effective rank r) where LoRA's collapse. B starts as the Q of a random
-    matrix, uniform on the manifold, and A at zero: the model starts as its base, bit
-    for bit. Train it with `manifold_lora.stiefel_lora`.
+    (entropy effective rank r) where LoRA's collapse. B is initialised to the Q of a
+    random matrix, uniform on the manifold, and A to zero, so that ΔW = 0, bit for bit.
+    Train it with `manifold_lora.stiefel_lora`.
 
-    The paper's ablations fix A, which then cannot be zero, so that the model does not
-    start as its base: `fixed_a="random"` takes LoRA's uniform A, "projection" takes
-    A = WᵀB of the starting B.
+    The paper's ablations fix A, which then cannot be zero, so that ΔW is not zero at
+    initialisation: `fixed_a="random"` takes LoRA's uniform A, "projection" takes
+    A = WᵀB of the initial B.
 
     References:
         "Riemannian optimization for LoRA on the Stiefel manifold", 2025,
@@ -28,12 +29,15 @@ class StiefelLinear(LoRALinear):
     """
 
     @staticmethod
-    def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
+    def factors(config: AdapterConfig) -> dict[str, Factor]:
         """B is on the Stiefel manifold; A is free, or not trained."""
-        return free_a(config) | {"b": Stiefel("qr")}
+        return {
+            "a": a_factor(config),
+            "b": Factor(("out", "rank"), Stiefel("qr"), padding="identity"),
+        }
 
     @staticmethod
-    def start(
+    def init(
         key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
         """Orthonormal B, and A = 0 or the fixed one."""
@@ -42,7 +46,7 @@ class StiefelLinear(LoRALinear):
         if config.fixed_a == "projection":
             a = projection(kernel, b)
         elif config.fixed_a == "random":
-            a = LoRALinear.start(jax.random.fold_in(key, 1), kernel, rank, config)["a"]
+            a = LoRALinear.init(jax.random.fold_in(key, 1), kernel, rank, config)["a"]
         else:
             a = jnp.zeros(a_shape, jnp.float32)
         return {"a": a, "b": b}

@@ -1,16 +1,16 @@
-"""Stiefel-LoRA with DoRA's magnitudes."""
+"""Stiefel-LoRA with DoRA's magnitude vector."""
 
 import jax
 
 from manifold_lora.adapters.config import AdapterConfig
-from manifold_lora.adapters.dora import DoRALinear, row_norms
+from manifold_lora.adapters.dora import MAGNITUDE, DoRALinear, row_norms
+from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.low_rank import Arrays
 from manifold_lora.adapters.stiefel import StiefelLinear
-from manifold_lora.manifolds import Euclidean, Manifold
 
 
 class StiefelDoRALinear(DoRALinear):
-    """DoRA whose B keeps orthonormal columns; A starts at zero.
+    """DoRA whose B keeps orthonormal columns; A is initialised to zero.
 
     References:
         "Riemannian optimization for LoRA on the Stiefel manifold", 2025,
@@ -18,13 +18,13 @@ class StiefelDoRALinear(DoRALinear):
     """
 
     @staticmethod
-    def manifolds(config: AdapterConfig) -> dict[str, Manifold]:
+    def factors(config: AdapterConfig) -> dict[str, Factor]:
         """Those of Stiefel-LoRA, and a free m."""
-        return StiefelLinear.manifolds(config) | {"m": Euclidean()}
+        return StiefelLinear.factors(config) | {"m": MAGNITUDE}
 
     @staticmethod
-    def start(
+    def init(
         key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
         """Orthonormal B, A = 0 and m = ‖W‖."""
-        return StiefelLinear.start(key, kernel, rank, config) | {"m": row_norms(kernel)}
+        return {**StiefelLinear.init(key, kernel, rank, config), "m": row_norms(kernel)}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from manifold_lora.adapters.low_rank import LowRankLinear
+from manifold_lora.adapters.low_rank import Arrays, LowRankLinear
 
 
 class ThreeFactorLinear(LowRankLinear):
@@ -16,19 +16,17 @@ class ThreeFactorLinear(LowRankLinear):
     s: nnx.LoRAParam
 
     def delta(self, x: jax.Array) -> jax.Array:
-        """S U S (Vᵀ x)."""
-        u, s, v = (w.astype(x.dtype) for w in self._scaled())
+        """The update s U S (Vᵀ x)."""
+        scale = self.scale[...][..., None, None]
+        u, s, v = map(self.factor, "usv")
+        u, s, v = (w.astype(x.dtype) for w in (scale * u, s, v))
         y = x @ v
         return (y * s if s.ndim < u.ndim else y @ s.mT) @ u.mT
 
-    def pair(self) -> tuple[jax.Array, jax.Array]:
+    @staticmethod
+    def product(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
         """V and U S."""
-        u, s = self.outputs("u"), self.s[...]
+        u, s, v = (arrays[name] for name in "usv")
         if s.ndim < u.ndim:
-            return self.inputs("v"), u * s[..., None, :]
-        return self.inputs("v"), jnp.matmul(u, s, precision="highest")
-
-    def _scaled(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """S·U, S and V in float32."""
-        scale = self.scale[...][..., None, None]
-        return scale * self.outputs("u"), self.s[...], self.inputs("v")
+            return v, u * s[..., None, :]
+        return v, jnp.matmul(u, s, precision="highest")

@@ -1,8 +1,8 @@
-"""Adapter directories as arrays: our own, PEFT's and StelLA's, read without a model.
+"""Read adapter directories, our own, PEFT's and StelLA's, without a model.
 
 A directory of `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
-What this library alone needs stands beside it: the settings in `manifold_lora.json`,
-and in `factors.safetensors` the factors of methods whose A and B are not all of them.
+What only this library needs is beside it: the settings in `manifold_lora.json`, and
+in `factors.safetensors` the factors of methods that have others than A and B.
 """
 
 import dataclasses
@@ -12,15 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from manifold_lora.adapters.attach import adapter_class
 from manifold_lora.adapters.config import AdapterConfig, lookup
+from manifold_lora.adapters.factor import Axis, Factor
 from manifold_lora.checkpoints.huggingface import read_json
 from manifold_lora.errors import InputError, nearest
-from manifold_lora.manifolds import Euclidean, FixedRank, Manifold, Stiefel
+from manifold_lora.manifolds import Manifold
 
 CONFIG, WEIGHTS, EXTRA, FACTORS = (
     "adapter_config.json",
@@ -45,7 +48,7 @@ _PLAIN: dict[str, Any] = {
     "use_bdlora": None,
     "use_qalora": False,
 }
-# Starts that took B A out of the base: such an adapter belongs to another base.
+# Initialisations that subtract B A from the base: the adapter belongs to that base.
 _CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 _LORA = {"lora_A.weight": ("r", "in"), "lora_B.weight": ("out", "r")}
 _MAGNITUDE = {"lora_magnitude_vector": ("out",)}
@@ -63,7 +66,7 @@ class ModuleFactors(NamedTuple):
     b: np.ndarray  # (out, k) float32: ΔW = scale · b aᵀ (of DoRA, what it normalises)
     scale: float
     factors: dict[str, np.ndarray]  # the arrays of the method, by name
-    manifolds: dict[str, Manifold]  # of those that are trained, one for each
+    manifolds: dict[str, Manifold]  # of each trained factor alone
     rank: int
     alpha: float
 
@@ -100,16 +103,17 @@ def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
     _check_config(path, config)
     tensors = _load(path / WEIGHTS)
     needed = _needed(config, tensors)
-    found = _by_module(path, config, tensors, needed, sizes)
+    by_module = _by_module(path, config, tensors, needed, sizes)
     extra = read_json(path / EXTRA) if (path / EXTRA).is_file() else {}
-    settings = _settings(path, config, tensors, sorted(found), extra)
+    settings = _settings(path, config, tensors, sorted(by_module), extra)
+    declared = adapter_class(settings.method).factors(settings)
     stored = _load(path / FACTORS) if (path / FACTORS).is_file() else {}
     modules = {
-        full: _module(settings, config, full, parts, stored)
-        for full, parts in found.items()
+        full: _module(settings, declared, config, full, parts, stored)
+        for full, parts in by_module.items()
     }
     if extra or stored:
-        _check_same(path, settings, modules, found)
+        _check_same(path, settings, declared, modules, by_module)
     return AdapterFile(settings.method, settings, modules, extra.get("base"))
 
 
@@ -118,8 +122,8 @@ def _load(file: Path) -> dict[str, np.ndarray]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{file} is truncated or no safetensors file ({error}): copy or export it "
-            "again."
+            f"{file} is truncated or not a safetensors file ({error}): copy or "
+            "export it again."
         ) from error
 
 
@@ -129,27 +133,27 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
             f"{path / CONFIG} is of peft_type {config.get('peft_type')!r}; only LORA "
             "and STELLA can be read."
         )
-    used = [
+    unsupported = [
         f"{key}={config[key]!r}"
         for key, plain in _PLAIN.items()
         if config.get(key) not in (plain, None, False, [])
     ]
-    start = config.get("init_lora_weights")
-    if str(start).lower().startswith(_CHANGED_BASE):
-        used.append(f"init_lora_weights={start!r}")
-    if used:
+    init = config.get("init_lora_weights")
+    if str(init).lower().startswith(_CHANGED_BASE):
+        unsupported.append(f"init_lora_weights={init!r}")
+    if unsupported:
         raise InputError(
-            f"{path / CONFIG} uses {', '.join(used)}, which cannot be read: merge that "
-            "adapter into its base with PEFT first."
+            f"{path / CONFIG} uses {', '.join(unsupported)}, which cannot be read: "
+            "merge that adapter into its base with PEFT first."
         )
     config.setdefault("lora_dropout", 0.0)
-    bad = [
+    errors = [
         f"{key} (got {config.get(key)!r})"
         for key in ("r", "lora_alpha", "lora_dropout")
         if type(config.get(key)) not in (int, float)
     ]
-    if bad:
-        raise InputError(f"{path / CONFIG} must have a number for {', '.join(bad)}.")
+    if errors:
+        raise InputError(f"{path / CONFIG} must have a number for {', '.join(errors)}.")
 
 
 def _needed(config: Mapping[str, Any], tensors: Tensors) -> dict[str, tuple]:
@@ -167,24 +171,24 @@ def _by_module(
     needed: Mapping[str, tuple],
     sizes: Sizes | None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The tensors of every module; all that are bad are named at once."""
+    """The tensors of every module; all errors are raised at once."""
     ends = "|".join(map(re.escape, needed))
-    found: dict[str, dict[str, np.ndarray]] = {}
-    bad = []
+    by_module: dict[str, dict[str, np.ndarray]] = {}
+    errors = []
     for key, tensor in tensors.items():
         match = re.fullmatch(rf"base_model\.model\.(.+)\.({ends})", key)
         if not match or (sizes is not None and match[1] not in sizes):
-            bad.append(f"{key}: unexpected")
+            errors.append(f"{key}: unexpected")
         else:
-            found.setdefault(match[1], {})[match[2]] = tensor
-    for full, parts in found.items():
+            by_module.setdefault(match[1], {})[match[2]] = tensor
+    for full, parts in by_module.items():
         axes = {"r": _setting(config, full)[0]}
         if sizes is not None:
             axes |= dict(zip(("in", "out"), sizes[full], strict=True))
         for end, names in needed.items():
             key = f"base_model.model.{full}.{end}"
             if end not in parts:
-                bad.append(f"{key}: missing")
+                errors.append(f"{key}: missing")
                 continue
             got = parts[end].shape
             if sizes is None and len(got) == len(names):
@@ -192,15 +196,15 @@ def _by_module(
                     axes.setdefault(name, size)
             shape = tuple(axes.get(name, 0) for name in names)
             if got != shape:
-                bad.append(f"{key}: found {got}, needed {shape}")
-    if bad or not found:
+                errors.append(f"{key}: found {got}, needed {shape}")
+    if errors or not by_module:
         raise InputError(
             f"The adapter in {path} does not fit {'this model and ' if sizes else ''}"
             f"its {CONFIG}:\n  "
-            + "\n  ".join(bad or ["it holds no tensor"])
+            + "\n  ".join(errors or ["it holds no tensor"])
             + "\nLoad it into the base it was trained on."
         )
-    return found
+    return by_module
 
 
 def _setting(config: Mapping[str, Any], full: str) -> tuple[int, float]:
@@ -217,6 +221,8 @@ def _settings(
     extra: Mapping[str, Any],
 ) -> AdapterConfig:
     """The adapter's own settings, or those that PEFT's file amounts to."""
+    # The initialisation was called "start" in files of version 0.1.
+    extra = {"init" if key == "start" else key: x for key, x in extra.items()}
     names = {field.name for field in dataclasses.fields(AdapterConfig)}
     if unknown := sorted(extra.keys() - names - {"base"}):
         raise InputError(
@@ -246,6 +252,7 @@ def _settings(
 
 def _module(
     settings: AdapterConfig,
+    declared: Mapping[str, Factor],
     config: Mapping[str, Any],
     full: str,
     parts: Mapping[str, np.ndarray],
@@ -263,9 +270,11 @@ def _module(
             key.removeprefix(own): x for key, x in stored.items() if key.startswith(own)
         }
         if not factors:
-            factors = {"a": a, "b": b}
-            if "lora_magnitude_vector" in wide:
-                factors["m"] = wide["lora_magnitude_vector"]
+            factors = {"a": a, "b": b} | {
+                name: wide[factor.peft]
+                for name, factor in declared.items()
+                if factor.peft in wide
+            }
     rank, alpha = _setting(config, full)
     root = math.sqrt if config.get("use_rslora") else float
     return ModuleFactors(
@@ -273,71 +282,74 @@ def _module(
         b=b,
         scale=alpha / root(rank),
         factors=factors,
-        manifolds=_spelled_out(settings),
+        manifolds={k: f.manifold for k, f in declared.items() if f.trained},
         rank=lookup(settings.rank_pattern, full, settings.rank),
         alpha=lookup(settings.alpha_pattern, full, settings.alpha or 0.0),
     )
 
 
-def _spelled_out(settings: AdapterConfig) -> dict[str, Manifold]:
-    """The manifold of every factor by itself, also where they are coupled."""
-    found = {}
-    for name, manifold in adapter_class(settings.method).manifolds(settings).items():
-        if manifold.parts:
-            orthonormal = name == "v" or (
-                name == "u" and isinstance(manifold, FixedRank)
-            )
-            manifold = Stiefel() if orthonormal else Euclidean()
-        found[name] = manifold
-    return found
-
-
 def _check_same(
     path: Path,
     settings: AdapterConfig,
+    declared: Mapping[str, Factor],
     modules: Mapping[str, ModuleFactors],
-    found: Mapping[str, Mapping[str, np.ndarray]],
+    by_module: Mapping[str, Tensors],
 ) -> None:
-    """All files must say the same: another tool may have changed those it knows."""
-    names = set(adapter_class(settings.method).manifolds(settings))
-    if settings.start in ("pissa", "olora"):
-        names |= {"a0", "b0"}
+    """All files must agree: another tool may have changed those that it knows."""
     for full, module in modules.items():
         root = math.sqrt if settings.rslora else float
         own = module.alpha / root(module.rank)
         if not math.isclose(own, module.scale, rel_tol=1e-6):
             raise InputError(
                 f"{path / CONFIG} scales {full} by {module.scale:g}, and {EXTRA} by "
-                f"{own:g}: set rank and alpha alike in both, or take {EXTRA} and "
-                f"{FACTORS} away to read the directory as plain LoRA."
+                f"{own:g}: set the same rank and alpha in both, or remove {EXTRA} and "
+                f"{FACTORS} to read the directory as plain LoRA."
             )
-        f = module.factors
-        if missing := names - f.keys():
+        remedy = (
+            "copy the directory again, or remove this file and manifold_lora.json to "
+            "read it as plain LoRA."
+        )
+        if missing := declared.keys() - module.factors.keys():
+            raise InputError(f"{path / FACTORS} has no {full}.{min(missing)}: {remedy}")
+        if unknown := module.factors.keys() - declared.keys():
             raise InputError(
-                f"{path / FACTORS} has no {full}.{min(missing)}: copy the directory "
-                "again, or take this file and manifold_lora.json away to read it as "
-                "plain LoRA."
+                f"{path / FACTORS} has {full}.{min(unknown)}, which is not an array of "
+                f"{settings.method}: {remedy}"
             )
-        a, b = _pair(f)
-        finite = np.abs(b[np.isfinite(b)])
-        k, rounding = a.shape[1], 1e-5 * float(finite.max(initial=0))
-        pairs = [(a, module.a[:, :k], 0.0), (b, module.b[:, :k], rounding)]
-        if "m" in f:
-            pairs.append((f["m"], found[full]["lora_magnitude_vector"], 0.0))
-        if not all(
-            x.shape == y.shape and np.allclose(x, y, 0, within, equal_nan=True)
-            for x, y, within in pairs
-        ):
+        if not _agree(settings, declared, module, by_module[full]):
             raise InputError(
                 f"{path / FACTORS} and {WEIGHTS} are of different adapters ({full} "
-                "differs): copy the directory again, or take this file and "
-                "manifold_lora.json away to read it as plain LoRA."
+                f"differs): {remedy}"
             )
 
 
-def _pair(f: Tensors) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of PEFT's file, from the factors of one layer."""
-    if {"u", "s", "v"} <= f.keys():
-        with np.errstate(invalid="ignore"):  # a run that diverged may be looked into
-            return f["v"], f["u"] * f["s"] if f["s"].ndim == 1 else f["u"] @ f["s"]
-    return (f["v"], f["a"]) if "v" in f else (f["a"], f["b"])
+def _agree(
+    settings: AdapterConfig,
+    declared: Mapping[str, Factor],
+    module: ModuleFactors,
+    tensors: Tensors,
+) -> bool:
+    """Whether the factors are what was exported as the tensors of PEFT's file."""
+    sizes: dict[Axis, int] = {
+        "in": module.a.shape[0],
+        "out": module.b.shape[0],
+        "rank": module.rank,
+    }
+    for name, factor in declared.items():
+        x = module.factors[name]
+        if x.shape != factor.shape(sizes):
+            return False
+        exported = x if factor.peft is None else tensors.get(factor.peft)
+        if not np.array_equal(x, exported, equal_nan=True):
+            return False
+    product = adapter_class(settings.method).product
+    pair = map(np.asarray, product(jax.tree.map(jnp.asarray, module.factors)))
+    return all(
+        x.shape == y.shape and np.allclose(x, y, 0, _rounding(x), equal_nan=True)
+        for x, y in zip(pair, (module.a, module.b), strict=True)
+    )
+
+
+def _rounding(x: np.ndarray) -> float:
+    """The tolerance for a product that may have been summed in another order."""
+    return 1e-5 * float(np.abs(x[np.isfinite(x)]).max(initial=0))

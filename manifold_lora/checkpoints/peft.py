@@ -22,8 +22,8 @@ from manifold_lora.adapters.attach import (
     adapters,
     check_bare,
     full_names,
+    install,
     projections,
-    put,
 )
 from manifold_lora.adapters.low_rank import LowRankLinear
 from manifold_lora.checkpoints.adapter_file import (
@@ -38,6 +38,7 @@ from manifold_lora.checkpoints.atomic import save_tensors, whole_directory
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
 from manifold_lora.errors import InputError
+from manifold_lora.methods import find_method
 from manifold_lora.models import Llama
 
 
@@ -47,11 +48,11 @@ def save_adapter(
     """Write the model's adapter as a PEFT LoRA directory, replacing an older one.
 
     ΔW = s B Aᵀ becomes lora_A = Aᵀ (r, in) and lora_B = B (out, r) in float32; of
-    U S Vᵀ, B is U S and A is V. DoRA becomes PEFT's DoRA. `load_adapter` gives back the
-    very same factors: where A and B are not all of them, they are kept beside, in
-    factors.safetensors. The directory appears complete or not at all, and is read
-    back and compared before it takes the place of an older one. Where there are several
-    processes all must call it; the first one writes.
+    U S Vᵀ, B is U S and A is V. DoRA becomes PEFT's DoRA. `load_adapter` restores the
+    factors bit for bit: a method that has others than A and B keeps them in
+    factors.safetensors as well. The directory appears complete or not at all, and is
+    read back and compared before it replaces an older one. With several processes all
+    must call it; the first one writes.
 
     Args:
         model: a model with adapters.
@@ -69,8 +70,8 @@ def save_adapter(
     config = next(iter(modules.values())).config
     if config.diagonal_scaling:
         raise InputError(
-            "An adapter with diagonal scaling, D₁ W D₂ + ΔW, is no low-rank update and "
-            "has no form in PEFT: merge it and save the model, or train without "
+            "An adapter with diagonal scaling, D₁ W D₂ + ΔW, is not a low-rank update "
+            "and has no form in PEFT: merge it and save the model, or train without "
             "diagonal scaling."
         )
     _check_replaceable(Path(path))
@@ -112,16 +113,16 @@ def _check_written(tensors: dict[str, np.ndarray], file: Path) -> None:
 def _check_replaceable(path: Path) -> None:
     """Only an adapter may be replaced, whose directory holds these files alone."""
     if path.exists():
-        there = {path.name} if path.is_file() else set(os.listdir(path))
-        if others := there - {CONFIG, WEIGHTS, EXTRA, FACTORS, "README.md"}:
+        files = {path.name} if path.is_file() else set(os.listdir(path))
+        if others := files - {CONFIG, WEIGHTS, EXTRA, FACTORS, "README.md"}:
             raise InputError(
-                f"{path} exists and is no adapter (it holds {', '.join(sorted(others))}"
-                "): choose another directory."
+                f"{path} exists and is not an adapter (it holds "
+                f"{', '.join(sorted(others))}): choose another directory."
             )
 
 
 def fingerprint(model: Llama) -> str:
-    """A name for the base's weights: a hash of its norms and first embeddings.
+    """Identify the weights of a base, by a hash of its norms and first embeddings.
 
     Not of all weights, which would take minutes; rounded to bfloat16, so that it does
     not depend on the dtype the model was loaded in.
@@ -163,7 +164,7 @@ def _peft_config(
         for column in zip(*written.values(), strict=True)
     )
     optional = {
-        "use_dora": any(hasattr(m, "m") for m in modules.values()),
+        "use_dora": find_method(config.method).export == "DoRA",
         "use_rslora": config.rslora,
         "rank_pattern": {names[f]: r for f, (r, _) in written.items() if r != rank},
         "alpha_pattern": {names[f]: a for f, (_, a) in written.items() if a != alpha},
@@ -224,27 +225,27 @@ def load_adapter(
         if any(full in file.modules for full in full_names(model, name))
     ]
     for parent, attribute, adapter in made:
-        put(parent, attribute, adapter)
+        install(parent, attribute, adapter)
 
 
 def _adapter(model: Llama, name: str, linear: Any, file: AdapterFile) -> LowRankLinear:
     """The adapter of one projection, from its layers in the file."""
     cls = adapter_class(file.method)
-    found = [file.modules.get(full) for full in full_names(model, name)]
-    present = next(module.factors for module in found if module is not None)
-    plain = dataclasses.replace(file.config, start=None)
+    modules = [file.modules.get(full) for full in full_names(model, name)]
+    present = next(module.factors for module in modules if module is not None)
+    plain = dataclasses.replace(file.config, init=None)
     layers: list[dict[str, np.ndarray]] = []
-    for layer, module in enumerate(found):
+    for layer, module in enumerate(modules):
         if module is not None:
             layers.append(module.factors)
-        else:  # of these arrays no column is kept: only what has none must be right
+        else:  # no column of these is kept: only an array without columns matters
             kernel = linear.kernel[...][layer].astype(np.float32)
-            start = cls.start(jax.random.key(0), kernel, 1, plain)
-            layers.append(present | {k: np.asarray(x) for k, x in start.items()})
+            initial = cls.init(jax.random.key(0), kernel, 1, plain)
+            layers.append(present | {k: np.asarray(x) for k, x in initial.items()})
     return cls(
         linear,
         file.config,
-        ranks=[0 if module is None else module.rank for module in found],
-        alphas=[1.0 if module is None else module.alpha for module in found],
+        ranks=[0 if module is None else module.rank for module in modules],
+        alphas=[1.0 if module is None else module.alpha for module in modules],
         arrays={key: [arrays[key] for arrays in layers] for key in present},
     )

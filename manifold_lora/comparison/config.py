@@ -146,7 +146,7 @@ def _words(items: Sequence[str | float]) -> list[str]:
 def _takes(config: TrainConfig, option: str, name: str) -> bool:
     """Whether a method has an option, or the start that is asked for."""
     row = METHODS[name]
-    return config.start in row.starts if option == "start" else option in row.options
+    return config.start in row.inits if option == "start" else option in row.options
 
 
 def _run_of(config: CompareConfig, name: str) -> ResolvedConfig:

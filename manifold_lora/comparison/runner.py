@@ -17,7 +17,7 @@ from manifold_lora.adapters import (
     adapters,
     attach,
     axes,
-    manifolds,
+    manifold_tree,
     set_factors,
     split,
 )
@@ -49,7 +49,7 @@ class Runner:
         model = self.attached(config.seed)
         rebuild, factors, _ = split(model)
         self.trainable = sum(x.size for x in jax.tree.leaves(factors))
-        tags, width = manifolds(model), model.config.hidden_size
+        tags, width = manifold_tree(model), model.config.hidden_size
 
         def build(rates: Rates, steps: Any):
             return build_optimizer(config, tags, steps, width, rates)[0]

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import P
 from jax.sharding import Mesh, NamedSharding
 
-from manifold_lora.adapters import attach, axes, manifolds, split
+from manifold_lora.adapters import attach, axes, manifold_tree, split
 from manifold_lora.distributed.mesh import GROUPS
 from manifold_lora.distributed.sharding import follow, kept, names
 from manifold_lora.errors import InputError
@@ -77,7 +77,7 @@ def abstract_model(config: ResolvedConfig, shape: LlamaConfig) -> Llama:
 def abstract_run(config: ResolvedConfig, model: Llama, mesh: Mesh) -> AbstractRun:
     """The run of a configuration with such a model, on that mesh."""
     rebuild, factors, frozen = split(model)
-    tags, named = manifolds(model), axes(model)
+    tags, named = manifold_tree(model), axes(model)
     tx, _ = build_optimizer(config, tags, config.steps or 1, model.config.hidden_size)
 
     def put(x: Any, spec: P) -> jax.ShapeDtypeStruct:

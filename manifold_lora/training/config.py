@@ -143,7 +143,7 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     filled: dict[str, Any] = {
         "learning_rate": method.rate,
         "free_learning_rate": method.free_rate,
-        "start": method.starts[0],
+        "start": method.inits[0],
     }
     if config.model is None:  # the small base learns at higher rates
         filled["learning_rate"] = method.builtin_rate
@@ -157,7 +157,7 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     missing = {k: v for k, v in filled.items() if given[k] is None}
     resolved = ResolvedConfig(**given | missing)
 
-    problems = exclusions(config.method, vars(config))
+    problems = exclusions(config.method, vars(config) | {"init": config.start})
     try:
         read_mesh(resolved.mesh)
     except InputError as error:

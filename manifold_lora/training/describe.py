@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from manifold_lora.adapters import AdapterConfig, adapter_class
+from manifold_lora.adapters.factor import tags
 from manifold_lora.manifolds import Manifold
 from manifold_lora.methods import METHODS
 from manifold_lora.models import Linear
@@ -21,18 +22,18 @@ def show_methods(console: Console) -> None:
     """Every method with its parametrisation, manifolds, defaults, memory and export."""
     memory = {name: training_memory(name) for name in METHODS}
     for name, row in METHODS.items():
-        tags = adapter_class(name).manifolds(AdapterConfig(name))
+        factors = adapter_class(name).factors(AdapterConfig(name))
         rates = f"{row.rate:g}"
         if row.free_rate is not None:
             rates += f" constrained, {row.free_rate:g} free"
         trained, total = memory[name]
         lines = {
             "ΔW": row.update,
-            "factors": _factors(tags),
+            "factors": _factors(tags(factors)),
             "optimiser": row.recipe,
             "learning rate": f"{rates} (compare tries "
             f"{', '.join(f'{rate:g}' for rate in row.rates)})",
-            "starts": ", ".join(row.starts),
+            "init": ", ".join(row.inits),
             "memory": f"{trained:,} parameters, {total / 2**20:.2f} MiB with the "
             f"optimiser ({total / memory['lora'][1]:.2f} × lora)",
             "export": f"PEFT {row.export}",
@@ -58,10 +59,10 @@ def show_methods(console: Console) -> None:
     )
 
 
-def _factors(tags: dict[str, Manifold]) -> str:
+def _factors(manifolds: dict[str, Manifold]) -> str:
     """The factors and where they live, such as "A free, B on Stiefel (qr)"."""
     groups: dict[Manifold, list[str]] = {}
-    for name, manifold in tags.items():
+    for name, manifold in manifolds.items():
         groups.setdefault(manifold, []).append(name.upper())
     words = []
     for manifold, names in groups.items():
@@ -86,10 +87,10 @@ def training_memory(method: str) -> tuple[int, int]:
 
     adapter = nnx.eval_shape(build)
     factors = nnx.to_pure_dict(nnx.state(adapter, nnx.LoRAParam))
-    tags = adapter.manifolds(adapter.config)
-    first = next(iter(tags.values()))
+    manifolds = tags(adapter.factors(adapter.config))
+    first = next(iter(manifolds.values()))
     config = resolve(TrainConfig(method=method))
-    tx, _ = build_optimizer(config, first if first.parts else tags, 1, SIZE)
+    tx, _ = build_optimizer(config, first if first.parts else manifolds, 1, SIZE)
     state = jax.eval_shape(tx.init, factors)
     leaves = jax.tree.leaves((factors, state))
     trained = sum(x.size for x in jax.tree.leaves(factors))

@@ -13,7 +13,7 @@ import numpy as np
 from jax import NamedSharding, P
 from rich.console import Console
 
-from manifold_lora.adapters import axes, manifolds, set_factors, split
+from manifold_lora.adapters import axes, manifold_tree, set_factors, split
 from manifold_lora.adapters.exported import as_exported
 from manifold_lora.checkpoints.huggingface import read_llama_config
 from manifold_lora.checkpoints.peft import fingerprint, save_adapter
@@ -156,7 +156,7 @@ class Run:
         config = self.config
         self.model = load_model(config)
         rebuild, self.start, self.frozen = split(self.model)
-        tags, self.names = manifolds(self.model), axes(self.model)
+        tags, self.names = manifold_tree(self.model), axes(self.model)
         self.steps = total_steps(config, self.data)
         width = self.model.config.hidden_size
         self.tx, self.schedule = build_optimizer(config, tags, self.steps, width)

@@ -82,7 +82,7 @@ def adapter_config(config: ResolvedConfig) -> AdapterConfig:
         targets=config.targets[0] if single else list(config.targets),
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
-        start=config.start,
+        init=config.start,
         fixed_a=config.fixed_a,
         diagonal_s=config.diagonal_s,
         diagonal_scaling=config.diagonal_scaling,

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from manifold_lora.adapters import adapters
+from manifold_lora.adapters.factor import tags
 from manifold_lora.adapters.scaled import ScaledLinear
 from manifold_lora.checkpoints.huggingface import load_llama
 from manifold_lora.models import Llama
@@ -62,7 +63,7 @@ def randomize(model: Llama, seed: int = 0) -> Llama:
     are, and so does what fills up a layer of a lower rank."""
     rng = np.random.default_rng(seed)
     for name, module in adapters(model).items():
-        for factor in module.manifolds(module.config):
+        for factor in tags(module.factors(module.config)):
             variable = getattr(module, factor)
             x = np.array(variable[...])
             orthonormal = factor in "uv" or (factor == "b" and x.any())

@@ -1,4 +1,4 @@
-"""Every method with each of its starts and options, from the table of methods."""
+"""Every method with each of its initialisations and options, from METHODS."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ FEW = ["q_proj", "v_proj", "down_proj"]  # square, narrow and wide
 def _cases() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, row in METHODS.items():
-        options: list[dict[str, Any]] = [{"start": start} for start in row.starts]
+        options: list[dict[str, Any]] = [{"init": init} for init in row.inits]
         if "fixed_a" in row.options:
             options += [{"fixed_a": kind} for kind in ("random", "projection")]
         for switch in ("diagonal_s", "diagonal_scaling"):
@@ -20,14 +20,14 @@ def _cases() -> dict[str, dict[str, Any]]:
                 options.append({switch: True})
         for option in options:
             ((key, value),) = option.items()
-            label = value if key == "start" else f"{key}={value}"
+            label = value if key == "init" else f"{key}={value}"
             found[f"{name}-{label}"] = {"method": name} | option
     return found
 
 
 CASES = _cases()
-# How the model begins; all others begin as the base, bit for bit.
-CHANGED = {  # by a ΔW that is not zero
+# Cases that differ from the base at initialisation; in all others ΔW = 0 exactly.
+CHANGED = {  # ΔW is not zero
     "stiefel-fixed_a=random",
     "stiefel-fixed_a=projection",
     "stella-random",
@@ -37,7 +37,7 @@ CHANGED = {  # by a ΔW that is not zero
     "loram_fr-identity",
     "loram_fr-diagonal_scaling=True",
 }
-ROUNDED = {"lora-orthogonal"}  # by a ΔW that is zero to rounding
+ROUNDED = {"lora-orthogonal"}  # ΔW is zero to rounding
 
 
 def config(case: str, **more: Any) -> AdapterConfig:

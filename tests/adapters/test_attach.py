@@ -78,11 +78,11 @@ def test_targets_are_what_is_adapted(targets: str | Sequence[str], needed: set[s
         ({"targets": "q_pro."}, ["'q_pro.'", "whole name, such as model.layers.0."]),
         ({"targets": ["q_proj", "v_pro."]}, ["'v_pro.' matches no module"]),
         ({"targets": ["all-linear"]}, ["'all-linear' matches no module"]),
-        ({"targets": "(q_proj"}, ["(q_proj", "no regular expression"]),
+        ({"targets": "(q_proj"}, ["(q_proj", "not a regular expression"]),
         ({"rank_pattern": {"q_porj": 4}}, ["rank_pattern 'q_porj'", "mean q_proj"]),
         ({"rank_pattern": {"all-linear": 4}}, ["rank_pattern 'all-linear' matches no"]),
         ({"alpha_pattern": {"mlp": 4}}, ["alpha_pattern 'mlp' matches no module"]),
-        ({"alpha_pattern": {"q_proj)": 4}}, ["q_proj)", "no regular expression"]),
+        ({"alpha_pattern": {"q_proj)": 4}}, ["q_proj)", "not a regular expression"]),
         (
             {"rank": 17},
             ["self_attn.k_proj: rank 17", "32 inputs and 16 outputs", "1 to 16"],
@@ -144,7 +144,7 @@ def test_a_model_takes_one_adapter():
 @pytest.mark.parametrize("method", METHODS)
 def test_manifolds_are_a_prefix_of_factors(method: str):
     attach(model := tiny.base(), AdapterConfig(method, rank=2, targets=FEW))
-    factors, manifolds = ml.factors(model), ml.manifolds(model)
+    factors, manifolds = ml.factors(model), ml.manifold_tree(model)
     seen = {}
 
     def note(path: Any, manifold: Any, below: Any) -> None:
@@ -167,7 +167,7 @@ def test_manifolds_are_a_prefix_of_factors(method: str):
 
 def test_a_model_without_adapters_has_no_factors():
     model = tiny.base()
-    assert ml.factors(model) == {} == ml.manifolds(model)
+    assert ml.factors(model) == {} == ml.manifold_tree(model)
     rebuild, factors, frozen = split(model)
     np.testing.assert_array_equal(
         tiny.logits(rebuild(factors, frozen)), tiny.logits(model)
@@ -325,8 +325,9 @@ def check(ml, geo):
     config = ml.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,
         num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
     model = nnx.eval_shape(lambda: ml.Llama(config, rngs=nnx.Rngs(0)))
-    assert ml.manifolds(model) == {}
+    assert ml.manifold_tree(model) == {} and not callable(geo)
     assert geo is ml.manifolds is sys.modules["manifold_lora.manifolds"]
+    assert type(geo) is type(sys)
     import manifold_lora.manifolds.stiefel
     assert ml.manifolds.stiefel.Stiefel is ml.Stiefel
 
@@ -349,5 +350,5 @@ check(ml, importlib.import_module("manifold_lora.manifolds"))
 """
 
 
-def test_manifolds_is_a_function_and_a_room_in_every_order():
+def test_manifolds_is_the_subpackage_in_every_order():
     subprocess.run([sys.executable, "-W", "error", "-c", ORDERS], check=True)

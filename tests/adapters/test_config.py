@@ -59,10 +59,10 @@ def test_alpha_is_twice_the_rank_unless_given():
     assert AdapterConfig(rank=8, alpha=1.5).alpha == 1.5
 
 
-def test_the_start_is_the_first_of_the_method_unless_given():
-    starts = {name: AdapterConfig(name).start for name in METHODS}
-    assert starts == {name: row.starts[0] for name, row in METHODS.items()}
-    assert AdapterConfig("stella", start="zero").start == "zero"
+def test_the_initialisation_is_the_first_of_the_method_unless_given():
+    inits = {name: AdapterConfig(name).init for name in METHODS}
+    assert inits == {name: row.inits[0] for name, row in METHODS.items()}
+    assert AdapterConfig("stella", init="zero").init == "zero"
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_the_start_is_the_first_of_the_method_unless_given():
         ({"targets": ""}, "at least one module"),
         ({"method": "lora", "fixed_a": "both"}, "no fixed_a 'both'"),
         (
-            {"method": "lora", "start": "orthogonal", "rank": 3},
-            "start orthogonal needs even ranks, got 3",
+            {"method": "lora", "init": "orthogonal", "rank": 3},
+            "init orthogonal needs even ranks, got 3",
         ),
         (
-            {"method": "lora", "start": "orthogonal", "rank_pattern": {"q_proj": 5}},
+            {"method": "lora", "init": "orthogonal", "rank_pattern": {"q_proj": 5}},
             "even ranks, got 5",
         ),
     ],
@@ -102,5 +102,5 @@ def test_every_bad_value_is_named_at_once():
 
 @pytest.mark.parametrize("use", [is_target, lambda p, n: lookup({p: 1}, n, 0)])
 def test_a_broken_expression_is_the_users(use: Any):
-    with pytest.raises(InputError, match="no regular expression"):
+    with pytest.raises(InputError, match="not a regular expression"):
         use("(q_proj", Q)

@@ -53,7 +53,7 @@ def test_what_only_landed_is_put_on_its_manifold(method: str, tmp_path: Path):
             part += 0.03 * rng.normal(size=part.shape)
         module.b.set_value(jnp.asarray(b))
     before, trained = ml.factors(model), tiny.arrays(model)
-    tags = ml.manifolds(model)
+    tags = ml.manifold_tree(model)
     assert largest_residual(tags, before) > 0.01
     with as_exported(model, project=True) as discarded:
         assert discarded == 0

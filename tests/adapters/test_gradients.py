@@ -11,6 +11,7 @@ from flax import nnx
 
 from manifold_lora.adapters import AdapterConfig
 from manifold_lora.adapters.attach import adapter_class
+from manifold_lora.adapters.factor import tags
 from manifold_lora.adapters.loram_fr import LoRAMFixedLinear, fixed_rank_product
 from manifold_lora.adapters.scaled import ScaledLinear
 from manifold_lora.manifolds import FixedRank
@@ -38,7 +39,7 @@ def layer(case: str) -> tuple[nnx.Module, Any, Arrays]:
     linear.bias.set_value(jnp.asarray(BIAS, jnp.float32))
     given = config(case)
     inner = adapter_class(given.method)(linear, given, key=jax.random.key(0))
-    for name in inner.manifolds(given):
+    for name in tags(inner.factors(given)):
         variable = getattr(inner, name)
         x = np.asarray(variable[...])
         if name not in "uv" and not (name == "b" and x.any()):
@@ -116,7 +117,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(case: str):
         return new + x["d1"][:, None] * w * x["d2"] - w if "d1" in x else new
 
     arrays |= d
-    trained = inner.manifolds(inner.config).keys() | d.keys()
+    trained = tags(inner.factors(inner.config)).keys() | d.keys()
     needed = finite_differences(lambda x: loss_of(weight(x)), arrays)
     g = slopes_of(weight(arrays)).T @ X
     if method == "loram_fr":  # the pair, and not the chain rule's

@@ -13,6 +13,7 @@ from flax import nnx
 import manifold_lora as ml
 from manifold_lora.adapters import AdapterConfig, adapters, attach
 from manifold_lora.adapters.attach import adapter_class
+from manifold_lora.adapters.factor import tags
 from manifold_lora.adapters.low_rank import LowRankLinear
 from manifold_lora.adapters.scaled import ScaledLinear
 from manifold_lora.errors import InputError
@@ -29,7 +30,7 @@ RANKS, ALPHAS = (2, 4, 0), (3.0, 5.0, 1.0)
 X = np.random.default_rng(0).normal(size=(5, IN)).astype(np.float32)
 WEIGHTS = np.random.default_rng(1).normal(size=(5, OUT)).astype(np.float32)
 # StelLA without the scale for a model's width, and LoRAM coordinate by coordinate:
-# their other settings look at the rows or columns that fill up a layer as well.
+# their other settings depend on the padding of a layer as well.
 OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "lora": lambda tags: optax.adam(1e-2),
     "dora": lambda tags: optax.adam(1e-2),
@@ -52,7 +53,7 @@ def linear(kernel: np.ndarray) -> Linear:
     return made
 
 
-def put(module: LowRankLinear, name: str, x: Any) -> None:
+def assign(module: LowRankLinear, name: str, x: Any) -> None:
     getattr(module, name).set_value(x)
 
 
@@ -66,7 +67,7 @@ def stack(method: str) -> tuple[LowRankLinear, list[LowRankLinear]]:
     if method == "loram_fr":  # away from the boundary of the manifold
         full = np.array(nnx.to_pure_dict(nnx.state(module, nnx.LoRAParam))["s"])
         full[0, :2, :2], full[1] = np.eye(2), np.eye(4)
-        put(module, "s", jnp.asarray(full))
+        assign(module, "s", jnp.asarray(full))
     alone = [
         cls(
             linear(kernel[layer]),
@@ -87,7 +88,7 @@ def trained(module: LowRankLinear, alone: list[LowRankLinear], method: str) -> A
     for name, one in modules.items():
         graphs[name], state, rests[name] = nnx.split(one, nnx.LoRAParam, ...)
         factors[name] = nnx.to_pure_dict(state)
-        own = one.manifolds(one.config)
+        own = tags(one.factors(one.config))
         first = own[min(own)]
         tags[name] = first if first.parts else own
     tx = OPTIMIZERS[method](tags)
@@ -124,20 +125,20 @@ def trained(module: LowRankLinear, alone: list[LowRankLinear], method: str) -> A
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_filled_up_layer_trains_as_one_of_its_own_rank(method: str):
+def test_a_padded_layer_trains_as_one_of_its_own_rank(method: str):
     module, alone = stack(method)
     before, after, gradients = trained(module, alone, method)
-    own_tags = module.manifolds(module.config)
+    own_tags = tags(module.factors(module.config))
     tag = own_tags[min(own_tags)]
-    # also what is filled up is on the manifold
+    # the padding is on the manifold, too
     residual = largest_residual(tag if tag.parts else own_tags, before["stack"])
     assert residual < RESIDUAL
     for name, x in after["stack"].items():
-        put(module, name, x)
+        assign(module, name, x)
     for layer, rank in enumerate(RANKS):
         own = module.arrays()[layer]
         for name in before["stack"]:
-            start, end = (
+            first, last = (
                 np.array(tree["stack"][name][layer]) for tree in (before, after)
             )
             slopes = np.array(gradients["stack"][name][:, layer])
@@ -151,11 +152,11 @@ def test_a_filled_up_layer_trains_as_one_of_its_own_rank(method: str):
             # all else stays exactly where it was, for nothing flows through it
             index = tuple(map(slice, own[name].shape))
             if name != "m":
-                start[index] = end[index] = 0
+                first[index] = last[index] = 0
                 slopes[:, *index] = 0
             if rank == 0 or name != "m":
                 assert not slopes.any()
-                np.testing.assert_array_equal(end, start)
+                np.testing.assert_array_equal(last, first)
     for layer, rank in enumerate(RANKS):
         update = np.asarray(module.weight()[layer]).T
         assert update.any() == (rank > 0)
@@ -171,7 +172,7 @@ def test_a_filled_up_layer_trains_as_one_of_its_own_rank(method: str):
     [(case, "float32") for case in CASES]
     + [(case, "bfloat16") for case in ("dora-kaiming", "lora-pissa")],
 )
-def test_layers_of_other_ranks_start_as_their_base_or_are_said_not_to(
+def test_layers_of_other_ranks_equal_their_base_at_initialisation_or_are_listed(
     case: str, dtype: str
 ):
     given = AdapterConfig(rank=3 if case not in ROUNDED else 2, **CASES[case])
@@ -226,27 +227,27 @@ def test_diagonals_of_a_layer_that_is_not_adapted_are_not_trained():
         np.testing.assert_array_equal(moved, [True, True, False])
     module.d1.set_value(2 * module.d1[...])
     module.d2.set_value(2 * module.d2[...])
-    fused = np.asarray(module.fuse().kernel[...])
-    np.testing.assert_array_equal(fused[2], kernel[2])
-    assert tiny.error(fused[:2], 4 * kernel[:2]) < FLOAT32
+    merged = np.asarray(module.merge().kernel[...])
+    np.testing.assert_array_equal(merged[2], kernel[2])
+    assert tiny.error(merged[:2], 4 * kernel[:2]) < FLOAT32
 
 
 def test_a_target_may_leave_out_any_layer():
-    """An expression for some layers and a start that needs even ranks."""
+    """An expression for some layers and an initialisation that needs even ranks."""
     only = r"model\.layers\.1\..*q_proj"
-    given = AdapterConfig("lora", rank=2, start="orthogonal", targets=only)
+    given = AdapterConfig("lora", rank=2, init="orthogonal", targets=only)
     attach(model := tiny.base(), given)
     assert adapters(model)["self_attn.q_proj"].ranks == (0, 2, 0)
 
 
-def test_a_start_at_zero_needs_one_rank():
-    """Its retraction would mix the columns of a layer with those that fill it up."""
+def test_init_zero_needs_one_rank():
+    """Its retraction would mix the columns of a layer with its padding."""
     pattern = {r"layers\.1\.self_attn\.q_proj": 4}
-    given = AdapterConfig("loram_fr", rank=2, start="zero", rank_pattern=pattern)
+    given = AdapterConfig("loram_fr", rank=2, init="zero", rank_pattern=pattern)
     with pytest.raises(InputError, match="q_proj: loram_fr .* 2, 4: take .* identity"):
         attach(tiny.base(), given)
     some = AdapterConfig(
-        "loram_fr", rank=2, start="zero", targets=r"model\.layers\.[02]\..*v_proj"
+        "loram_fr", rank=2, init="zero", targets=r"model\.layers\.[02]\..*v_proj"
     )
     attach(model := tiny.base(), some)
     assert adapters(model)["self_attn.v_proj"].ranks == (2, 0, 2)

@@ -24,7 +24,7 @@ from tests.adapters.cases import ALPHA, CASES, FEW, RANK, config
 from tests.tolerances import FLOAT32, LOGITS
 
 # One of every form of y; all cases are compared layer by layer in test_gradients.
-FORMS = [f"{method}-{row.starts[0]}" for method, row in METHODS.items()]
+FORMS = [f"{method}-{row.inits[0]}" for method, row in METHODS.items()]
 FORMS += ["lora-pissa", "lora-diagonal_scaling=True", "stella-diagonal_s=True"]
 
 
@@ -136,7 +136,7 @@ def test_fuse_rounds_once(dtype: type):
         assert update.dtype == jnp.float32
         assert tiny.error(update, 5 / 2 * a @ b.swapaxes(1, 2)) < FLOAT32, name
         needed = kernel.astype(np.float32) + np.asarray(update)
-        fused = module.fuse()
+        fused = module.merge()
         assert fused is module.base and type(fused) is Linear
         got = np.asarray(fused.kernel[...])
         assert got.dtype == (ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else dtype)

@@ -39,8 +39,8 @@ EXPORTED = {
     },
     # a correction of twice the rank, with the other scale
     **{
-        f"{start}-rslora": config(f"lora-{start}", targets=FEW, rslora=True)
-        for start in ("pissa", "olora")
+        f"{init}-rslora": config(f"lora-{init}", targets=FEW, rslora=True)
+        for init in ("pissa", "olora")
     },
     # layers of ranks 4, 1 and 0
     **{
@@ -98,7 +98,7 @@ def test_peft_reads_what_truncation_leaves(base: Path, tmp_path: Path):
     assert tiny.error(got, their_logits(peft_model)) < LOGITS
 
 
-MERGED = [f"{m}-{row.starts[0]}" for m, row in METHODS.items()]
+MERGED = [f"{m}-{row.inits[0]}" for m, row in METHODS.items()]
 MERGED += [case for case in CASES if case.endswith("diagonal_scaling=True")]
 
 

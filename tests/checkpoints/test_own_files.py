@@ -66,7 +66,7 @@ def test_tensors_changed_by_another_tool(case: str, end: str, tmp_path: Path):
     path = saved(case, tmp_path / "a")
     update = {n: np.asarray(m.weight()) for n, m in loaded(path).items()}
     edit(path / WEIGHTS, scaled(end))
-    remedy = ["take this file and manifold_lora.json away", "plain LoRA"]
+    remedy = ["remove this file and manifold_lora.json", "plain LoRA"]
     refused(path, str(path / FACTORS), WEIGHTS, f"{FULL} differs", *remedy)
     for file in (FACTORS, EXTRA):
         (path / file).unlink()
@@ -101,6 +101,30 @@ def test_factors_of_other_shapes(tmp_path: Path):
     path = saved("loram_br-zero", tmp_path / "a")
     edit(path / FACTORS, lambda t: t.update({f"{FULL}.a": np.ones((3, 2), "f4")}))
     refused(path, str(path / FACTORS), f"{FULL} differs")
+
+
+def test_factors_that_the_method_does_not_have(tmp_path: Path):
+    path = saved("loram_br-zero", tmp_path / "a")
+    edit(path / FACTORS, lambda t: t.update({f"{FULL}.w": np.ones((3, 2), "f4")}))
+    refused(path, str(path / FACTORS), f"{FULL}.w, which is not an array of loram_br")
+
+
+@pytest.mark.parametrize("end", ["a0", "b0"])
+def test_corrections_of_another_adapter(end: str, tmp_path: Path):
+    path = saved("lora-pissa", tmp_path / "a")
+    edit(path / FACTORS, scaled(f".{end}"))
+    refused(path, str(path / FACTORS), f"{FULL} differs")
+
+
+@pytest.mark.parametrize("case", ["lora-pissa", "stella-zero", "loram_fr-zero"])
+def test_the_initialisation_was_called_start(case: str, tmp_path: Path):
+    path = saved(case, tmp_path / "a")
+    settings = read(path / EXTRA)
+    old = {"start" if key == "init" else key: x for key, x in settings.items()}
+    assert old["start"] == case.partition("-")[2]
+    (path / EXTRA).write_text(json.dumps(old))
+    for name, module in loaded(path).items():
+        assert module.config.init == old["start"], name
 
 
 def test_factors_that_are_damaged(tmp_path: Path):

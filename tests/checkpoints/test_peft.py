@@ -39,7 +39,7 @@ def test_an_adapter_survives_saving_and_loading(config: AdapterConfig, tmp_path:
     save_adapter(model, tmp_path / "deep" / "adapter")
     load_adapter(again := tiny.base(), tmp_path / "deep" / "adapter")
     same(ml.factors(again), ml.factors(model))
-    assert ml.manifolds(again) == ml.manifolds(model)
+    assert ml.manifold_tree(again) == ml.manifold_tree(model)
     np.testing.assert_array_equal(tiny.logits(again), tiny.logits(model))
     for name, module in adapters(model).items():
         got = adapters(again)[name]
@@ -80,7 +80,7 @@ def test_the_plain_config_has_the_keys_that_every_peft_accepts(tmp_path: Path):
         "targets": "all-linear",
         "rank_pattern": {},
         "alpha_pattern": {},
-        "start": "random",
+        "init": "random",
         "fixed_a": None,
         "diagonal_s": False,
         "diagonal_scaling": False,
@@ -101,7 +101,7 @@ def test_further_keys_are_written_where_they_are_used(tmp_path: Path):
     assert own["rank_pattern"] == {"down_proj": 2} and own["rslora"] is True
     assert own["alpha_pattern"] == {"self_attn.*": 7, "up_proj": 2.5}
     assert own["targets"] == ["q_proj", "v_proj", "up_proj", "down_proj"]
-    assert (own["method"], own["start"]) == ("lora", "kaiming")
+    assert (own["method"], own["init"]) == ("lora", "kaiming")
 
 
 def test_tensors_are_those_of_peft(tmp_path: Path):
@@ -212,7 +212,7 @@ def test_only_an_adapter_is_replaced(tmp_path: Path):
             (path / "thesis.tex").write_text("years of work")
         else:
             path.write_text("years of work")
-        with pytest.raises(InputError, match="is no adapter.*choose another"):
+        with pytest.raises(InputError, match="is not an adapter.*choose another"):
             save_adapter(model, path)
     assert (tmp_path / "directory" / "thesis.tex").exists()
     assert (tmp_path / "file").is_file()

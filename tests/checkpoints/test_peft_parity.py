@@ -169,7 +169,9 @@ def test_an_adapter_in_bfloat16(base: Path, tmp_path: Path):
     assert tiny.error(tiny.logits(ours), their_logits(model)) < LOGITS
 
 
-def test_a_start_that_changed_its_base_is_another_function(base: Path, tmp_path: Path):
+def test_an_initialisation_that_changed_its_base_is_another_function(
+    base: Path, tmp_path: Path
+):
     """Why `load_adapter` refuses them: PEFT takes B A out of the base as it loads."""
     from peft import PeftModel
 

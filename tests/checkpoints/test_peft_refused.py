@@ -91,9 +91,9 @@ def test_settings_that_would_be_another_function(
     refused(path, str(path / CONFIG), *words)
 
 
-@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
-def test_starts_that_leave_the_base_alone(start: Any, path: Path):
-    config = read(path / CONFIG) | {"init_lora_weights": start}
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_initialisations_that_leave_the_base_alone(init: Any, path: Path):
+    config = read(path / CONFIG) | {"init_lora_weights": init}
     (path / CONFIG).write_text(json.dumps(config))
     load_adapter(model := tiny.base(), path)
     assert adapters(model)

@@ -75,7 +75,7 @@ def test_it_is_stella_with_the_same_function(
         given = module.config
         assert (given.method, given.diagonal_s) == ("stella", diagonal)
         assert (given.dropout, given.rslora) == (0.05, rslora)
-    q = ml.manifolds(model)["layers"]["self_attn"]["q_proj"]
+    q = ml.manifold_tree(model)["layers"]["self_attn"]["q_proj"]
     assert q == {"u": Stiefel(), "s": Euclidean(), "v": Stiefel()}
     for full, x in tiny.arrays(model).items():
         for name, part in x.items():

@@ -134,7 +134,7 @@ def bad_inputs(folder, model, data):
         ),
         "start": (
             (*use, *ok, "--start", "pissa"),
-            "stiefel starts with random; pissa goes with lora",
+            "the initialisations of stiefel are random; pissa goes with lora",
         ),
         "fixed": (
             (*use, *ok, "--method", "stella", "--fixed-a", "random"),

@@ -79,7 +79,7 @@ class Run:
     def __init__(self, model: ml.Llama, accumulate: int = 1):
         (method,) = {module.config.method for module in adapters(model).values()}
         place(model)
-        self.model, self.axes, tags = model, axes(model), ml.manifolds(model)
+        self.model, self.axes, tags = model, axes(model), ml.manifold_tree(model)
         # Steps long enough for a wrong one to be seen.
         rate = METHODS[method].builtin_rate
         free = METHODS[method].builtin_free_rate

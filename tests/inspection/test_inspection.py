@@ -182,7 +182,7 @@ def test_a_fixed_factor_and_a_fixed_correction(tmp_path):
     a = report["modules"]["model.layers.0.self_attn.q_proj"]["factors"]["a"]
     assert a["manifold"] == "fixed"
     assert a["angle_largest"] == pytest.approx(0, abs=FLOAT32)
-    model = run_directory(tmp_path / "pissa", "lora", start="pissa")
+    model = run_directory(tmp_path / "pissa", "lora", init="pissa")
     report, _ = inspect(tmp_path / "pissa")
     for name, numbers in report["modules"].items():
         assert list(numbers["factors"]) == ["a", "b"]

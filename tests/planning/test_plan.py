@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from manifold_lora.adapters import attach, axes, manifolds, split
+from manifold_lora.adapters import attach, axes, manifold_tree, split
 from manifold_lora.cli.main import main
 from manifold_lora.distributed.arrays import initialised, place
 from manifold_lora.distributed.mesh import make_mesh
@@ -114,7 +114,7 @@ def test_arrays_are_placed_as_in_training(model, method):
         attach(real, adapter_config(target.run))
         place(real)
         _, factors, frozen = split(real)
-        tx, _ = build_optimizer(target.run, manifolds(real), 1, shape.hidden_size)
+        tx, _ = build_optimizer(target.run, manifold_tree(real), 1, shape.hidden_size)
         opt_state = initialised(tx.init, factors, axes(real))
     state = TrainState(factors, opt_state, jax.random.key(0))
     arrays, treedef = jax.tree.flatten((state, frozen))

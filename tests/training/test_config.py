@@ -60,7 +60,7 @@ def test_defaults_depend_on_method_model_and_data():
     assert builtin.run_directory == Path("runs/stiefel")
     for name, row in METHODS.items():
         config = resolve(TrainConfig(method=name, model=Path("m")))
-        assert config.start == row.starts[0] and config.learning_rate == row.rate
+        assert config.start == row.inits[0] and config.learning_rate == row.rate
         assert config.free_learning_rate == row.free_rate
         config = resolve(TrainConfig(method=name))
         assert config.learning_rate == row.builtin_rate

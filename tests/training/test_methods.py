@@ -61,7 +61,7 @@ def test_a_saved_adapter_goes_on_bit_for_bit(method: str, tmp_path: Path):
     model.remat = False
     attach(model, given)
     config = resolve(TrainConfig(method=method, warmup_steps=2))
-    tags = ml.manifolds(model)
+    tags = ml.manifold_tree(model)
     tx, _ = build_optimizer(config, tags, STEPS, tiny.CONFIG["hidden_size"])
     rebuild, factors, frozen = split(model)
     step = make_step(rebuild, tx, tags, axes(model))

@@ -168,7 +168,7 @@ def test_landing_is_reported_and_kept_as_exported(config: TrainConfig):
     summary = run(given)
     assert summary["last_residual"] > 1e-4
     model = kept(given)
-    assert largest_residual(ml.manifolds(model), ml.factors(model)) < RESIDUAL
+    assert largest_residual(ml.manifold_tree(model), ml.factors(model)) < RESIDUAL
     loss = loss_of(given, model)
     assert loss == pytest.approx(summary["loss_exported"], rel=LOGITS)
     assert summary["loss_exported"] == pytest.approx(summary["loss_after"], rel=0.05)

@@ -48,7 +48,7 @@ def batch_of(chosen, **options):
 
 def run(model, batch, tx, accumulate=1, steps=1):
     rebuild, factors, frozen = split(model)
-    step = make_step(rebuild, tx, ml.manifolds(model), axes(model), accumulate)
+    step = make_step(rebuild, tx, ml.manifold_tree(model), axes(model), accumulate)
     # the step donates its state, and the model keeps its own arrays
     factors = jax.tree.map(jnp.copy, factors)
     state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))
@@ -127,7 +127,7 @@ def test_gradient_norm_is_measured_before_clipping():
 
 def test_residual_is_that_of_the_worst_factor():
     model = adapted()
-    factors, tags = ml.factors(model), ml.manifolds(model)
+    factors, tags = ml.factors(model), ml.manifold_tree(model)
     q = factors["layers"]["self_attn"]["q_proj"]
     assert largest_residual(tags, factors) < RESIDUAL
     q["b"] = q["b"].at[1, 3, 2].add(0.25)
@@ -149,7 +149,7 @@ def test_base_is_frozen_and_factors_stay_on_their_manifold():
     model = adapted()
     rebuild, _, frozen = split(model)
     before = jax.tree.map(np.array, frozen)
-    tx = ml.stiefel_lora(0.3, ml.manifolds(model), free_learning_rate=1e-2)
+    tx = ml.stiefel_lora(0.3, ml.manifold_tree(model), free_learning_rate=1e-2)
     state, metrics = run(model, batch_of(examples()), tx, steps=10)
     assert metrics["residual"] < RESIDUAL
     for a, b in zip(
@@ -163,7 +163,7 @@ def test_bfloat16_base_keeps_float32_factors():
     model = ml.Llama(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     model.remat = False
     ml.attach(model, ml.AdapterConfig("stiefel", rank=4, targets="q_proj"))
-    tx = ml.stiefel_lora(0.2, ml.manifolds(model), free_learning_rate=1e-2)
+    tx = ml.stiefel_lora(0.2, ml.manifold_tree(model), free_learning_rate=1e-2)
     state, metrics = run(model, batch_of(examples()), tx, steps=20)
     assert {x.dtype for x in jax.tree.leaves(state.factors)} == {jnp.dtype("float32")}
     assert metrics["residual"] < RESIDUAL
@@ -177,9 +177,9 @@ def test_compile_time_does_not_grow_with_depth():
         model = ml.Llama(config, rngs=nnx.Rngs(0))
         ml.attach(model, ml.AdapterConfig("stiefel", rank=4, targets="q_proj"))
         rebuild, factors, frozen = split(model)
-        tx = ml.stiefel_lora(0.1, ml.manifolds(model))
+        tx = ml.stiefel_lora(0.1, ml.manifold_tree(model))
         state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))
-        step = make_step(rebuild, tx, ml.manifolds(model), axes(model))
+        step = make_step(rebuild, tx, ml.manifold_tree(model), axes(model))
         sizes[layers] = len(
             step.lower(state, frozen, batch_of(examples())).as_text().splitlines()  # pyright: ignore
         )

@@ -1,4 +1,4 @@
-"""Factors to begin with: random ones, and singular vectors of the weight."""
+"""Initial factors: random ones, and singular vectors of the weight."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from manifold_lora.manifolds import Manifold, Stiefel
 
 @partial(jax.jit, static_argnums=(0, 2))
 def random_point(manifold: Manifold, key: jax.Array, shape: tuple[int, ...]):
-    """A random point, compiled once a shape: its loops would compile at every call."""
+    """A random point, compiled once per shape: eager, its loops compile every time."""
     return manifold.random_point(key, shape)
 
 

@@ -1,4 +1,4 @@
-"""How every method starts: as its base bit for bit, or from what its start says."""
+"""Initialisations: ΔW = 0 bit for bit, or what the method documents instead."""
 
 import math
 
@@ -43,7 +43,7 @@ OTHERWISE = ["lora-orthogonal", "stella-random", "loram_fr-identity"]
     + [(case, "bfloat16", False) for case in ("lora-kaiming", "dora-kaiming")]
     + [(case, "float32", True) for case in ("lora-kaiming", "dora-kaiming")],
 )
-def test_the_model_starts_as_its_base_bit_for_bit_or_is_said_not_to(
+def test_the_model_equals_its_base_bit_for_bit_or_is_listed(
     case: str, dtype: str, remat: bool
 ):
     plain, model = tiny.base(BOTH[dtype]), tiny.base(BOTH[dtype])
@@ -59,7 +59,7 @@ def test_the_model_starts_as_its_base_bit_for_bit_or_is_said_not_to(
         np.testing.assert_array_equal(got, needed)
 
 
-def test_what_starts_otherwise_is_named():
+def test_the_lists_of_cases_are_complete():
     assert CHANGED | ROUNDED <= CASES.keys()
     assert {*FORMS} <= CASES.keys() - CHANGED - ROUNDED
     assert {*OTHERWISE} <= CHANGED | ROUNDED
@@ -79,8 +79,8 @@ DRAWN = {  # what is random, by method
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_seed_decides_the_start(method: str):
-    def start(seed: int, dtype: type = jnp.float32) -> dict[str, np.ndarray]:
+def test_the_seed_decides_the_initialisation(method: str):
+    def initial(seed: int, dtype: type = jnp.float32) -> dict[str, np.ndarray]:
         given = AdapterConfig(method, rank=2, targets=FEW)
         attach(model := tiny.base(dtype), given, seed=seed)
         dtypes = {x.dtype for x in jax.tree.leaves(factors(model))}
@@ -91,7 +91,7 @@ def test_the_seed_decides_the_start(method: str):
             for factor in DRAWN[method]
         }
 
-    first, again, other = start(0), start(0, jnp.bfloat16), start(1)
+    first, again, other = initial(0), initial(0, jnp.bfloat16), initial(1)
     assert len(first) == len(FEW) * len(DRAWN[method])
     for name, one in first.items():
         np.testing.assert_array_equal(one, again[name])
@@ -101,7 +101,7 @@ def test_the_seed_decides_the_start(method: str):
     assert len(numbers) == len(first) * tiny.LAYERS
 
 
-def started(case: str) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+def initialised(case: str) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """W (out, in) and the factors of every adapted layer, in float64."""
     attach(model := tiny.base(), config(case, targets=FEW))
     return [
@@ -123,15 +123,15 @@ def orthonormal(x: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("case", ["lora-kaiming", "lora-fixed_a=random"])
-def test_lora_starts_uniform(case: str):
-    for _, x in started(case):
+def test_lora_is_initialised_uniformly(case: str):
+    for _, x in initialised(case):
         uniform(x["a"])
         assert not x["b"].any()
 
 
 def test_gaussian_has_deviation_one_over_the_rank():
     for case in ("lora-gaussian", "dora-gaussian"):
-        found = [x for _, x in started(case)]
+        found = [x for _, x in initialised(case)]
         a = np.concatenate([x["a"].ravel() for x in found])
         # standard deviation of the variance of n normal numbers
         assert abs(RANK**2 * a.var() - 1) < 4 * math.sqrt(2 / a.size)
@@ -141,7 +141,7 @@ def test_gaussian_has_deviation_one_over_the_rank():
 
 def test_orthogonal_factors_have_no_product():
     squares = {"a": [], "b": []}
-    for _, x in started("lora-orthogonal"):
+    for _, x in initialised("lora-orthogonal"):
         assert x["a"].any() and x["b"].any()
         assert tiny.error(x["b"] @ x["a"].T, 0) < FLOAT32
         for factor, found in squares.items():
@@ -151,7 +151,7 @@ def test_orthogonal_factors_have_no_product():
 
 
 def test_pissa_is_the_best_approximation_of_the_weight():
-    for w, x in started("lora-pissa"):
+    for w, x in initialised("lora-pissa"):
         u, sigma, vt = np.linalg.svd(w)
         best = (u[:, :RANK] * sigma[:RANK]) @ vt[:RANK]
         # what rounding makes of the singular vectors grows as their gap shrinks
@@ -163,7 +163,7 @@ def test_pissa_is_the_best_approximation_of_the_weight():
 
 
 def test_olora_is_the_beginning_of_qr():
-    for w, x in started("lora-olora"):
+    for w, x in initialised("lora-olora"):
         q, r = np.linalg.qr(w)
         assert tiny.error(x["b"] @ x["a"].T, q[:, :RANK] @ r[:RANK]) < FLOAT32
         orthonormal(x["b"])
@@ -172,14 +172,14 @@ def test_olora_is_the_beginning_of_qr():
 
 
 def test_a_fixed_projection_is_one_of_the_weight():
-    for w, x in started("stiefel-fixed_a=projection"):
+    for w, x in initialised("stiefel-fixed_a=projection"):
         assert tiny.error(x["a"], w.T @ x["b"]) < FLOAT32
         orthonormal(x["b"])
-    for w, x in started("lora-fixed_a=projection"):
+    for w, x in initialised("lora-fixed_a=projection"):
         p, rest, *_ = np.linalg.lstsq(w.T, x["a"], rcond=None)  # A = WᵀP
         orthonormal(p) if w.shape[0] < w.shape[1] else None
         assert not x["b"].any() and np.all(rest < FLOAT32)
-    for _, x in started("stiefel-fixed_a=random"):
+    for _, x in initialised("stiefel-fixed_a=random"):
         uniform(x["a"])
         orthonormal(x["b"])
 
@@ -192,7 +192,7 @@ def test_a_fixed_factor_is_not_trained(case: str):
 
 @pytest.mark.parametrize("method", ["dora", "stiefel_dora"])
 def test_magnitudes_are_the_lengths_of_the_rows(method: str):
-    for w, x in started(f"{method}-{METHODS[method].starts[0]}"):
+    for w, x in initialised(f"{method}-{METHODS[method].inits[0]}"):
         np.testing.assert_allclose(
             x["m"], np.linalg.norm(w, axis=1), rtol=FLOAT32, atol=0
         )
@@ -202,11 +202,11 @@ def test_magnitudes_are_the_lengths_of_the_rows(method: str):
             orthonormal(x["b"])
 
 
-@pytest.mark.parametrize("start", ["svd_major", "svd_minor"])
-def test_stella_starts_from_singular_vectors(start: str):
-    for w, x in started(f"stella-{start}"):
+@pytest.mark.parametrize("init", ["svd_major", "svd_minor"])
+def test_stella_takes_singular_vectors(init: str):
+    for w, x in initialised(f"stella-{init}"):
         u, sigma, vt = np.linalg.svd(w, full_matrices=False)
-        place = slice(RANK) if start == "svd_major" else slice(-RANK, None)
+        place = slice(RANK) if init == "svd_major" else slice(-RANK, None)
         assert tiny.error(x["u"] @ x["u"].T, u[:, place] @ u[:, place].T) < LOGITS
         assert tiny.error(x["v"] @ x["v"].T, vt[place].T @ vt[place]) < LOGITS
         # and they belong to each other, signs included
@@ -225,8 +225,8 @@ MIDDLE = {
 
 
 @pytest.mark.parametrize("case", MIDDLE)
-def test_three_factors_start_orthonormal(case: str):
-    for _, x in started(case):
+def test_three_factors_are_orthonormal(case: str):
+    for _, x in initialised(case):
         orthonormal(x["u"])
         orthonormal(x["v"])
         np.testing.assert_allclose(x["s"], MIDDLE[case], rtol=FLOAT32)
@@ -241,10 +241,10 @@ def test_three_factors_start_orthonormal(case: str):
         ("loram_br-zero", "a", "v"),
     ],
 )
-def test_one_factor_starts_at_zero_and_one_on_its_manifold(
+def test_one_factor_is_zero_and_one_is_on_its_manifold(
     case: str, zero: str, constrained: str
 ):
-    for _, x in started(case):
+    for _, x in initialised(case):
         assert not x[zero].any()
         if case == "landing_oblique-random":
             lengths = np.linalg.norm(x[constrained], axis=0)
