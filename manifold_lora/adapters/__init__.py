@@ -4,7 +4,6 @@ One file per method, with the same members in the same order: `factors`, `init`,
 `delta`, `product`; what they share is in `low_rank.py`.
 """
 
-from manifold_lora.adapters.attach import adapter_class as adapter_class
 from manifold_lora.adapters.attach import adapters as adapters
 from manifold_lora.adapters.attach import attach as attach
 from manifold_lora.adapters.attach import axes as axes
@@ -14,3 +13,4 @@ from manifold_lora.adapters.attach import merge as merge
 from manifold_lora.adapters.attach import set_factors as set_factors
 from manifold_lora.adapters.attach import split as split
 from manifold_lora.adapters.config import AdapterConfig as AdapterConfig
+from manifold_lora.adapters.options import adapter_class as adapter_class

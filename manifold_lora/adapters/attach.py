@@ -1,6 +1,5 @@
 """Attach adapters to a model and merge them; the trees that the optimiser sees."""
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,22 +14,15 @@ from manifold_lora.adapters.config import (
     matches_end,
 )
 from manifold_lora.adapters.low_rank import LowRankLinear
+from manifold_lora.adapters.options import adapter_class
 from manifold_lora.adapters.scaled import ScaledLinear
 from manifold_lora.distributed.sharding import axes_of
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Manifold
-from manifold_lora.methods import find_method
 from manifold_lora.models import Linear
 
 # A decoder's projections; anything called with (x, key) and a layer axis in front.
 PROJECTIONS = (Linear, LowRankLinear, ScaledLinear)
-
-
-def adapter_class(method: str) -> type[LowRankLinear]:
-    """The class of a method's adapter; its file is imported on first use."""
-    file, _, name = find_method(method).adapter.partition(".")
-    module = importlib.import_module(f"manifold_lora.adapters.{file}")
-    return getattr(module, name)
 
 
 def projections(model: Any) -> Iterator[tuple[str, Any, str]]:
@@ -108,7 +100,6 @@ def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
         check_names(what, getattr(config, what), names, matches_end)
 
     made = []
-    assert config.alpha is not None
     for index, (name, parent, attribute) in enumerate(sites):
         full = full_names(model, name)
         ranks = [
@@ -136,7 +127,7 @@ def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
 
 def install(parent: Any, attribute: str, adapter: LowRankLinear) -> None:
     """Replace a projection by its adapter, in a `ScaledLinear` if it asks for one."""
-    scaled = adapter.config.diagonal_scaling
+    scaled = adapter.config.merge_only
     setattr(parent, attribute, ScaledLinear(adapter) if scaled else adapter)
 
 

@@ -1,98 +1,129 @@
-"""The configuration of an adapter: method, rank, scale and targets."""
+"""What an adapter is to be: method, rank, scale and targets."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from manifold_lora.errors import InputError, check_choice, nearest
-from manifold_lora.methods import find_method, problems
+from manifold_lora.adapters.options import MethodOptions, make_options, options_class
+from manifold_lora.errors import InputError, nearest
+from manifold_lora.settings import (
+    UNSET,
+    PositiveInt,
+    PositiveNumber,
+    Probability,
+    setting,
+    validate,
+)
 
 T = TypeVar("T")
-FixedA = Literal["random", "projection"]
 
 
-def _pattern() -> Any:
-    # Left out of the hash: a config stands in the static part of a module.
-    return dataclasses.field(default_factory=dict, hash=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRankConfig:
+    """What adapters of all methods have in common: rank, scale and targets."""
+
+    rank: PositiveInt = setting(16, "columns r of the factors")
+    alpha: PositiveNumber = setting(
+        UNSET, "numerator of the scale s = alpha/rank of ΔW", default_text="2·rank"
+    )
+    rslora: bool = setting(False, "scale by alpha/√rank instead")
+    dropout: Probability = setting(0.0, "of the adapters' inputs")
+    targets: str | tuple[str, ...] = setting(
+        "all-linear", "names of modules, or one regular expression for whole names"
+    )
+    rank_pattern: Mapping[str, PositiveInt] = setting(
+        {}, "rank by module, as in: q_proj 8 mlp.* 32"
+    )
+    alpha_pattern: Mapping[str, PositiveNumber] = setting({}, "alpha by module")
+
+    def __post_init__(self):
+        self._validate([])
+
+    def _validate(self, problems: Sequence[str]) -> None:
+        if not self.targets:
+            problems = [*problems, "targets must name at least one module"]
+        validate(self, problems)
+        if not isinstance(self.targets, str) and len(self.targets) == 1:
+            object.__setattr__(self, "targets", self.targets[0])
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """The choice of an adapter, in the words of PEFT.
+class AdapterConfig(LowRankConfig):
+    """The adapter: its method, with the method's options, and its low rank.
+
+    PEFT has other words for the same:
+
+    | here | `peft.LoraConfig` |
+    |---|---|
+    | `rank` | `r` |
+    | `alpha` | `lora_alpha` |
+    | `rslora` | `use_rslora` |
+    | `dropout` | `lora_dropout` |
+    | `targets` | `target_modules` |
+    | `rank_pattern`, `alpha_pattern` | the same |
+    | `method="dora"` | `use_dora` |
+    | `options={"init": …}` | `init_lora_weights` |
 
     Args:
         method: one of `manifold_lora.methods.METHODS`, such as "stiefel".
+        options: the method's own options: an instance of its class, or a dict by name.
         rank: columns r of the factors.
-        alpha: numerator of the scale; None takes 2·rank.
-        rslora: scale by alpha/√r instead of alpha/r.
+        alpha: numerator of the scale s; by default 2·rank.
+        rslora: s = alpha/√r instead of alpha/r.
         dropout: probability of dropping an input of the adapter in training.
         targets: "all-linear", a module name such as "q_proj", a list of names, or a
             regular expression for the whole name, "model.layers.0.self_attn.q_proj".
         rank_pattern: rank by module name or regular expression for the end of it.
         alpha_pattern: alpha likewise.
-        init: initialisation of the factors; None takes the method's first.
-        fixed_a: of "lora" and "stiefel": A is not trained, but fixed at "random", or
-            at a "projection" of the weight.
-        diagonal_s: of "stella": S is a diagonal.
-        diagonal_scaling: of "lora" and LoRAM: D₁ W D₂ + ΔW in place of W + ΔW.
 
     Raises:
-        InputError: for a value out of range, and for a method and an option that
+        InputError: for values out of range, and for a method and an option that
             exclude each other, all in one message.
 
     Examples:
-        >>> AdapterConfig(method="lora", rank=8, targets=["q_proj", "v_proj"]).alpha
+        >>> AdapterConfig("lora", rank=8, targets=["q_proj", "v_proj"]).alpha
         16
+        >>> AdapterConfig("lora", {"init": "pissa"}).options.init
+        'pissa'
     """
 
-    method: str = "stiefel"
-    rank: int = 16
-    alpha: float | None = None
-    rslora: bool = False
-    dropout: float = 0.0
-    targets: str | Sequence[str] = "all-linear"
-    rank_pattern: Mapping[str, int] = _pattern()
-    alpha_pattern: Mapping[str, float] = _pattern()
-    init: str | None = None
-    fixed_a: FixedA | None = None
-    diagonal_s: bool = False
-    diagonal_scaling: bool = False
+    method: str = setting("stiefel", "as listed by `manifold-lora methods`")
+    options: Any = UNSET  # `MethodOptions` once the configuration exists
 
     def __post_init__(self):
-        wrong = problems(self.method, vars(self))
-        if self.fixed_a is not None:
-            check_choice("AdapterConfig", "fixed_a", self.fixed_a, FixedA)
+        problems: list[str] = []
         filled: dict[str, Any] = {}
-        if self.alpha is None:
+        try:
+            filled["options"] = options = self._options()
+            ranks = [self.rank, *self.rank_pattern.values()]
+            problems += options.rank_problems(ranks)
+        except InputError as error:
+            problems.append(str(error))
+        if self.alpha is UNSET and isinstance(self.rank, int):
             filled["alpha"] = 2 * self.rank
-        filled["init"] = self.init or find_method(self.method).inits[0]
-        if not isinstance(self.targets, str):
-            filled["targets"] = tuple(self.targets)
         for name, value in filled.items():
             object.__setattr__(self, name, value)
-        assert self.alpha is not None
-        for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
-            if rank < 1:
-                wrong.append(f"rank must be at least 1, got {rank} for {name}")
-        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            if not 0 < alpha < math.inf:
-                wrong.append(f"alpha must be positive, got {alpha} for {name}")
-        if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout must be in [0, 1), got {self.dropout}")
-        if not self.targets:
-            wrong.append("targets must name at least one module")
-        if self.init == "orthogonal":
-            odd = [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]
-            if odd:
-                wrong.append(f"init orthogonal needs even ranks, got {odd[0]}")
-        if wrong:
-            raise InputError("; ".join(wrong) + ".")
+        self._validate(problems)
+
+    def _options(self) -> MethodOptions:
+        options = self.options
+        if not isinstance(options, MethodOptions):
+            return make_options(self.method, {} if options is UNSET else options)
+        if type(options) is not options_class(self.method):
+            raise InputError(
+                f"method {self.method} and {type(options).__name__} exclude each other"
+            )
+        return options
+
+    @property
+    def merge_only(self) -> bool:
+        """Whether the adapter can only be merged: no adapter file can hold it."""
+        return getattr(self.options, "diagonal_scaling", False)
 
     def scale(self, rank: int) -> float:
         """The s of ΔW without patterns: alpha/r, or alpha/√r with `rslora`."""
-        assert self.alpha is not None
         return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -135,6 +166,4 @@ def _full_match(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise InputError(
-            f"{pattern!r} is not a regular expression: {error}."
-        ) from error
+        raise InputError(f"{pattern!r} is no regular expression: {error}.") from error

@@ -1,6 +1,7 @@
 """DoRA: a separate magnitude vector m, and LoRA for the direction."""
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,25 @@ from flax import nnx
 
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.factor import Factor
-from manifold_lora.adapters.lora import LoRALinear
+from manifold_lora.adapters.lora import LoRALinear, LoRAPlusOptions
 from manifold_lora.adapters.low_rank import Arrays
 from manifold_lora.models import Linear
+from manifold_lora.settings import setting
 
 MAGNITUDE = Factor(("out",), peft="lora_magnitude_vector")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoRAOptions(LoRAPlusOptions):
+    """Options of DoRA."""
+
+    update = "m ⊙ (W + s B Aᵀ)/‖W + s B Aᵀ‖ − W"
+    paper = "Liu et al. 2024, arXiv:2402.09353"
+    export = "DoRA"
+
+    init: Literal["kaiming", "gaussian"] = setting(
+        "kaiming", "initialisation of the factors", role="adapter"
+    )
 
 
 class DoRALinear(LoRALinear):
@@ -32,6 +47,8 @@ class DoRALinear(LoRALinear):
         Liu et al., "DoRA: Weight-decomposed low-rank adaptation", 2024,
         arXiv:2402.09353, section 4.3 for the constant norm.
     """
+
+    options = DoRAOptions
 
     m: nnx.LoRAParam
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.initialisers import random_point, tall_shapes
+from manifold_lora.adapters.landing_stiefel import LandingOptions
 from manifold_lora.adapters.lora import LoRALinear
 from manifold_lora.adapters.low_rank import Arrays
 from manifold_lora.manifolds import Oblique
@@ -21,6 +22,8 @@ class LandingObliqueLinear(LoRALinear):
         "Retraction-free optimization over the Stiefel manifold with application to
         the LoRA fine-tuning" (Manifold-LoRA), 2024, algorithm 1.
     """
+
+    options = LandingOptions
 
     @staticmethod
     def factors(config: AdapterConfig) -> dict[str, Factor]:

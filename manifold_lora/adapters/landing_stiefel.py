@@ -1,9 +1,65 @@
 """Manifold-LoRA with B attracted to the Stiefel manifold."""
 
+import dataclasses
+from typing import Literal
+
+import optax
+
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.factor import Factor
+from manifold_lora.adapters.options import (
+    LearningRates,
+    OptimizerInputs,
+    WrapperOptions,
+)
 from manifold_lora.adapters.stiefel import StiefelLinear
 from manifold_lora.manifolds import Stiefel
+from manifold_lora.optimizers import landing_adamw
+from manifold_lora.settings import PositiveFloat, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LandingOptions(WrapperOptions):
+    """Options of Manifold-LoRA, on either manifold."""
+
+    recipe = "landing_adamw"
+    update = "s B Aᵀ"
+    paper = "Manifold-LoRA 2024"
+    learning_rates = LearningRates(2e-4, builtin=5e-3, grid=(2e-4, 5e-4, 1e-3))
+
+    init: Literal["random"] = setting(
+        "random", "initialisation of the factors", role="adapter"
+    )
+    attraction: PositiveFloat = setting(
+        1.0, "μ, the strength of the pull to the manifold", role="optimizer"
+    )
+    rate_bounds: tuple[PositiveFloat, PositiveFloat] = setting(
+        (0.5, 4.0), "least and largest multiple of the learning rate", role="optimizer"
+    )
+    project_on_export: bool = setting(
+        False, "save the nearest point of the manifold", role="export"
+    )
+
+    def problems(self) -> list[str]:
+        """The bounds must be in order."""
+        lower, upper = self.rate_bounds
+        if lower <= upper:
+            return []
+        return [f"rate_bounds needs least ≤ largest, got {lower} and {upper}"]
+
+    def transformation(self, inputs: OptimizerInputs) -> optax.GradientTransformation:
+        """AdamW, or another optimiser, with the landing field."""
+        lower, upper = self.rate_bounds
+        return landing_adamw(
+            inputs.learning_rate,
+            inputs.manifolds,
+            attraction=self.attraction,
+            lower=lower,
+            upper=upper,
+            weight_decay=inputs.weight_decay,
+            # Its own AdamW decays the free factors only.
+            inner=None if self.optimizer == "adamw" else self.inner(inputs),
+        )
 
 
 class LandingStiefelLinear(StiefelLinear):
@@ -17,6 +73,8 @@ class LandingStiefelLinear(StiefelLinear):
         "Retraction-free optimization over the Stiefel manifold with application to
         the LoRA fine-tuning" (Manifold-LoRA), 2024, algorithm 1.
     """
+
+    options = LandingOptions
 
     @staticmethod
     def factors(config: AdapterConfig) -> dict[str, Factor]:

@@ -1,9 +1,13 @@
 """LoRA: ΔW = s B Aᵀ with both factors free."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from manifold_lora.adapters.config import AdapterConfig
@@ -15,6 +19,66 @@ from manifold_lora.adapters.initialisers import (
     tall_shapes,
 )
 from manifold_lora.adapters.low_rank import Arrays, LowRankLinear
+from manifold_lora.adapters.options import (
+    LearningRates,
+    OptimizerInputs,
+    WrapperOptions,
+)
+from manifold_lora.optimizers import FactorSpec, lora_plus
+from manifold_lora.settings import PositiveFloat, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAPlusOptions(WrapperOptions):
+    """Options of methods without constraints, trained by any optimiser or by LoRA+."""
+
+    recipe = "adamw"
+    learning_rates = LearningRates(2e-4, builtin=5e-3, grid=(1e-4, 2e-4, 3e-4))
+
+    lora_plus_ratio: PositiveFloat | None = setting(
+        None, "B's learning rate over A's (LoRA+)", default_text="1", role="optimizer"
+    )
+
+    def transformation(self, inputs: OptimizerInputs) -> optax.GradientTransformation:
+        """The optimiser itself, or LoRA+."""
+        inner, ratio = self.inner(inputs), self.lora_plus_ratio
+        if ratio is None:
+            return inner(inputs.learning_rate)
+        return lora_plus(inputs.learning_rate, FactorSpec(), ratio=ratio, inner=inner)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAOptions(LoRAPlusOptions):
+    """Options of LoRA; `LoRALinear` explains the initialisations."""
+
+    update = "s B Aᵀ"
+    paper = "Hu et al. 2021, arXiv:2106.09685"
+
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = setting(
+        "kaiming", "initialisation of the factors", role="adapter"
+    )
+    fixed_a: Literal["random", "projection"] | None = setting(
+        None, "do not train A, but fix it", role="adapter"
+    )
+    diagonal_scaling: bool = setting(
+        False, "D₁ W D₂ + ΔW in place of W + ΔW; can only be merged", role="adapter"
+    )
+
+    def problems(self) -> list[str]:
+        """A fixed A needs a random initialisation."""
+        if self.fixed_a is None or self.init in ("kaiming", "gaussian"):
+            return []
+        return [
+            f"init={self.init} and fixed_a={self.fixed_a} exclude each other: fixed_a "
+            "goes with the initialisations kaiming and gaussian"
+        ]
+
+    def rank_problems(self, ranks: Sequence[int]) -> list[str]:
+        """Orthogonal halves of a basis need an even rank."""
+        odd = [rank for rank in ranks if rank % 2]
+        if self.init != "orthogonal" or not odd:
+            return []
+        return [f"init orthogonal needs even ranks, got {odd[0]}"]
 
 
 class LoRALinear(LowRankLinear):
@@ -43,6 +107,8 @@ class LoRALinear(LowRankLinear):
         2024, arXiv:2404.02948; Büyükakyüz, "OLoRA", 2024, arXiv:2406.01775.
     """
 
+    options = LoRAOptions
+
     a: nnx.Variable
     b: nnx.LoRAParam
 
@@ -50,7 +116,7 @@ class LoRALinear(LowRankLinear):
     def factors(config: AdapterConfig) -> dict[str, Factor]:
         """A and B are free, A unless it is fixed; A₀ and B₀ are not trained."""
         factors = {"a": a_factor(config), "b": Factor(("out", "rank"))}
-        if config.init in ("pissa", "olora"):
+        if config.options.init in ("pissa", "olora"):
             factors["a0"] = Factor(("in", "rank"), trained=False)
             factors["b0"] = Factor(("out", "rank"), trained=False)
         return factors
@@ -61,14 +127,14 @@ class LoRALinear(LowRankLinear):
     ) -> Arrays:
         """A and B, and for "pissa" and "olora" the same again as "a0" and "b0"."""
         a_shape, b_shape = tall_shapes(kernel, rank)
-        kind = config.init
+        kind = config.options.init
         if kind in ("pissa", "olora"):
             a, b = _from_weight(kernel, rank, config)
             return {"a": a, "b": b, "a0": a, "b0": b}
         if kind == "orthogonal":
             return _orthogonal(key, a_shape, b_shape)
         b = jnp.zeros(b_shape, jnp.float32)
-        if config.fixed_a == "projection":
+        if fixed_a(config) == "projection":
             _, p = orthonormal(key, kernel, rank)
             return {"a": projection(kernel, p), "b": b}
         if kind == "gaussian":
@@ -99,13 +165,18 @@ class LoRALinear(LowRankLinear):
 
 def a_factor(config: AdapterConfig) -> Factor:
     """A is free, or not trained where `fixed_a` fixes it."""
-    return Factor(("in", "rank"), trained=config.fixed_a is None)
+    return Factor(("in", "rank"), trained=fixed_a(config) is None)
+
+
+def fixed_a(config: AdapterConfig) -> str | None:
+    """How A is fixed; None where it is trained, as in methods without that option."""
+    return getattr(config.options, "fixed_a", None)
 
 
 def _from_weight(
     kernel: jax.Array, rank: int, config: AdapterConfig
 ) -> tuple[jax.Array, jax.Array]:
-    if config.init == "olora":
+    if config.options.init == "olora":
         q, r = jnp.linalg.qr(kernel.astype(jnp.float32).mT)
         return r[..., :rank, :].mT, q[..., :rank]
     v, sigma, u = singular_vectors(kernel)

@@ -1,13 +1,46 @@
 """LoRAM-BR: ΔW = s A Vᵀ on the bounded-rank matrices, desingularised."""
 
+import dataclasses
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.initialisers import orthonormal, tall_shapes
+from manifold_lora.adapters.loram_fr import LoRAMOptions
 from manifold_lora.adapters.low_rank import Arrays, LowRankLinear
+from manifold_lora.adapters.options import LearningRates
 from manifold_lora.manifolds import BoundedRank, Euclidean, Stiefel
+from manifold_lora.settings import NonNegativeFloat, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAMBoundedOptions(LoRAMOptions):
+    """Options of LoRAM-BR."""
+
+    update = "s A Vᵀ"
+    learning_rates = LearningRates(1e-4, builtin=1e-3, grid=(5e-5, 1e-4, 2e-4))
+
+    init: Literal["zero"] = setting(
+        "zero", "initialisation of the factors", role="adapter"
+    )
+    nuclear_decay: NonNegativeFloat = setting(
+        0.0, "λ, subtracted from every singular value in a step", role="optimizer"
+    )
+    truncate_below: NonNegativeFloat | None = setting(
+        None, "drop smaller singular values on saving", role="export"
+    )
+
+    def problems(self) -> list[str]:
+        """What can only be merged has no rank to lower."""
+        if not self.diagonal_scaling or self.truncate_below is None:
+            return []
+        return [
+            f"diagonal_scaling=True and truncate_below={self.truncate_below} exclude "
+            "each other: what can only be merged has no rank to lower"
+        ]
 
 
 class LoRAMBoundedLinear(LowRankLinear):
@@ -24,6 +57,8 @@ class LoRAMBoundedLinear(LowRankLinear):
         Jiang, Wang & Stich, "LoRAM: Low-rank adaptation of large language models on
         manifold", 2025, algorithms 5 to 8.
     """
+
+    options = LoRAMBoundedOptions
 
     @staticmethod
     def factors(config: AdapterConfig) -> dict[str, Factor]:

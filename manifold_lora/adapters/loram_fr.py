@@ -1,21 +1,63 @@
 """LoRAM-FR: ΔW = s U S Vᵀ on the matrices of fixed rank."""
 
+import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.initialisers import orthonormal
 from manifold_lora.adapters.low_rank import Arrays
+from manifold_lora.adapters.options import LearningRates, MethodOptions, OptimizerInputs
 from manifold_lora.adapters.three_factors import ThreeFactorLinear
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Euclidean, FixedRank, Stiefel
 from manifold_lora.models import Linear
+from manifold_lora.optimizers import loram
+from manifold_lora.settings import setting
 
 S0 = 1e-3  # of the initial S = s₀I; 1e-4 and 1e-2 train worse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAMOptions(MethodOptions):
+    """Options of both LoRAMs."""
+
+    recipe = "loram"
+    paper = "LoRAM 2025"
+
+    second_moment: Literal["row", "coordinate", "scalar"] = setting(
+        "row", "what one second moment is of", role="optimizer"
+    )
+    diagonal_scaling: bool = setting(
+        False, "D₁ W D₂ + ΔW in place of W + ΔW; can only be merged", role="adapter"
+    )
+
+    def transformation(self, inputs: OptimizerInputs) -> optax.GradientTransformation:
+        """Riemannian Adam with transported momentum."""
+        return loram(
+            inputs.learning_rate,
+            inputs.manifolds,
+            second_moment=self.second_moment,
+            weight_decay=inputs.weight_decay,
+            nuclear_decay=getattr(self, "nuclear_decay", 0.0),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAMFixedOptions(LoRAMOptions):
+    """Options of LoRAM-FR; `LoRAMFixedLinear` explains the initialisations."""
+
+    update = "s U S Vᵀ"
+    learning_rates = LearningRates(5e-5, builtin=1e-3, grid=(3e-5, 5e-5, 1e-4))
+
+    init: Literal["identity", "zero"] = setting(
+        "identity", "initialisation of the factors", role="adapter"
+    )
 
 
 class LoRAMFixedLinear(ThreeFactorLinear):
@@ -37,9 +79,11 @@ class LoRAMFixedLinear(ThreeFactorLinear):
         manifold", 2025, algorithms 1 to 4.
     """
 
+    options = LoRAMFixedOptions
+
     def __init__(self, base: Linear, config: AdapterConfig, **options: Any):
         super().__init__(base, config, **options)
-        if config.init == "zero" and len(ranks := {*self.ranks} - {0}) > 1:
+        if config.options.init == "zero" and len(ranks := {*self.ranks} - {0}) > 1:
             # Truncation mixes a layer's columns with its padding.
             raise InputError(
                 "loram_fr with init zero needs one rank in all layers, got "
@@ -50,7 +94,9 @@ class LoRAMFixedLinear(ThreeFactorLinear):
     @staticmethod
     def factors(config: AdapterConfig) -> dict[str, Factor]:
         """U, S and V are one point; what pads S must be regular, too."""
-        point = FixedRank("truncation" if config.init == "zero" else "orthographic")
+        point = FixedRank(
+            "truncation" if config.options.init == "zero" else "orthographic"
+        )
         part = partial(Factor, part_of=point, padding="identity")
         return {
             "u": part(("out", "rank"), Stiefel()),
@@ -64,7 +110,7 @@ class LoRAMFixedLinear(ThreeFactorLinear):
     ) -> Arrays:
         """U, S and V."""
         v, u = orthonormal(key, kernel, rank)
-        size = 0.0 if config.init == "zero" else S0
+        size = 0.0 if config.options.init == "zero" else S0
         s = jnp.broadcast_to(size * jnp.eye(rank), (*kernel.shape[:-2], rank, rank))
         return {"u": u, "s": s, "v": v}
 

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import nnx
 
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.factor import Axis, Factor
+from manifold_lora.adapters.options import MethodOptions
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.errors import InputError
 from manifold_lora.models import Linear
@@ -26,6 +27,7 @@ class LowRankLinear(nnx.Module):
 
     A method is a subclass in a file of its own with these members, in this order:
 
+    - `options`: the class of its options, which stands before it.
     - `factors(config)`: what each of its arrays is, by name.
     - `init(key, kernel, rank, config)`: all of them before the first step.
     - `delta(x)`: ΔW x.
@@ -51,6 +53,8 @@ class LowRankLinear(nnx.Module):
         InputError: for a rank larger than the layer.
     """
 
+    options: ClassVar[type[MethodOptions]]
+
     def __init__(
         self,
         base: Linear,
@@ -66,7 +70,6 @@ class LowRankLinear(nnx.Module):
         self.base = base
         self.config = config
         self.ranks = tuple(ranks or [config.rank] * count)
-        assert config.alpha is not None
         self.alphas = tuple(alphas or [config.alpha] * count)
         self.rank = max(self.ranks)
         limit = min(base.in_features, base.out_features)

@@ -18,9 +18,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from manifold_lora.adapters.attach import adapter_class
 from manifold_lora.adapters.config import AdapterConfig, lookup
 from manifold_lora.adapters.factor import Axis, Factor
+from manifold_lora.adapters.options import adapter_class, fields_by_option
 from manifold_lora.checkpoints.huggingface import read_json
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.manifolds import Manifold
@@ -213,6 +213,13 @@ def _setting(config: Mapping[str, Any], full: str) -> tuple[int, float]:
     return rank, lookup(config.get("alpha_pattern") or {}, full, config["lora_alpha"])
 
 
+def adapter_settings(config: AdapterConfig) -> dict[str, Any]:
+    """The settings of an adapter as `manifold_lora.json` holds them."""
+    settings = {"method": config.method} | dataclasses.asdict(config)
+    del settings["options"]
+    return settings | config.options.values("adapter")
+
+
 def _settings(
     path: Path,
     config: Mapping[str, Any],
@@ -221,9 +228,10 @@ def _settings(
     extra: Mapping[str, Any],
 ) -> AdapterConfig:
     """The adapter's own settings, or those that PEFT's file amounts to."""
-    # The initialisation was called "start" in files of version 0.1.
+    # The initialisation was called "start" in earlier files.
     extra = {"init" if key == "start" else key: x for key, x in extra.items()}
-    names = {field.name for field in dataclasses.fields(AdapterConfig)}
+    shared = {field.name for field in dataclasses.fields(AdapterConfig)} - {"options"}
+    names = shared | fields_by_option().keys()
     if unknown := sorted(extra.keys() - names - {"base"}):
         raise InputError(
             f"{path / EXTRA}: unknown key {unknown[0]!r}. {nearest(unknown[0], names)} "
@@ -240,12 +248,19 @@ def _settings(
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
     }
+    options: dict[str, Any] = {}
     if stella:
         diagonal = any(x.ndim == 1 for k, x in tensors.items() if "stella_S" in k)
-        given["diagonal_s"] = diagonal
-    given |= {key: value for key, value in extra.items() if key != "base"}
+        options["diagonal_s"] = diagonal
+    given |= {key: value for key, value in extra.items() if key in shared}
+    # Earlier files name the options of all methods, unset where they do not apply.
+    options |= {
+        key: value
+        for key, value in extra.items()
+        if key not in shared and value not in (None, False) and key != "base"
+    }
     try:
-        return AdapterConfig(**given)
+        return AdapterConfig(**given, options=options)
     except InputError as error:
         raise InputError(f"{path / EXTRA}: {error}") from error
 

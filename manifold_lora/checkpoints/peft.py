@@ -32,13 +32,13 @@ from manifold_lora.checkpoints.adapter_file import (
     FACTORS,
     WEIGHTS,
     AdapterFile,
+    adapter_settings,
     read_adapter,
 )
 from manifold_lora.checkpoints.atomic import save_tensors, whole_directory
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
 from manifold_lora.errors import InputError
-from manifold_lora.methods import find_method
 from manifold_lora.models import Llama
 
 
@@ -68,7 +68,7 @@ def save_adapter(
     if not modules:
         raise InputError("The model has no adapter to save: attach one first.")
     config = next(iter(modules.values())).config
-    if config.diagonal_scaling:
+    if config.merge_only:
         raise InputError(
             "An adapter with diagonal scaling, D₁ W D₂ + ΔW, is not a low-rank update "
             "and has no form in PEFT: merge it and save the model, or train without "
@@ -90,7 +90,7 @@ def save_adapter(
             tensors |= {f"base_model.model.{full}.{k}": x for k, x in parts.items()}
             if own is not None:
                 factors |= {f"{full}.{k}": x for k, x in own[layer].items()}
-    settings = dataclasses.asdict(config) | {"base": fingerprint(model)}
+    settings = adapter_settings(config) | {"base": fingerprint(model)}
     if not is_main():
         return
     with whole_directory(path) as partial:
@@ -164,7 +164,7 @@ def _peft_config(
         for column in zip(*written.values(), strict=True)
     )
     optional = {
-        "use_dora": find_method(config.method).export == "DoRA",
+        "use_dora": config.options.export == "DoRA",
         "use_rslora": config.rslora,
         "rank_pattern": {names[f]: r for f, (r, _) in written.items() if r != rank},
         "alpha_pattern": {names[f]: a for f, (_, a) in written.items() if a != alpha},

@@ -11,14 +11,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from manifold_lora.checkpoints.huggingface import read_llama_config
 from manifold_lora.comparison.cells import ADAPTERS, FILE, PICTURE, TABLE, Cells
-from manifold_lora.comparison.config import CompareConfig, Plan, resolve_comparison
+from manifold_lora.comparison.config import (
+    CompareConfig,
+    Comparison,
+    resolve_comparison,
+)
 from manifold_lora.comparison.report import show_table, summarise, write
 from manifold_lora.comparison.runner import Runner
 from manifold_lora.comparison.search import search
+from manifold_lora.configuration.flat import flatten
 from manifold_lora.data.batches import evaluation_batches, padded_length
 from manifold_lora.data.builtin import BASE
 from manifold_lora.data.tokens import load_tokenizer
-from manifold_lora.training.config import ResolvedConfig, as_toml
+from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.optimizer import Rates
 from manifold_lora.training.setup import load_base, load_data, total_steps
 
@@ -49,7 +54,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
     console = console or Console()
     plan = resolve_comparison(config)
     out = plan.shared.run_directory
-    cells = Cells(out, _settings(plan), config.overwrite)
+    cells = Cells(out, _settings(plan), config.output.overwrite)
     found = cells.content
     if "summary" in found:
         console.print(
@@ -91,25 +96,25 @@ class _Study:
         bar: where it shows what it does.
     """
 
-    def __init__(self, plan: Plan, cells: Cells, bar: Progress):
+    def __init__(self, plan: Comparison, cells: Cells, bar: Progress):
         first = next(iter(plan.runs.values()))  # all have the same model and data
-        source = first.model or BASE
+        source = first.model.path or BASE
         read_llama_config(source)  # before anything that takes long
         self.plan, self.cells, self.bar = plan, cells, bar
         self.data = load_data(first, load_tokenizer(source))
         self.held_out = list(
             evaluation_batches(
                 self.data.held_out,
-                batch_size=first.batch_size,
+                batch_size=first.batch.batch_size,
                 sequence_length=padded_length(
-                    self.data.held_out, first.sequence_length
+                    self.data.held_out, first.batch.sequence_length
                 ),
             )
         )
         self.base = load_base(first)
         self.steps = total_steps(first, self.data)
         self.search_steps = plan.search_steps or max(1, self.steps // 3)
-        self.every = first.eval_every or max(1, self.steps // 12)
+        self.every = first.evaluation.eval_every or max(1, self.steps // 12)
         self._runners: dict[str, Runner] = {}
 
     def runner(self, name: str) -> Runner:
@@ -120,15 +125,18 @@ class _Study:
             limit = math.inf
             if name != self.plan.baseline:
                 limit = BUDGET * self.runner(self.plan.baseline).trainable
-            while runner.trainable > limit and config.rank > 1:
-                rank = config.rank - 1
-                given = self.plan.shared.alpha  # or else it follows the rank
-                config = dataclasses.replace(config, rank=rank, alpha=given or 2 * rank)
+            while runner.trainable > limit and config.adapter.rank > 1:
+                # alpha follows the rank unless it was given
+                alpha = self.plan.shared.adapter.alpha
+                adapter = dataclasses.replace(
+                    config.adapter, rank=config.adapter.rank - 1, alpha=alpha
+                )
+                config = dataclasses.replace(config, adapter=adapter)
                 runner = self._runner(config)
             self._runners[name] = runner
         return self._runners[name]
 
-    def _runner(self, config: ResolvedConfig) -> Runner:
+    def _runner(self, config: TrainConfig) -> Runner:
         return Runner(config, self.base, self.data, self.held_out)
 
     def cell(
@@ -216,9 +224,9 @@ def _outcome(cell: dict[str, Any]) -> str:
     return f"diverged at step {cell['steps']} with loss {loss}{after}"
 
 
-def _settings(plan: Plan) -> dict[str, Any]:
+def _settings(plan: Comparison) -> dict[str, Any]:
     """What makes the comparison what it is."""
-    runs = {name: as_toml(config) for name, config in plan.runs.items()}
+    runs = {name: flatten(config) for name, config in plan.runs.items()}
     return {
         "runs": runs,
         "grids": {name: list(grid) for name, grid in plan.grids.items()},

@@ -22,13 +22,12 @@ from manifold_lora.adapters import (
     split,
 )
 from manifold_lora.adapters.diagnostics import core, effective_rank
-from manifold_lora.adapters.exported import as_exported
 from manifold_lora.checkpoints.peft import save_adapter
-from manifold_lora.data.builtin import BASE
 from manifold_lora.evaluation.heldout import Evaluation, make_evaluate
-from manifold_lora.training.config import ResolvedConfig
+from manifold_lora.training.artifacts import base_id, exporting
+from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.optimizer import Rates, build_optimizer, with_run_data
-from manifold_lora.training.setup import Data, adapter_config, training_batches
+from manifold_lora.training.setup import Data, training_batches
 from manifold_lora.training.step import TrainState, make_step
 
 
@@ -40,13 +39,13 @@ class Runner:
     """
 
     def __init__(
-        self, config: ResolvedConfig, base: Any, data: Data, held_out: Sequence[Any]
+        self, config: TrainConfig, base: Any, data: Data, held_out: Sequence[Any]
     ):
         self.config = config
         self.data = data
         self.held_out = held_out
         self._base = nnx.split(base)
-        model = self.attached(config.seed)
+        model = self.attached(config.optimizer.seed)
         rebuild, factors, _ = split(model)
         self.trainable = sum(x.size for x in jax.tree.leaves(factors))
         tags, width = manifold_tree(model), model.config.hidden_size
@@ -57,13 +56,13 @@ class Runner:
         example = Rates(config.learning_rate, config.free_learning_rate)
         self.tx = with_run_data(build, example, 1)
         names = axes(model)
-        self.step = make_step(rebuild, self.tx, tags, names, config.accumulate)
+        self.step = make_step(rebuild, self.tx, tags, names, config.batch.accumulate)
         self.evaluate = make_evaluate(rebuild, names)
 
     def attached(self, seed: int) -> Any:
         """A model of its own around the shared base weights."""
         model = nnx.merge(*self._base)
-        attach(model, adapter_config(self.config), seed)
+        attach(model, self.config.adapter, seed)
         return model
 
     def begin(self, seed: int) -> tuple[Any, TrainState, Any]:
@@ -99,16 +98,17 @@ class Runner:
         losses, seconds, residual = [], [], 0.0
         curve = []
 
-        def look(number: int) -> Evaluation:
-            found = self.evaluate(state.factors, frozen, self.held_out)
-            if math.isfinite(found.loss):
-                curve.append({"step": number, "loss": found.loss})
-            return found
+        def evaluate(number: int) -> Evaluation:
+            evaluation = self.evaluate(state.factors, frozen, self.held_out)
+            if math.isfinite(evaluation.loss):
+                curve.append({"step": number, "loss": evaluation.loss})
+            return evaluation
 
         if save is not None:
-            look(0)
+            evaluate(0)
         now: dict[str, float] = {}
-        order = dataclasses.replace(self.config, seed=seed)
+        optimizer = dataclasses.replace(self.config.optimizer, seed=seed)
+        order = dataclasses.replace(self.config, optimizer=optimizer)
         for number, batch in zip(
             range(1, steps + 1), training_batches(order, self.data), strict=False
         ):
@@ -122,11 +122,11 @@ class Runner:
             if not math.isfinite(now["loss"] + now["grad_norm"]):
                 break
             if save is not None and number % every == 0 and number != steps:
-                look(number)
-        final = look(len(losses))
+                evaluate(number)
+        final = evaluate(len(losses))
         cell: dict[str, Any] = {
-            "method": self.config.method,
-            "rank": self.config.rank,
+            "method": self.config.adapter.method,
+            "rank": self.config.adapter.rank,
             "trainable": self.trainable,
             "rates": [rate for rate in rates if rate is not None],
             "seed": seed,
@@ -142,19 +142,14 @@ class Runner:
             cell["final"] = final._asdict()
             set_factors(model, state.factors)
             cell |= _ranks(model)
-            if save is not None and not self.config.diagonal_scaling:
-                with as_exported(
-                    model,
-                    project=self.config.project_on_export,
-                    truncate_below=self.config.truncate_below,
-                ):
-                    base_id = self.config.base_id or str(self.config.model or BASE)
-                    save_adapter(model, save, base_id=base_id)
+            if save is not None and not self.config.adapter.merge_only:
+                with exporting(self.config, model):
+                    save_adapter(model, save, base_id=base_id(self.config))
         return cell
 
     def seconds_of(self, steps: int) -> Callable[[], list[float]]:
         """A function that runs some more steps and gives the seconds of each."""
-        _, state, frozen = self.begin(self.config.seed)
+        _, state, frozen = self.begin(self.config.optimizer.seed)
         rates = Rates(self.config.learning_rate, self.config.free_learning_rate)
         extra = {"rates": _as_data(rates), "steps": jnp.int32(1000)}
         batch = next(iter(training_batches(self.config, self.data)))

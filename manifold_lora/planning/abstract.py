@@ -16,9 +16,8 @@ from manifold_lora.distributed.mesh import GROUPS
 from manifold_lora.distributed.sharding import follow, kept, names
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
-from manifold_lora.training.config import ResolvedConfig
+from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.optimizer import build_optimizer
-from manifold_lora.training.setup import adapter_config
 from manifold_lora.training.step import TrainState, make_step
 
 
@@ -51,7 +50,7 @@ class AbstractRun(NamedTuple):
             return jitted.trace(factors, opt_state, factors)
 
 
-def abstract_model(config: ResolvedConfig, shape: LlamaConfig) -> Llama:
+def abstract_model(config: TrainConfig, shape: LlamaConfig) -> Llama:
     """The model of a run with its adapter, of that shape and without arrays.
 
     Raises:
@@ -59,9 +58,9 @@ def abstract_model(config: ResolvedConfig, shape: LlamaConfig) -> Llama:
     """
 
     def build() -> Llama:
-        model = Llama(shape, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0))
-        model.remat = config.remat
-        attach(model, adapter_config(config), config.seed)
+        model = Llama(shape, dtype=jnp.dtype(config.model.dtype), rngs=nnx.Rngs(0))
+        model.remat = config.model.remat
+        attach(model, config.adapter, config.optimizer.seed)
         return model
 
     try:
@@ -74,11 +73,12 @@ def abstract_model(config: ResolvedConfig, shape: LlamaConfig) -> Llama:
         ) from error
 
 
-def abstract_run(config: ResolvedConfig, model: Llama, mesh: Mesh) -> AbstractRun:
+def abstract_run(config: TrainConfig, model: Llama, mesh: Mesh) -> AbstractRun:
     """The run of a configuration with such a model, on that mesh."""
     rebuild, factors, frozen = split(model)
     tags, named = manifold_tree(model), axes(model)
-    tx, _ = build_optimizer(config, tags, config.steps or 1, model.config.hidden_size)
+    steps = config.schedule.steps or 1
+    tx, _ = build_optimizer(config, tags, steps, model.config.hidden_size)
 
     def put(x: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
@@ -99,14 +99,14 @@ def abstract_run(config: ResolvedConfig, model: Llama, mesh: Mesh) -> AbstractRu
         put(leaf, kept(names(variable), leaf.shape, mesh))
         for leaf, variable in zip(leaves, variables, strict=True)
     ]
-    step = make_step(rebuild, tx, tags, named, config.accumulate)
+    step = make_step(rebuild, tx, tags, named, config.batch.accumulate)
     return AbstractRun(
         mesh, step, state, tree.unflatten(placed), _batch(config, put), tx
     )
 
 
-def _batch(config: ResolvedConfig, put: Callable[..., Any]) -> dict[str, Any]:
-    shape = (config.batch_size, config.sequence_length)
+def _batch(config: TrainConfig, put: Callable[..., Any]) -> dict[str, Any]:
+    shape = (config.batch.batch_size, config.batch.sequence_length)
     whole = jax.ShapeDtypeStruct(shape, jnp.int32)
     names = ("input_ids", "positions", "segment_ids")
     arrays = dict.fromkeys(names, put(whole, P(GROUPS)))

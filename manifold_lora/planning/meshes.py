@@ -14,7 +14,7 @@ from manifold_lora.distributed.mesh import GROUPS, group_count, problems
 from manifold_lora.models import LlamaConfig
 from manifold_lora.models.shapes import parameter_count
 from manifold_lora.planning.chips import Topology
-from manifold_lora.training.config import ResolvedConfig
+from manifold_lora.training.config import TrainConfig
 
 Sizes = dict[str, int]
 # Bytes a second along axes of a mesh of these sizes.
@@ -27,14 +27,14 @@ _COPIES = 1.5
 class Job:
     """What every mesh of a search has in common."""
 
-    run: ResolvedConfig
+    run: TrainConfig
     shape: LlamaConfig
     trained: int  # numbers in the factors
 
     @property
     def rows(self) -> int:
         """Of a micro-batch, all devices together."""
-        return self.run.batch_size // self.run.accumulate
+        return self.run.batch.batch_size // self.run.batch.accumulate
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def estimate(
     """
     run, shape = job.run, job.shape
     tensor, fsdp, groups = sizes["tensor"], sizes["fsdp"], group_count(sizes)
-    item = 4 if run.dtype == "float32" else 2
-    rows, time = math.ceil(job.rows / groups), run.sequence_length
+    item = 4 if run.model.dtype == "float32" else 2
+    rows, time = math.ceil(job.rows / groups), run.batch.sequence_length
     base = parameter_count(shape) * item
     inside = shape.vocab_size * shape.hidden_size * item
     layer = (base - inside) / shape.num_hidden_layers
@@ -81,14 +81,14 @@ def estimate(
     )
     memory = (
         fixed
-        + (activation if run.remat else inner) * shape.num_hidden_layers
+        + (activation if run.model.remat else inner) * shape.num_hidden_layers
         + 2 * inner
         + _COPIES * attention
     )
     if topology is None:
         return Estimate(memory, fixed, 0.0)
 
-    parts = run.accumulate
+    parts = run.batch.accumulate
 
     def moved(bytes_each: float, axes: tuple[str, ...]) -> float:
         count = math.prod(sizes[axis] for axis in axes)
@@ -96,7 +96,7 @@ def estimate(
             return 0.0
         return bytes_each * (count - 1) / count / bandwidth(sizes, axes)
 
-    tokens = run.batch_size * time / (groups * tensor)
+    tokens = run.batch.batch_size * time / (groups * tensor)
     flops = (2 * 3 * parameter_count(shape)) * tokens
     gathered = moved(2 * parts * base / tensor, ("fsdp",))
     exposed = moved(8 * parts * activation * shape.num_hidden_layers, ("tensor",))
@@ -167,12 +167,12 @@ def remedies(
             found.append(f"{text} (about {after / 2**30:.1f} GiB)")
         return after <= limit
 
-    if not job.run.remat:
+    if not job.run.model.remat:
         offer("leave --remat on", _with(job, remat=True), sizes)
     groups, run = group_count(sizes), job.run
-    for parts in divisors(run.batch_size):
-        rows = run.batch_size // parts
-        if parts <= run.accumulate or rows % groups:
+    for parts in divisors(run.batch.batch_size):
+        rows = run.batch.batch_size // parts
+        if parts <= run.batch.accumulate or rows % groups:
             continue
         text = f"--accumulate {parts}: {rows // groups} rows a device at a time"
         if offer(text, _with(job, accumulate=parts), sizes):
@@ -184,8 +184,8 @@ def remedies(
     for mesh in sorted(meshes, key=lambda m: (m["tensor"], m["data"])):
         if offer(f"--mesh {written(mesh)}", job, mesh):
             break
-    for batch in reversed(divisors(run.batch_size)[:-1]):
-        if batch % (groups * run.accumulate):
+    for batch in reversed(divisors(run.batch.batch_size)[:-1]):
+        if batch % (groups * run.batch.accumulate):
             continue
         if offer(f"--batch-size {batch}", _with(job, batch_size=batch), sizes):
             break

@@ -91,7 +91,7 @@ class _Planner:
     def __init__(self, target: Target):
         self.target, self.topology = target, target.topology
         self.where = str(self.topology or f"{target.count} CPU devices")
-        shape = model_shape(target.run.model or BASE)
+        shape = model_shape(target.run.model.path or BASE)
         self.model = abstract_model(target.run, shape)
         trained = sum(x.size for x in jax.tree.leaves(factors(self.model)))
         self.job = Job(target.run, shape, trained)
@@ -160,12 +160,15 @@ class _Planner:
 
     def _heading(self, sizes: Sizes) -> dict[str, Any]:
         run = self.target.run
-        names = ("method", "rank", "batch_size", "accumulate", "sequence_length")
         return {
-            "model": str(run.model or "built in"),
+            "model": str(run.model.path or "built in"),
             "parameters": parameter_count(self.job.shape),
             "trained": self.job.trained,
-            **{name: getattr(run, name) for name in (*names, "dtype", "remat")},
+            "method": run.adapter.method,
+            "rank": run.adapter.rank,
+            **dataclasses.asdict(run.batch),
+            "dtype": run.model.dtype,
+            "remat": run.model.remat,
             "devices": self.target.count,
             "topology": None if self.topology is None else str(self.topology),
             "mesh": dict(sizes),
@@ -218,7 +221,7 @@ class _Planner:
 
     def _rates(self, step: float) -> dict[str, Any]:
         run = self.target.run
-        rate = run.batch_size * run.sequence_length / step
+        rate = run.batch.batch_size * run.batch.sequence_length / step
         price = self.target.price
         assert price is not None
         dollars = price * self.target.count / 3600 / rate * 1e9

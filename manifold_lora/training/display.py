@@ -1,26 +1,22 @@
 """What a run shows on the terminal."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from manifold_lora.adapters import adapters, axes, split
+from manifold_lora.adapters import adapters, axes, factors, split
 from manifold_lora.data.tokens import Example
-from manifold_lora.evaluation.heldout import answer, complete
+from manifold_lora.evaluation.heldout import Evaluation, answer, complete
 from manifold_lora.models import Llama
-from manifold_lora.training.config import ResolvedConfig
+from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.progress import Progress
 from manifold_lora.training.run import (
     ADAPTER,
     MERGED,
@@ -34,36 +30,37 @@ from manifold_lora.training.setup import Data
 
 def show_plan(
     console: Console,
-    config: ResolvedConfig,
+    config: TrainConfig,
     model: Llama,
     data: Data,
     steps: int,
-    trainable: int,
     mesh: Any,
 ) -> None:
     """What is about to run."""
-    shape = model.config
+    shape, adapter, batch = model.config, config.adapter, config.batch
+    trainable = sum(x.size for x in jax.tree.leaves(factors(model)))
     base = sum(module.base.kernel.size for module in adapters(model).values())
     report = data.report
+    optimizer = getattr(adapter.options, "optimizer", "Riemannian Adam")
     rates = f"{config.learning_rate:g}"
     if config.free_learning_rate is not None:
         rates += f" constrained, {config.free_learning_rate:g} free"
     rows = {
-        "model": f"{config.model or 'built in'}: {shape.num_hidden_layers} layers of "
-        f"{shape.hidden_size}, {model.embed_tokens.dtype}",
-        "method": f"{config.method}, rank {config.rank}, alpha {config.alpha:g}, on "
+        "model": f"{config.model.path or 'built in'}: {shape.num_hidden_layers} layers "
+        f"of {shape.hidden_size}, {model.embed_tokens.dtype}",
+        "method": f"{adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g}, on "
         + ", ".join(name.rpartition(".")[2] for name in adapters(model)),
         "trainable parameters": f"{trainable:,} ({trainable / base:.1%} of what they "
         "adapt)",
-        "data": f"{config.data or 'built in, Unicode names to categories'}: "
+        "data": f"{config.data.path or 'built in, Unicode names to categories'}: "
         f"{report.kept:,} examples, {len(data.held_out):,} held out",
         "tokens": f"{report.tokens:,}, of them {report.trained_tokens:,} trained",
-        "batch": f"{config.batch_size} rows of {data.row_length}"
-        + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
-        + (", packed" if config.packing else ""),
-        "tokens per step": f"{config.batch_size * data.row_length:,}, padding included",
+        "batch": f"{batch.batch_size} rows of {data.row_length}"
+        + (f" in {batch.accumulate} micro-batches" if batch.accumulate > 1 else "")
+        + (", packed" if config.data.packing else ""),
+        "tokens per step": f"{batch.batch_size * data.row_length:,}, padding included",
         "steps": f"{steps:,}",
-        "optimiser": f"{config.optimizer}, rate {rates}, {config.schedule}",
+        "optimiser": f"{optimizer}, learning rate {rates}, {config.schedule.schedule}",
         "output": f"{config.run_directory}/",
     }
     if mesh.size > 1:
@@ -72,26 +69,27 @@ def show_plan(
         rows["devices"] = f"{mesh.size}: {shape_of}" + (
             f"; {count} processes" if count > 1 else ""
         )
-    for name, part in (("cut", report), ("cut, held out", data.held_out_report)):
+    reports = {"truncated": report, "truncated, held out": data.held_out_report}
+    for name, part in reports.items():
         if part.truncated or part.dropped:
             rows[name] = (
-                f"{part.truncated:,} examples shortened to {config.sequence_length} "
-                f"tokens (longest {part.longest:,}), {part.dropped:,} left out because "
+                f"{part.truncated:,} examples truncated to {batch.sequence_length} "
+                f"tokens (longest {part.longest:,}), {part.dropped:,} dropped because "
                 "they have no answer"
             )
     show_pairs(console, "Plan", rows)
 
 
 def show_result(console: Console, out: Path, summary: dict[str, Any]) -> None:
-    """What came of a run, and where it is."""
+    """The result of a run, and where it is."""
     kept = f"step {summary['best_step']} of {summary['steps']}"
     rows = {
         "accuracy": f"{summary['accuracy_after']:.3f} after, "
         f"{summary['accuracy_before']:.3f} before, {summary['majority']:.3f} by always "
-        "giving the commonest answer",
+        "giving the most common answer",
         "held-out loss": f"{summary['loss_after']:.4f} after, "
         f"{summary['loss_before']:.4f} before",
-        "distance from the manifold": f"{summary['largest_residual']:.1e} at most, "
+        "constraint violation": f"{summary['largest_residual']:.1e} at most, "
         f"{summary['last_residual']:.1e} at the end",
         "seconds": f"{summary['seconds']:.0f}",
         "adapter": f"{out / ADAPTER}/ (PEFT, {kept})"
@@ -125,9 +123,9 @@ def show_predictions(
     console: Console, model: Llama, tokenizer: Any, examples: Sequence[Example]
 ) -> None:
     """Prompts with the model's greedy completions beside the truth."""
-    rebuild, factors, frozen = split(model)
+    rebuild, trained, frozen = split(model)
     stop = model.config.eos_token_id
-    completions = complete(rebuild, axes(model), factors, frozen, examples, stop)
+    completions = complete(rebuild, axes(model), trained, frozen, examples, stop)
     table = Table(title="Held-out examples", title_justify="left", box=None)
     table.add_column("prompt", no_wrap=True)
     table.add_column("predicted")
@@ -145,16 +143,68 @@ def show_predictions(
     console.print(table)
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar with loss, learning rate, tokens per second and the time left."""
-    return Progress(
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("lr {task.fields[lr]:.2e}"),
-        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        console=console,
+def show_finished(
+    console: Console, config: TrainConfig, summary: Mapping[str, Any]
+) -> None:
+    """That the same run has been finished before."""
+    console.print(
+        f"This run is finished: {config.run_directory}/ holds it (accuracy "
+        f"{summary['accuracy_after']:.3f}). Give another --out, or --overwrite to "
+        "run it again.",
+        soft_wrap=True,
     )
+
+
+def show_evaluation(
+    console: Console, step: int, evaluation: Evaluation, violation: float
+) -> None:
+    """The held-out measures after a step."""
+    console.print(
+        f"step {step}: held-out loss {evaluation.loss:.4f}, "
+        f"accuracy {evaluation.accuracy:.3f}"
+        + (f", constraint violation {violation:.1e}" if violation else "")
+    )
+
+
+def show_early_stop(console: Console, config: TrainConfig, progress: Progress) -> None:
+    """That the run stopped early, if it did."""
+    if progress.evaluations_since_best == config.patience:
+        console.print(
+            f"No improvement for {config.patience} evaluations; stopped early."
+        )
+
+
+class StepBar:
+    """A bar with loss, learning rate, tokens per second and the time left.
+
+    Args:
+        console: where it is drawn.
+        steps: of the whole run.
+        completed: those taken before.
+    """
+
+    def __init__(self, console: Console, steps: int, completed: int):
+        self._bar = bars.Progress(
+            bars.TextColumn("step"),
+            bars.MofNCompleteColumn(),
+            bars.BarColumn(bar_width=24),
+            bars.TextColumn("loss {task.fields[loss]:.3f}"),
+            bars.TextColumn("lr {task.fields[learning_rate]:.2e}"),
+            bars.TextColumn("{task.fields[tokens_per_second]:,.0f} tokens/s"),
+            bars.TimeRemainingColumn(compact=True),
+            bars.TextColumn("left"),
+            console=console,
+        )
+        row: Any = {"loss": math.nan, "learning_rate": 0.0, "tokens_per_second": 0.0}
+        self._task = self._bar.add_task("", total=steps, completed=completed, **row)
+
+    def advance(self, row: Any) -> None:
+        """One step more, with its metrics by name."""
+        self._bar.update(self._task, advance=1, **row)
+
+    def __enter__(self) -> "StepBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()

@@ -1,51 +1,62 @@
-"""What a run knows beside its arrays: plain numbers, kept with every checkpoint."""
+"""How far a run is: plain numbers, saved with every checkpoint."""
 
-import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from manifold_lora.evaluation.heldout import Evaluation
+from manifold_lora.training.step import TrainState
 
 
-@dataclasses.dataclass
-class Progress:
-    """How far a run is, and what was best so far."""
+class Progress(NamedTuple):
+    """The steps, tokens and evaluations of a run so far."""
 
-    before: Evaluation  # of the adapter before the first step
+    initial: Evaluation  # before the first step
     best: Evaluation
     best_step: int = 0
     step: int = 0
-    waited: int = 0  # evaluations since the best one
+    evaluations_since_best: int = 0
     tokens: int = 0  # trained on, without padding
-    largest_residual: float = 0.0
-    last_residual: float = 0.0
+    largest_violation: float = 0.0  # of the manifolds' constraints, over all steps
+    last_violation: float = 0.0
     seconds: float = 0.0
-    feed: dict[str, Any] | None = None  # where the data stands
+    data_state: dict[str, Any] | None = None  # of the batch iterator
+
+    def after_step(self, tokens: int, violation: float) -> "Progress":
+        """With one more step counted."""
+        return self._replace(
+            step=self.step + 1,
+            tokens=self.tokens + tokens,
+            last_violation=violation,
+            largest_violation=max(self.largest_violation, violation),
+        )
+
+    def after_evaluation(self, evaluation: Evaluation, metric: str) -> "Progress":
+        """With an evaluation of the current step, which may be the best one."""
+        new, best = getattr(evaluation, metric), getattr(self.best, metric)
+        if new > best if metric == "accuracy" else new < best:
+            return self._replace(
+                best=evaluation, best_step=self.step, evaluations_since_best=0
+            )
+        return self._replace(evaluations_since_best=self.evaluations_since_best + 1)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it; `from_json` gives the same again."""
-        return dataclasses.asdict(self) | {
-            "before": list(self.before),
-            "best": list(self.best),
-        }
+        """As JSON can hold it; `from_json` is the inverse."""
+        return self._asdict()
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """The progress that `to_json` was called on."""
-        pairs: dict[str, Any] = {k: Evaluation(*values[k]) for k in ("before", "best")}
-        return cls(**{**values, **pairs})
+        evaluations = {k: Evaluation(*values[k]) for k in ("initial", "best")}
+        return cls(**{**values, **evaluations})
 
-    def found(self, evaluation: Evaluation, metric: str) -> bool:
-        """Take note of an evaluation after `step`; true where it is the best."""
-        one, other = getattr(evaluation, metric), getattr(self.best, metric)
-        better = one > other if metric == "accuracy" else one < other
-        if better:
-            self.best, self.best_step, self.waited = evaluation, self.step, 0
-        else:
-            self.waited += 1
-        return better
+
+class RunState(NamedTuple):
+    """All that changes during a run."""
+
+    arrays: TrainState  # factors, optimiser state and PRNG key
+    progress: Progress
 
 
 def all_finite(metrics: dict[str, float]) -> bool:
-    """Whether the loss and the gradient of a step are numbers."""
+    """Whether the loss and the gradient norm of a step are finite."""
     return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])

@@ -1,4 +1,4 @@
-"""The directory of a run: its configuration, its metrics, its summary."""
+"""The directory of a run: its files, and the metrics that it writes."""
 
 import contextlib
 import importlib
@@ -11,8 +11,11 @@ from typing import Any
 import tomli_w
 
 from manifold_lora.checkpoints.atomic import recover, write_text
+from manifold_lora.checkpoints.resume import Restored
+from manifold_lora.configuration.flat import differences, flatten
+from manifold_lora.distributed.processes import is_main, wait_for_all
 from manifold_lora.errors import InputError
-from manifold_lora.training.config import ResolvedConfig, as_toml, same_run
+from manifold_lora.training.config import TrainConfig
 
 (
     SUMMARY,
@@ -30,31 +33,31 @@ from manifold_lora.training.config import ResolvedConfig, as_toml, same_run
     "metrics.jsonl",
     "adapter",
     "start",  # the adapter before the first step
-    "checkpoints",  # to go on from
+    "checkpoints",  # to resume from
     "merged",  # the whole model, of an adapter that can only be merged
     "inspect",  # of `manifold-lora inspect`
     "loss.png",
 )
 
 
-def finished(config: ResolvedConfig) -> dict[str, Any] | None:
-    """The summary of the same run, if it has been run to its end in this directory.
+def finished(config: TrainConfig) -> dict[str, Any] | None:
+    """The summary of the same run, if it is finished in this directory.
 
     Raises:
         InputError: the directory holds a run with another configuration, or
-            something that is no run, and `overwrite` is off.
+            something that is not a run, and `overwrite` is off.
     """
     out = config.run_directory
     if out.is_file():
         raise InputError(f"--out {out} is a file: choose a directory.")
     # Hidden files are what a killed process was writing.
     empty = not out.is_dir() or all(p.name.startswith(".") for p in out.iterdir())
-    if config.overwrite or empty:
+    if config.output.overwrite or empty:
         return None
     if not (out / SETTINGS).is_file():
         raise InputError(
-            f"--out {out} is not empty and holds no run: choose another directory, or "
-            "give --overwrite to write into it."
+            f"--out {out} is not empty and does not hold a run: choose another "
+            "directory, or give --overwrite to write into it."
         )
     try:
         before = tomllib.loads((out / SETTINGS).read_text(encoding="utf-8"))
@@ -63,7 +66,7 @@ def finished(config: ResolvedConfig) -> dict[str, Any] | None:
             f"{out / SETTINGS} is not valid TOML ({error}): choose another --out, or "
             "give --overwrite."
         ) from error
-    if changes := same_run(before, as_toml(config)):
+    if changes := differences(before, flatten(config), TrainConfig):
         raise InputError(
             f"--out {out} holds a run with another configuration "
             f"({', '.join(changes)}). Choose another --out, or give --overwrite to "
@@ -74,23 +77,29 @@ def finished(config: ResolvedConfig) -> dict[str, Any] | None:
     return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
 
 
-def open_run(config: ResolvedConfig) -> Path:
-    """Make the directory, or make it fit to go on, and write the config.
+def open_run(config: TrainConfig) -> Path:
+    """Create the run directory, or prepare it for resuming, and write config.toml.
 
-    With `overwrite` all that an earlier run left is removed. Only one process may
-    call it.
+    With `overwrite` all that an earlier run left is removed. All processes call it;
+    one of them writes.
     """
     out = config.run_directory
+    if is_main():
+        _prepare(config, out)
+    wait_for_all("run directory")
+    return out
+
+
+def _prepare(config: TrainConfig, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for folder in (ADAPTER, START, MERGED):
         recover(out / folder)
-    if config.overwrite:
+    if config.output.overwrite:
         for name in (SUMMARY, METRICS, PICTURE):
             (out / name).unlink(missing_ok=True)
         for folder in (CHECKPOINTS, MERGED, INSPECTED):
             shutil.rmtree(out / folder, ignore_errors=True)
-    write_text(out / SETTINGS, tomli_w.dumps(as_toml(config)))
-    return out
+    write_text(out / SETTINGS, tomli_w.dumps(flatten(config)))
 
 
 class Metrics:
@@ -99,18 +108,15 @@ class Metrics:
     Args:
         out: the run directory.
         config: of the run.
-        step: that the run goes on after; rows of later ones were of steps that are
-            taken again. None for a run that begins.
-        writing: whether this process writes; others only take part.
+        restored: the checkpoint that the run resumes from; rows of later steps are
+            dropped, since these steps are repeated.
     """
 
-    def __init__(
-        self, out: Path, config: ResolvedConfig, step: int | None, writing: bool = True
-    ):
+    def __init__(self, out: Path, config: TrainConfig, restored: Restored | None):
         file = out / METRICS
-        self.rows = [] if step is None or not writing else _rows_until(file, step)
-        self._trackers, self._file = [], None
-        if writing:
+        self.rows, self._trackers, self._file = [], [], None
+        if is_main():
+            self.rows = _rows_until(file, restored.step) if restored else []
             write_text(file, "".join(json.dumps(row) + "\n" for row in self.rows))
             self._trackers = [_TRACKERS[name](out, config) for name in config.report]
             self._file = file.open("a", encoding="utf-8")
@@ -136,7 +142,7 @@ class Metrics:
 
 
 def _rows_until(file: Path, step: int) -> list[dict[str, Any]]:
-    """The whole rows of an earlier file up to a step; a killed process may cut one."""
+    """The rows of an earlier file up to a step, without one that is incomplete."""
     rows = []
     if file.is_file():
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -145,7 +151,7 @@ def _rows_until(file: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in rows if row["step"] <= step]
 
 
-def _tensorboard(out: Path, config: ResolvedConfig):
+def _tensorboard(out: Path, config: TrainConfig):
     del config
     writer = _extra("tensorboardX", "tensorboard").SummaryWriter(str(out))
 
@@ -157,8 +163,8 @@ def _tensorboard(out: Path, config: ResolvedConfig):
     return log, writer.close
 
 
-def _wandb(out: Path, config: ResolvedConfig):
-    run = _extra("wandb", "wandb").init(dir=str(out), config=as_toml(config))
+def _wandb(out: Path, config: TrainConfig):
+    run = _extra("wandb", "wandb").init(dir=str(out), config=flatten(config))
     return lambda row: run.log(row, step=row["step"]), run.finish
 
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, P
+from jax import Array, NamedSharding, P
 
+from manifold_lora.distributed.arrays import initialised
 from manifold_lora.distributed.groups import copies, divided, each_group, summed
 from manifold_lora.distributed.sharding import automatic, keep, placed
 from manifold_lora.models.loss import token_loss
@@ -21,6 +22,18 @@ class TrainState(NamedTuple):
     factors: Any  # nested dict of the trainable arrays
     opt_state: optax.OptState
     key: Array  # of dropout
+
+
+def initial_state(
+    factors: Any, tx: optax.GradientTransformation, axes: Any, seed: int
+) -> TrainState:
+    """The state before the first step, of copies that the step may donate."""
+    factors = jax.tree.map(jnp.copy, factors)
+    opt_state = initialised(tx.init, factors, axes)
+    mesh = jax.sharding.get_mesh()
+    replicated = None if mesh.empty else NamedSharding(mesh, P())
+    key = jax.jit(jax.random.key, out_shardings=replicated)(seed)
+    return TrainState(factors, opt_state, key)
 
 
 def largest_residual(manifolds: Any, factors: Any) -> Array:

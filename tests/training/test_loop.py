@@ -1,6 +1,5 @@
 """Whole runs on a tiny model: what they write, keep, show and refuse."""
 
-import dataclasses
 import io
 import itertools
 import json
@@ -17,8 +16,9 @@ from safetensors import SafetensorError
 
 import manifold_lora as ml
 from manifold_lora.checkpoints import atomic
-from manifold_lora.training import loop
-from manifold_lora.training.config import TrainConfig, as_toml, resolve
+from manifold_lora.configuration.flat import flatten
+from manifold_lora.training import train as training
+from tests.configs import train_config
 from tests.tiny import data_file, model_directory
 from tests.tolerances import EFFECTIVE_RANK, RESIDUAL
 
@@ -30,38 +30,40 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def config(files, tmp_path):
+def settings(files, tmp_path):
     model, data = files
-    return TrainConfig(
-        model=model,
-        data=data,
-        out=tmp_path / "run",
-        rank=4,
-        targets=("q_proj", "down_proj"),
-        steps=12,
-        batch_size=8,
-        eval_every=4,
-        learning_rate=0.2,
-        free_learning_rate=2e-2,
-        warmup_steps=2,
-        remat=False,
-    )
+    return {
+        "model": model,
+        "data": data,
+        "out": tmp_path / "run",
+        "rank": 4,
+        "targets": ("q_proj", "down_proj"),
+        "steps": 12,
+        "batch_size": 8,
+        "eval_every": 4,
+        "learning_rate": 0.2,
+        "free_learning_rate": 2e-2,
+        "warmup_steps": 2,
+        "remat": False,
+    }
 
 
-def run(config, **changes):
+def run(settings, **changes):
+    """The summary and the output of a run; a change to None is a setting left out."""
+    changed = {k: v for k, v in {**settings, **changes}.items() if v is not None}
     console = Console(file=io.StringIO(), width=200)
-    summary = loop.train(dataclasses.replace(config, **changes), console)
+    summary = training.train(train_config(**changed), console)
     return summary, console.file.getvalue()  # pyright: ignore
 
 
-def rows(config):
-    lines = (config.out / "metrics.jsonl").read_text().splitlines()
+def rows(settings):
+    lines = (settings["out"] / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-def test_a_run(config):
-    summary, shown = run(config)
-    out = config.out
+def test_a_run(settings):
+    summary, shown = run(settings)
+    out = settings["out"]
     assert sorted(p.name for p in out.iterdir()) == [
         "adapter",
         "checkpoints",
@@ -72,9 +74,11 @@ def test_a_run(config):
         "summary.json",
     ]
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert tomllib.loads((out / "config.toml").read_text()) == as_toml(resolve(config))
+    assert tomllib.loads((out / "config.toml").read_text()) == flatten(
+        train_config(**settings)
+    )
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    steps = [row for row in rows(config) if "loss" in row]
+    steps = [row for row in rows(settings) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 13))
     keys = {
         "loss",
@@ -85,7 +89,7 @@ def test_a_run(config):
         "step",
     }
     assert set(steps[0]) == keys
-    evaluations = [row for row in rows(config) if "eval_loss" in row]
+    evaluations = [row for row in rows(settings) if "eval_loss" in row]
     assert [row["step"] for row in evaluations] == [0, 4, 8, 12]
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert summary["loss_before"] == evaluations[0]["eval_loss"]
@@ -99,7 +103,7 @@ def test_a_run(config):
     words = ["Plan", "tokens per step", "Held-out examples", "predicted", "truth"]
     words += [
         "1,152 (",
-        "distance from the manifold",
+        "constraint violation",
         "step 12/12",
         "tokens/s",
         "adapter",
@@ -107,12 +111,11 @@ def test_a_run(config):
     assert [word for word in words if word not in shown] == []
 
 
-def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(config):
-    summary, _ = run(config)
-    model = ml.load_llama(config.model)
-    ml.load_adapter(model, config.out / "adapter")
-    tags = ml.manifold_tree(model)["layers"]["mlp"]["down_proj"]
-    assert tags["b"] == ml.Stiefel("qr")
+def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(settings):
+    summary, _ = run(settings)
+    model = ml.load_llama(settings["model"])
+    ml.load_adapter(model, settings["out"] / "adapter")
+    assert ml.manifolds(model)["layers"]["mlp"]["down_proj"]["b"] == ml.Stiefel("qr")
     # the first step of another run from this adapter starts where this one ended
     from manifold_lora.adapters import axes, split
     from manifold_lora.data.batches import evaluation_batches
@@ -120,7 +123,7 @@ def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(config):
     from manifold_lora.evaluation.heldout import make_evaluate
     from manifold_lora.training.setup import load_data
 
-    data = load_data(resolve(config), load_tokenizer(config.model))
+    data = load_data(train_config(**settings), load_tokenizer(settings["model"]))
     rebuild, factors, frozen = split(model)
     feed = evaluation_batches(data.held_out, batch_size=4, sequence_length=16)
     evaluation = make_evaluate(rebuild, axes(model))(factors, frozen, feed)
@@ -128,19 +131,19 @@ def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(config):
     assert evaluation.accuracy == summary["accuracy_after"]
 
 
-def test_same_seed_same_run_and_other_seed_another(config, tmp_path):
+def test_same_seed_same_run_and_other_seed_another(settings, tmp_path):
     losses = []
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
         changed = {"out": tmp_path / name, "seed": seed, "dropout": 0.1}
-        run(config, **changed)
-        changed = dataclasses.replace(config, **changed)
+        run(settings, **changed)
+        changed = {**settings, **changed}
         losses.append([row["loss"] for row in rows(changed) if "loss" in row])
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_plain_lora_packed_with_accumulation(config):
+def test_plain_lora_packed_with_accumulation(settings):
     summary, shown = run(
-        config,
+        settings,
         method="lora",
         learning_rate=2e-2,
         free_learning_rate=None,
@@ -153,48 +156,48 @@ def test_plain_lora_packed_with_accumulation(config):
     )
     assert summary["loss_after"] < summary["loss_before"]
     assert 1 <= summary["least_effective_rank"] <= 4
-    assert "4 rows of 32 in 2 parts, packed" in shown
+    assert "4 rows of 32 in 2 micro-batches, packed" in shown
 
 
-def test_epochs_count_every_example(config):
+def test_epochs_count_every_example(settings):
     # 40 records, 4 held out: 36 examples, 2 epochs of them in batches of 8
-    summary, _ = run(config, steps=None, epochs=2)
+    summary, _ = run(settings, steps=None, epochs=2)
     assert summary["steps"] == 9
 
 
-def test_finished_run_is_not_run_again(config):
-    summary, _ = run(config)
-    stamp = (config.out / "metrics.jsonl").stat().st_mtime_ns
-    again, shown = run(config)
-    assert again == summary and "finished" in shown and str(config.out) in shown
-    assert (config.out / "metrics.jsonl").stat().st_mtime_ns == stamp
+def test_finished_run_is_not_run_again(settings):
+    summary, _ = run(settings)
+    stamp = (settings["out"] / "metrics.jsonl").stat().st_mtime_ns
+    again, shown = run(settings)
+    assert again == summary and "finished" in shown and str(settings["out"]) in shown
+    assert (settings["out"] / "metrics.jsonl").stat().st_mtime_ns == stamp
 
 
-def test_another_configuration_needs_overwrite(config):
-    run(config)
-    with pytest.raises(ml.InputError, match="rank = 4 there, 2 now.*--overwrite"):
-        run(config, rank=2, alpha=8.0)
-    summary, _ = run(config, rank=2, alpha=8.0, overwrite=True)
+def test_another_configuration_needs_overwrite(settings):
+    run(settings)
+    with pytest.raises(ml.InputError, match="rank was 4, is 2.*--overwrite"):
+        run(settings, rank=2, alpha=8.0)
+    summary, _ = run(settings, rank=2, alpha=8.0, overwrite=True)
     assert summary["trainable_parameters"] == 2 * 2 * (32 + 32 + 48 + 32)
 
 
-def test_directory_of_something_else_is_left_alone(config):
-    config.out.mkdir()
-    (config.out / "thesis.tex").write_text("precious")
-    with pytest.raises(ml.InputError, match="holds no run"):
-        run(config)
-    assert [p.name for p in config.out.iterdir()] == ["thesis.tex"]
+def test_directory_of_something_else_is_left_alone(settings):
+    settings["out"].mkdir()
+    (settings["out"] / "thesis.tex").write_text("precious")
+    with pytest.raises(ml.InputError, match="does not hold a run"):
+        run(settings)
+    assert [p.name for p in settings["out"].iterdir()] == ["thesis.tex"]
 
 
-def test_early_stopping(config):
-    summary, shown = run(config, learning_rate=1e-9, free_learning_rate=1e-9,
+def test_early_stopping(settings):
+    summary, shown = run(settings, learning_rate=1e-9, free_learning_rate=1e-9,
                          best_metric="accuracy", patience=2)  # fmt: skip
     assert summary["steps"] == 8 and summary["best_step"] == 0
-    assert "stopping" in shown
+    assert "No improvement for 2 evaluations" in shown
 
 
-def test_nan_stops_the_run_and_keeps_the_best_adapter(config, monkeypatch):
-    make_step = loop.make_step
+def test_nan_stops_the_run_and_keeps_the_best_adapter(settings, monkeypatch):
+    make_step = training.make_step
 
     def poisoned(*args):
         step, calls = make_step(*args), itertools.count(1)
@@ -207,17 +210,17 @@ def test_nan_stops_the_run_and_keeps_the_best_adapter(config, monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr(loop, "make_step", poisoned)
-    with pytest.raises(loop.Diverged, match="step 6 .*nan.* step 4"):
-        run(config)
-    model = ml.load_llama(config.model)
-    ml.load_adapter(model, config.out / "adapter")
+    monkeypatch.setattr(training, "make_step", poisoned)
+    with pytest.raises(training.Diverged, match="step 6 .*nan.* step 4"):
+        run(settings)
+    model = ml.load_llama(settings["model"])
+    ml.load_adapter(model, settings["out"] / "adapter")
     b = ml.factors(model)["layers"]["mlp"]["down_proj"]["b"]
     assert np.isfinite(b).all()
-    assert not (config.out / "summary.json").exists()
+    assert not (settings["out"] / "summary.json").exists()
 
 
-def test_full_disk_leaves_the_earlier_adapter(config, monkeypatch):
+def test_full_disk_leaves_the_earlier_adapter(settings, monkeypatch):
     save, calls = atomic.save_file, []
 
     def full(*args, **kwargs):
@@ -228,23 +231,23 @@ def test_full_disk_leaves_the_earlier_adapter(config, monkeypatch):
 
     monkeypatch.setattr(atomic, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        run(config)
-    ml.load_adapter(ml.load_llama(config.model), config.out / "adapter")
-    assert not [p for p in config.out.iterdir() if "partial" in p.name]
+        run(settings)
+    ml.load_adapter(ml.load_llama(settings["model"]), settings["out"] / "adapter")
+    assert not [p for p in settings["out"].iterdir() if "partial" in p.name]
 
 
-def test_show_batch_prints_and_stops(config):
-    summary, shown = run(config, show_batch=True)
-    assert summary == {} and "yes" in shown and not config.out.exists()
+def test_show_batch_prints_and_stops(settings):
+    summary, shown = run(settings, show_batch=True)
+    assert summary == {} and "yes" in shown and not settings["out"].exists()
 
 
-def test_tensorboard(config):
-    run(config, steps=2, report=("tensorboard",))
-    (events,) = config.out.glob("events.out.tfevents*")
+def test_tensorboard(settings):
+    run(settings, steps=2, report=("tensorboard",))
+    (events,) = settings["out"].glob("events.out.tfevents*")
     assert b"grad_norm" in events.read_bytes()
 
 
-def test_wandb_gets_every_row(config, monkeypatch):
+def test_wandb_gets_every_row(settings, monkeypatch):
     rows, ended = [], []
     fake = types.SimpleNamespace(
         log=lambda row, step: rows.append((step, row)),
@@ -252,15 +255,15 @@ def test_wandb_gets_every_row(config, monkeypatch):
     )
     module = types.SimpleNamespace(init=lambda **_: fake)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    run(config, steps=2, eval_every=2, report=("wandb",))
+    run(settings, steps=2, eval_every=2, report=("wandb",))
     assert [step for step, _ in rows] == [0, 1, 2, 2] and ended == [True]
     assert rows[1][1]["loss"] > 0
 
 
-def test_a_missing_extra_is_named(config, monkeypatch):
+def test_a_missing_extra_is_named(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ml.InputError, match=r"manifold-lora\[wandb\]"):
-        run(config, report=("wandb",))
+        run(settings, report=("wandb",))
 
 
 @pytest.mark.parametrize(
@@ -273,19 +276,19 @@ def test_a_missing_extra_is_named(config, monkeypatch):
         ({"optimizer": "adamm"}, "Did you mean adam"),
     ],
 )
-def test_bad_input_before_anything_is_written(config, changes, message):
+def test_bad_input_before_anything_is_written(settings, changes, message):
     with pytest.raises(ml.InputError, match=message):
-        run(config, **changes)
-    assert not config.out.exists()
+        run(settings, **changes)
+    assert not settings["out"].exists()
 
 
-def test_shortened_examples_are_counted(config):
+def test_truncated_examples_are_counted(settings):
     # of 40 records the 15 from number 10 on that end in "yes" have 8 tokens
-    _, shown = run(config, sequence_length=7, steps=1)
-    cut = re.findall(r"(\d+) examples shortened to 7 tokens \(longest 8\)", shown)
+    _, shown = run(settings, sequence_length=7, steps=1)
+    cut = re.findall(r"(\d+) examples truncated to 7 tokens \(longest 8\)", shown)
     assert sum(map(int, cut)) == 15
 
 
-def test_one_record_cannot_be_split(config, tmp_path):
+def test_one_record_cannot_be_split(settings, tmp_path):
     with pytest.raises(ml.InputError, match="--eval-data"):
-        run(config, data=data_file(tmp_path / "one.jsonl", 1))
+        run(settings, data=data_file(tmp_path / "one.jsonl", 1))

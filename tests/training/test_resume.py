@@ -1,6 +1,5 @@
 """Interrupted runs go on, and end as if nothing had happened."""
 
-import dataclasses
 import io
 import itertools
 import json
@@ -20,14 +19,15 @@ from safetensors.numpy import load_file
 
 from manifold_lora.checkpoints.resume import CheckpointError
 from manifold_lora.errors import InputError
-from manifold_lora.training import loop
-from manifold_lora.training.config import TrainConfig
+from manifold_lora.training import train as training
 from tests import command
+from tests.configs import train_config
 from tests.tiny import data_file, model_directory
 from tests.tolerances import FLOAT32
 
+Settings = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-SETTINGS: dict[str, Any] = {
+SETTINGS: Settings = {
     "rank": 4,
     "targets": ("q_proj", "down_proj"),
     "steps": 8,
@@ -48,25 +48,25 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def config(files: dict[str, Path], tmp_path: Path) -> TrainConfig:
-    return TrainConfig(**files, **SETTINGS, out=tmp_path / "run", remat=False)
+def settings(files: dict[str, Path], tmp_path: Path) -> Settings:
+    return {**files, **SETTINGS, "out": tmp_path / "run", "remat": False}
 
 
-def run(config: TrainConfig) -> tuple[dict[str, Any], str]:
-    text = io.StringIO()
-    return loop.train(config, Console(file=text, width=300)), text.getvalue()
+def run(settings: Settings) -> tuple[dict[str, Any], str]:
+    text, config = io.StringIO(), train_config(**settings)
+    return training.train(config, Console(file=text, width=300)), text.getvalue()
 
 
-def elsewhere(config: TrainConfig) -> TrainConfig:
+def elsewhere(settings: Settings) -> Settings:
     """The same run, uninterrupted, in a directory beside."""
-    return dataclasses.replace(config, out=config.run_directory.with_name("whole"))
+    return settings | {"out": settings["out"].with_name("uninterrupted")}
 
 
-def same_outcome(config: TrainConfig, summary: dict[str, Any]) -> None:
+def same_outcome(settings: Settings, summary: dict[str, Any]) -> None:
     """The run ended as one that was never interrupted, to the last bit."""
-    whole, _ = run(elsewhere(config))
+    whole, _ = run(elsewhere(settings))
     assert {**summary, "seconds": 0} == {**whole, "seconds": 0}
-    one, other = config.run_directory, elsewhere(config).run_directory
+    one, other = settings["out"], elsewhere(settings)["out"]
     assert (one / ADAPTER).read_bytes() == (other / ADAPTER).read_bytes()
     assert (one / "start" / Path(ADAPTER).name).read_bytes() != (
         one / ADAPTER
@@ -85,10 +85,10 @@ class Interrupted(Exception):
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int, how: Any) -> None:
     """Call `how` after that many steps of the next run, and of no later one."""
-    make_step = loop.make_step
+    make_step = training.make_step
 
     def made(*arguments: Any) -> Any:
-        monkeypatch.setattr(loop, "make_step", make_step)
+        monkeypatch.setattr(training, "make_step", make_step)
         real, calls = make_step(*arguments), itertools.count(1)
 
         def taken(*arguments: Any) -> Any:
@@ -99,7 +99,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: int, how: Any) -> None:
 
         return taken
 
-    monkeypatch.setattr(loop, "make_step", made)
+    monkeypatch.setattr(training, "make_step", made)
 
 
 def fail() -> None:
@@ -115,65 +115,63 @@ def fail() -> None:
     ],
     ids=lambda changes: changes["method"],
 )
-def test_an_interrupted_run_goes_on_bit_for_bit(config, monkeypatch, changes):
-    config = dataclasses.replace(config, **changes)
+def test_an_interrupted_run_goes_on_bit_for_bit(settings, monkeypatch, changes):
+    settings = settings | changes
     interrupt(monkeypatch, 6, fail)
     with pytest.raises(Interrupted):
-        run(config)
-    assert not (config.out / "summary.json").exists()
-    summary, text = run(config)
-    assert "Going on from the checkpoint of step 4." in text
+        run(settings)
+    assert not (settings["out"] / "summary.json").exists()
+    summary, text = run(settings)
+    assert "Resuming from the checkpoint of step 4." in text
     assert summary["steps"] == 8
-    same_outcome(config, summary)
+    same_outcome(settings, summary)
 
 
-def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(config, monkeypatch):
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(settings, monkeypatch):
     interrupt(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(loop.Preempted, match="checkpoints/5 is written"):
-        run(config)
+    with pytest.raises(training.Preempted, match="checkpoints/5 is written"):
+        run(settings)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    summary, text = run(config)
-    assert "Going on from the checkpoint of step 5." in text
-    same_outcome(config, summary)
+    summary, text = run(settings)
+    assert "Resuming from the checkpoint of step 5." in text
+    same_outcome(settings, summary)
 
 
-def test_patience_is_kept_over_an_interruption(config, monkeypatch):
+def test_patience_is_kept_over_an_interruption(settings, monkeypatch):
     # no answer is right before the end
-    config = dataclasses.replace(
-        config, best_metric="accuracy", patience=2, eval_every=2
-    )
+    settings = settings | {"best_metric": "accuracy", "patience": 2, "eval_every": 2}
     interrupt(monkeypatch, 3, fail)
     with pytest.raises(Interrupted):
-        run(config)
-    summary, _ = run(config)
+        run(settings)
+    summary, _ = run(settings)
     assert (summary["steps"], summary["best_step"]) == (4, 0)
 
 
-def test_a_finished_run_says_so_and_changes_nothing(config):
-    run(config)
-    before = {p: p.stat().st_mtime_ns for p in config.out.rglob("*")}
-    kept = sorted(p.name for p in (config.out / "checkpoints").iterdir())
+def test_a_finished_run_says_so_and_changes_nothing(settings):
+    run(settings)
+    before = {p: p.stat().st_mtime_ns for p in settings["out"].rglob("*")}
+    kept = sorted(p.name for p in (settings["out"] / "checkpoints").iterdir())
     assert kept == ["6", "8"]  # the last two, one of them the best
-    summary, text = run(config)
+    summary, text = run(settings)
     assert "This run is finished" in text
-    assert summary == json.loads((config.out / "summary.json").read_text())
-    assert {p: p.stat().st_mtime_ns for p in config.out.rglob("*")} == before
+    assert summary == json.loads((settings["out"] / "summary.json").read_text())
+    assert {p: p.stat().st_mtime_ns for p in settings["out"].rglob("*")} == before
 
 
-def test_overwrite_begins_anew(config, monkeypatch):
+def test_overwrite_begins_anew(settings, monkeypatch):
     interrupt(monkeypatch, 6, fail)
     with pytest.raises(Interrupted):
-        run(config)
-    summary, text = run(dataclasses.replace(config, overwrite=True))
-    assert "Going on" not in text
-    same_outcome(config, summary)
+        run(settings)
+    summary, text = run(settings | {"overwrite": True})
+    assert "Resuming" not in text
+    same_outcome(settings, summary)
 
 
-def interrupted(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Path:
+def interrupted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Path:
     interrupt(monkeypatch, 7, fail)
     with pytest.raises(Interrupted):
-        run(config)
-    checkpoints = config.run_directory / "checkpoints"
+        run(settings)
+    checkpoints = settings["out"] / "checkpoints"
     # the last two, and what was best at step 4
     assert sorted(p.name for p in checkpoints.iterdir()) == ["3", "4", "6"]
     return checkpoints
@@ -188,80 +186,81 @@ def flip(directory: Path) -> str:
     return str(file.relative_to(directory))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, monkeypatch):
-    checkpoints = interrupted(config, monkeypatch)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(settings, monkeypatch):
+    checkpoints = interrupted(settings, monkeypatch)
     name = flip(checkpoints / "6")
-    summary, text = run(config)
+    summary, text = run(settings)
     assert f"{checkpoints / '6'}: {name} was changed" in text
-    assert "Going on from the checkpoint of step 4." in text
-    same_outcome(config, summary)
+    assert "Resuming from the checkpoint of step 4." in text
+    same_outcome(settings, summary)
 
 
-def test_no_whole_checkpoint_left(config, monkeypatch):
-    checkpoints = interrupted(config, monkeypatch)
+def test_no_whole_checkpoint_left(settings, monkeypatch):
+    checkpoints = interrupted(settings, monkeypatch)
     flip(checkpoints / "6")
     (checkpoints / "4" / "run.json").unlink()
     (checkpoints / "3" / "run.json").write_text("{}")
     with pytest.raises(InputError, match=r"4: run.json is missing(.|\n)*--overwrite"):
-        run(config)
+        run(settings)
 
 
-def test_a_lost_best_adapter_is_replaced(config, monkeypatch):
+def test_a_lost_best_adapter_is_replaced(settings, monkeypatch):
     # the best stays that of step 2, then the rate makes it worse
-    config = dataclasses.replace(
-        config, learning_rate=5.0, eval_every=2, keep_checkpoints=1, schedule="constant"
-    )
+    settings = settings | {
+        "learning_rate": 5.0,
+        "eval_every": 2,
+        "keep_checkpoints": 1,
+        "schedule": "constant",
+    }
     interrupt(monkeypatch, 7, fail)
     with pytest.raises(Interrupted):
-        run(config)
-    best = json.loads((config.out / "checkpoints/6/run.json").read_text())
+        run(settings)
+    best = json.loads((settings["out"] / "checkpoints/6/run.json").read_text())
     step = best["best_step"]
     if step in (0, 6):
         pytest.fail(f"the best is of step {step}: this test needs another rate")
-    flip(config.out / "checkpoints" / str(step))
-    _, text = run(config)
+    flip(settings["out"] / "checkpoints" / str(step))
+    _, text = run(settings)
     assert "The best adapter is lost" in text
 
 
 @pytest.mark.parametrize("errors", ["stop", "continue"])
-def test_a_checkpoint_that_cannot_be_written(config, errors):
-    config = dataclasses.replace(config, checkpoint_errors=errors)
-    config.run_directory.mkdir()
-    shutil.copy(__file__, config.run_directory / "checkpoints")  # no directory
-    config = dataclasses.replace(config, overwrite=True)
+def test_a_checkpoint_that_cannot_be_written(settings, errors):
+    settings = settings | {"checkpoint_errors": errors}
+    settings["out"].mkdir()
+    shutil.copy(__file__, settings["out"] / "checkpoints")  # no directory
+    settings = settings | {"overwrite": True}
     if errors == "stop":
         with pytest.raises(CheckpointError, match="checkpoints/2 cannot be written"):
-            run(config)
+            run(settings)
         return
-    summary, text = run(config)
-    assert "Going on without it" in text
+    summary, text = run(settings)
+    assert "Continuing without it" in text
     assert summary["steps"] == 8
 
 
-def test_another_base_is_refused(config, files, monkeypatch, tmp_path):
+def test_another_base_is_refused(settings, files, monkeypatch, tmp_path):
     shutil.copytree(files["model"], tmp_path / "model")
-    config = dataclasses.replace(config, model=tmp_path / "model")
-    interrupted(config, monkeypatch)
+    settings = settings | {"model": tmp_path / "model"}
+    interrupted(settings, monkeypatch)
     shutil.rmtree(tmp_path / "model")
     model_directory(tmp_path / "model", seed=1)
     with pytest.raises(InputError, match="another run: base: found .*, needed"):
-        run(config)
+        run(settings)
 
 
 @pytest.mark.mesh
-def test_a_run_goes_on_on_another_mesh(config, monkeypatch):
-    first = dataclasses.replace(config, method="stella", mesh="fsdp=8")
+def test_a_run_goes_on_on_another_mesh(settings, monkeypatch):
+    first = settings | {"method": "stella", "mesh": "fsdp=8"}
     interrupt(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(loop.Preempted):
+    with pytest.raises(training.Preempted):
         run(first)
-    second = dataclasses.replace(first, mesh="data=2,fsdp=2,tensor=2")
+    second = first | {"mesh": "data=2,fsdp=2,tensor=2"}
     summary, text = run(second)
     assert "step 5" in text and "2 tensor" in text
     whole, _ = run(elsewhere(first))
     assert summary["loss_after"] == pytest.approx(whole["loss_after"], abs=FLOAT32)
-    one, other = (
-        load_file(c.run_directory / ADAPTER) for c in (config, elsewhere(first))
-    )
+    one, other = (load_file(c["out"] / ADAPTER) for c in (settings, elsewhere(first)))
     for name, x in one.items():
         np.testing.assert_allclose(x, other[name], atol=10 * FLOAT32)
     assert jax.device_count() == 8
@@ -276,18 +275,18 @@ def test_a_run_goes_on_on_another_mesh(config, monkeypatch):
         ("model=8", "unknown axis 'model'"),
     ],
 )
-def test_meshes_that_do_not_fit(config, mesh, message):
+def test_meshes_that_do_not_fit(settings, mesh, message):
     with pytest.raises(InputError, match=message):
-        run(dataclasses.replace(config, mesh=mesh))
-    assert not config.run_directory.exists()
+        run(settings | {"mesh": mesh})
+    assert not settings["out"].exists()
 
 
-def test_kill_at_any_moment(config, files):
+def test_kill_at_any_moment(settings, files):
     """Three times, at random moments, and then to the end."""
     rng = random.Random(0)
-    options = {**files, **SETTINGS, "steps": 24, "out": config.run_directory}
+    options = {**files, **SETTINGS, "steps": 24, "out": settings["out"]}
     arguments = ["train", *command.flags(options)]
-    metrics = config.run_directory / "metrics.jsonl"
+    metrics = settings["out"] / "metrics.jsonl"
 
     def lines() -> int:
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
@@ -302,10 +301,8 @@ def test_kill_at_any_moment(config, files):
         assert code == -signal.SIGKILL, output
     code, output = command.end(command.start(*arguments))
     assert code == 0, output
-    whole = config.run_directory.with_name("whole")
+    whole = settings["out"].with_name("uninterrupted")
     options["out"] = whole
     code, output = command.end(command.start("train", *command.flags(options)))
     assert code == 0, output
-    assert (config.run_directory / ADAPTER).read_bytes() == (
-        whole / ADAPTER
-    ).read_bytes()
+    assert (settings["out"] / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()

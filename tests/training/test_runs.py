@@ -1,6 +1,5 @@
 """Whole runs of what only some methods have: going on, merging, and exporting."""
 
-import dataclasses
 import io
 import itertools
 from pathlib import Path
@@ -17,13 +16,14 @@ from manifold_lora.adapters import adapters, axes, split
 from manifold_lora.data.batches import evaluation_batches
 from manifold_lora.data.tokens import load_tokenizer
 from manifold_lora.evaluation.heldout import make_evaluate
-from manifold_lora.training import loop
-from manifold_lora.training.config import TrainConfig, resolve
+from manifold_lora.training import train as training
 from manifold_lora.training.setup import effective_ranks, load_data
 from manifold_lora.training.step import largest_residual
+from tests.configs import train_config
 from tests.tiny import data_file, model_directory
 from tests.tolerances import EFFECTIVE_RANK, LOGITS, RESIDUAL
 
+Settings = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -34,53 +34,54 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def config(files: tuple[Path, Path], tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        model=files[0],
-        data=files[1],
-        out=tmp_path / "run",
-        rank=4,
-        targets=("q_proj",),
-        steps=6,
-        batch_size=8,
-        eval_every=3,
-        learning_rate=2e-2,
-        warmup_steps=1,
-        remat=False,
+def settings(files: tuple[Path, Path], tmp_path: Path) -> Settings:
+    return {
+        "model": files[0],
+        "data": files[1],
+        "out": tmp_path / "run",
+        "rank": 4,
+        "targets": ("q_proj",),
+        "steps": 6,
+        "batch_size": 8,
+        "eval_every": 3,
+        "learning_rate": 2e-2,
+        "warmup_steps": 1,
+        "remat": False,
+    }
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    return training.train(
+        train_config(**settings), Console(file=io.StringIO(), width=200)
     )
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
-    return loop.train(config, Console(file=io.StringIO(), width=200))
-
-
-def loss_of(config: TrainConfig, model: ml.Llama) -> float:
-    assert config.model is not None
-    data = load_data(resolve(config), load_tokenizer(config.model))
+def loss_of(settings: Settings, model: ml.Llama) -> float:
+    data = load_data(train_config(**settings), load_tokenizer(settings["model"]))
     rebuild, factors, frozen = split(model)
     feed = evaluation_batches(data.held_out, batch_size=4, sequence_length=16)
     return make_evaluate(rebuild, axes(model))(factors, frozen, feed).loss
 
 
-def kept(config: TrainConfig, name: str = "adapter") -> ml.Llama:
-    assert config.model is not None and config.out is not None
-    model = ml.load_llama(config.model)
+def kept(settings: Settings, name: str = "adapter") -> ml.Llama:
+    model = ml.load_llama(settings["model"])
     model.remat = False
-    ml.load_adapter(model, config.out / name)
+    ml.load_adapter(model, settings["out"] / name)
     return model
 
 
-def test_a_run_goes_on_from_an_adapter(config: TrainConfig, tmp_path: Path):
-    first = dataclasses.replace(config, method="stella", rank_pattern={"0.*": 2})
+def test_a_run_goes_on_from_an_adapter(settings: Settings, tmp_path: Path):
+    first = settings | {"method": "stella", "rank_pattern": {"0.*": 2}}
     summary = run(first)
     assert summary["loss_after"] < summary["loss_before"]
     assert summary["least_effective_rank"] > 1
     assert adapters(kept(first))["self_attn.q_proj"].ranks == (2, 4)
-    assert config.out is not None
     # targets and patterns are those of the adapter
-    then = dataclasses.replace(
-        config, method="stella", adapter=config.out / "adapter", out=tmp_path / "then"
-    )
+    then = settings | {
+        "method": "stella",
+        "adapter": settings["out"] / "adapter",
+        "out": tmp_path / "then",
+    }
     more = run(then)
     assert more["loss_before"] == pytest.approx(summary["loss_after"], rel=LOGITS)
     assert more["loss_after"] < more["loss_before"]
@@ -99,7 +100,7 @@ def test_a_run_goes_on_from_an_adapter(config: TrainConfig, tmp_path: Path):
         "diagonal": ({"diagonal_s": True}, "diagonal_s: found False, needed True"),
     }
     for name, (change, message) in refused.items():
-        wrong = dataclasses.replace(then, out=tmp_path / name, **change)
+        wrong = then | {"out": tmp_path / name} | change
         with pytest.raises(ml.InputError) as caught:
             run(wrong)
         assert message in str(caught.value) and "--adapter" in str(caught.value)
@@ -113,11 +114,10 @@ def test_ranks_of_layers_that_are_not_adapted_do_not_count(files: tuple[Path, Pa
     assert effective_ranks(model) == [pytest.approx(4, abs=EFFECTIVE_RANK)]
 
 
-def test_diagonal_scaling_writes_the_merged_model(config: TrainConfig):
-    scaled = dataclasses.replace(config, method="lora", diagonal_scaling=True)
+def test_diagonal_scaling_writes_the_merged_model(settings: Settings):
+    scaled = settings | {"method": "lora", "diagonal_scaling": True}
     summary = run(scaled)
-    assert config.out is not None and config.model is not None
-    names = sorted(p.name for p in config.out.iterdir())
+    names = sorted(p.name for p in settings["out"].iterdir())
     assert names == [
         "checkpoints",
         "config.toml",
@@ -127,19 +127,19 @@ def test_diagonal_scaling_writes_the_merged_model(config: TrainConfig):
         "summary.json",
     ]
     assert summary["loss_after"] < summary["loss_before"]
-    model = ml.load_llama(config.out / "merged")
+    model = ml.load_llama(settings["out"] / "merged")
     model.remat = False
     assert loss_of(scaled, model) == pytest.approx(summary["loss_after"], rel=LOGITS)
-    ids = load_tokenizer(config.model)("yes")["input_ids"]
-    assert load_tokenizer(config.out / "merged")("yes")["input_ids"] == ids
-    plain = ml.load_llama(config.model).layers.self_attn.q_proj.kernel[...]
+    ids = load_tokenizer(settings["model"])("yes")["input_ids"]
+    assert load_tokenizer(settings["out"] / "merged")("yes")["input_ids"] == ids
+    plain = ml.load_llama(settings["model"]).layers.self_attn.q_proj.kernel[...]
     assert (model.layers.self_attn.q_proj.kernel[...] != plain).any()
 
 
 def test_a_merged_model_is_kept_where_the_loss_is_lost(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
 ):
-    make_step = loop.make_step
+    make_step = training.make_step
 
     def poisoned(*args: Any) -> Any:
         step, calls = make_step(*args), itertools.count(1)
@@ -152,19 +152,18 @@ def test_a_merged_model_is_kept_where_the_loss_is_lost(
 
         return wrapped
 
-    monkeypatch.setattr(loop, "make_step", poisoned)
-    scaled = dataclasses.replace(config, method="lora", diagonal_scaling=True)
-    with pytest.raises(loop.Diverged, match=r"step 5 .*merged/ keeps .* step 3"):
+    monkeypatch.setattr(training, "make_step", poisoned)
+    scaled = settings | {"method": "lora", "diagonal_scaling": True}
+    with pytest.raises(training.Diverged, match=r"step 5 .*merged/ keeps .* step 3"):
         run(scaled)
-    assert config.out is not None
-    kernel = ml.load_llama(config.out / "merged").layers.self_attn.q_proj.kernel[...]
+    kernel = ml.load_llama(settings["out"] / "merged").layers.self_attn.q_proj.kernel[
+        ...
+    ]
     assert np.isfinite(kernel).all()
 
 
-def test_landing_is_reported_and_kept_as_exported(config: TrainConfig):
-    given = dataclasses.replace(
-        config, method="landing_stiefel", project_on_export=True
-    )
+def test_landing_is_reported_and_kept_as_exported(settings: Settings):
+    given = settings | {"method": "landing_stiefel", "project_on_export": True}
     summary = run(given)
     assert summary["last_residual"] > 1e-4
     model = kept(given)
@@ -175,10 +174,12 @@ def test_landing_is_reported_and_kept_as_exported(config: TrainConfig):
     assert summary["energy_discarded"] == 0 and summary["ranks_exported"] == [4]
 
 
-def test_truncation_is_reported_and_kept_as_exported(config: TrainConfig):
-    given = dataclasses.replace(
-        config, method="loram_br", truncate_below=0.84, nuclear_decay=1e-3
-    )
+def test_truncation_is_reported_and_kept_as_exported(settings: Settings):
+    given = settings | {
+        "method": "loram_br",
+        "truncate_below": 0.84,
+        "nuclear_decay": 1e-3,
+    }
     summary = run(given)
     model = kept(given)
     ranks = {r for m in adapters(model).values() for r in m.ranks}

@@ -1,19 +1,21 @@
-"""The methods on the terminal: what the rows say, and what building them shows."""
+"""The methods on the terminal: what their options declare, and what building shows."""
 
+import dataclasses
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from manifold_lora.adapters import AdapterConfig, adapter_class
+from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.factor import tags
+from manifold_lora.adapters.options import OptimizerInputs, adapter_class, inits
 from manifold_lora.manifolds import Manifold
 from manifold_lora.methods import METHODS
 from manifold_lora.models import Linear
-from manifold_lora.training.config import TrainConfig, resolve
-from manifold_lora.training.optimizer import build_optimizer
+from manifold_lora.settings import default_text, flag, number
 
 SIZE, RANK = 4096, 16  # of the layer whose memory is shown
 
@@ -21,25 +23,10 @@ SIZE, RANK = 4096, 16  # of the layer whose memory is shown
 def show_methods(console: Console) -> None:
     """Every method with its parametrisation, manifolds, defaults, memory and export."""
     memory = {name: training_memory(name) for name in METHODS}
-    for name, row in METHODS.items():
-        factors = adapter_class(name).factors(AdapterConfig(name))
-        rates = f"{row.rate:g}"
-        if row.free_rate is not None:
-            rates += f" constrained, {row.free_rate:g} free"
+    for name in METHODS:
+        adapter = adapter_class(name)
+        options, factors = adapter.options, adapter.factors(AdapterConfig(name))
         trained, total = memory[name]
-        lines = {
-            "ΔW": row.update,
-            "factors": _factors(tags(factors)),
-            "optimiser": row.recipe,
-            "learning rate": f"{rates} (compare tries "
-            f"{', '.join(f'{rate:g}' for rate in row.rates)})",
-            "init": ", ".join(row.inits),
-            "memory": f"{trained:,} parameters, {total / 2**20:.2f} MiB with the "
-            f"optimiser ({total / memory['lora'][1]:.2f} × lora)",
-            "export": f"PEFT {row.export}",
-            "options": ", ".join(f"--{o.replace('_', '-')}" for o in row.options),
-            "paper": row.paper,
-        }
         table = Table(
             title=name,
             title_justify="left",
@@ -49,13 +36,41 @@ def show_methods(console: Console) -> None:
         )
         table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
+        lines = {
+            "ΔW": options.update,
+            "factors": _factors(tags(factors)),
+            "optimiser": options.recipe,
+            "learning rate": _rates(options),
+            "init": ", ".join(inits(name)),
+            "memory": f"{trained:,} parameters, {total / 2**20:.2f} MiB with the "
+            f"optimiser ({total / memory['lora'][1]:.2f} × lora)",
+            "export": f"PEFT {options.export}",
+            "options": _options(options),
+            "paper": options.paper,
+        }
         for key, value in lines.items():
             table.add_row(key, value)
         console.print(table, "")
     console.print(
         f"Memory is that of the factors and the optimiser's state of one {SIZE}×{SIZE} "
-        f"layer at rank {RANK}, float32. The small built-in base has rates of its own.",
+        f"layer at rank {RANK}, float32.",
         soft_wrap=True,
+    )
+
+
+def _rates(options: Any) -> str:
+    rates, free = options.learning_rates, options.free_learning_rates
+    tried = f"compare tries {', '.join(map(number, rates.grid))}"
+    if free is None:
+        return f"{rates.text()} ({tried})"
+    return f"{rates.text()} ({tried}); of free factors {free.text()}"
+
+
+def _options(options: Any) -> str:
+    return ", ".join(
+        f"{flag(field.name)} (default: {default_text(field)})"
+        for field in dataclasses.fields(options)
+        if field.name != "init"
     )
 
 
@@ -79,19 +94,19 @@ def training_memory(method: str) -> tuple[int, int]:
 
     From shapes alone: nothing is computed.
     """
+    config = AdapterConfig(method, rank=RANK)
 
     def build() -> Any:
         linear = Linear(SIZE, SIZE, layers=1, rngs=nnx.Rngs(0))
-        config = AdapterConfig(method, rank=RANK)
         return adapter_class(method)(linear, config, key=jax.random.key(0))
 
-    adapter = nnx.eval_shape(build)
-    factors = nnx.to_pure_dict(nnx.state(adapter, nnx.LoRAParam))
-    manifolds = tags(adapter.factors(adapter.config))
-    first = next(iter(manifolds.values()))
-    config = resolve(TrainConfig(method=method))
-    tx, _ = build_optimizer(config, first if first.parts else manifolds, 1, SIZE)
-    state = jax.eval_shape(tx.init, factors)
+    factors = nnx.to_pure_dict(nnx.state(nnx.eval_shape(build), nnx.LoRAParam))
+    by_name = tags(adapter_class(method).factors(config))
+    first = next(iter(by_name.values()))
+    manifolds = first if first.parts else by_name  # coupled factors share one
+    rate = optax.constant_schedule(1e-3)
+    inputs = OptimizerInputs(manifolds, rate, rate, 0.0, SIZE)
+    state = jax.eval_shape(config.options.transformation(inputs).init, factors)
     leaves = jax.tree.leaves((factors, state))
     trained = sum(x.size for x in jax.tree.leaves(factors))
     return trained, sum(x.size * x.dtype.itemsize for x in leaves)

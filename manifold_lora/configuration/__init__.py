@@ -1,0 +1,1 @@
+"""What the commands' configurations are made of, and how flags and TOML become them."""

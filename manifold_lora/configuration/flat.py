@@ -1,0 +1,227 @@
+"""Configurations by flat names: flags and TOML keys in, TOML out.
+
+A command's configuration is a frozen dataclass of parts and of settings of its own.
+Outside of Python every setting has one flat name, whatever part it is in: `--rank` is
+`config.adapter.rank`. The options of all methods have flat names as well; they become
+the field `options` of the adapter's part or, in a comparison, of the configuration.
+"""
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from manifold_lora.adapters.config import AdapterConfig
+from manifold_lora.adapters.options import (
+    MethodOptions,
+    fields_by_option,
+    options_class,
+)
+from manifold_lora.errors import InputError, nearest
+from manifold_lora.settings import RENAMED, decode, raise_all, type_hints
+
+Config = TypeVar("Config")
+OPTIONS = "options"
+
+
+class Entry(NamedTuple):
+    """A setting by its flat name."""
+
+    name: str
+    fields: dict[str, dataclasses.Field[Any]]  # of an option by method; else one
+    hint: Any  # its type
+    group: str  # the field of the configuration that is its part; "" for its own
+    owner: type  # the class that declares it
+    option: bool = False  # of some methods only
+
+
+class Source(NamedTuple):
+    """Values by flat name, and where they come from."""
+
+    values: Mapping[str, Any]
+    label: Callable[[str], str] = str  # how messages call a setting
+    from_text: bool = False  # numbers are still text
+
+
+def part(kind: Any, **metadata: Any) -> Any:
+    """A field of a configuration that is a part of that class.
+
+    Of an adapter's part, `roles` names the options of methods that the command has.
+    """
+    return dataclasses.field(default_factory=kind, metadata=metadata | {"part": kind})
+
+
+def parts(kind: Any) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a configuration that are parts."""
+    fields = dataclasses.fields(kind)
+    return {field.name: field for field in fields if "part" in field.metadata}
+
+
+def entries(kind: type) -> dict[str, Entry]:
+    """Every setting of a configuration by its flat name, in the order of the fields."""
+    found: dict[str, Entry] = {}
+
+    def add(owner: Any, group: str) -> None:
+        hints = type_hints(owner)
+        # Positional ones first, such as the adapter's method.
+        for field in sorted(dataclasses.fields(owner), key=lambda f: f.kw_only):
+            if "help" in field.metadata:
+                name = flat_name(field)
+                found[name] = Entry(name, {"": field}, hints[field.name], group, owner)
+
+    add(kind, "")
+    roles = [f.metadata["roles"] for f in dataclasses.fields(kind) if _has_roles(f)]
+    for group, field in parts(kind).items():
+        add(field.metadata["part"], group)
+        if group != "adapter":
+            continue
+        for name, fields in fields_by_option().items():
+            if next(iter(fields.values())).metadata["role"] in roles[0]:
+                hint = _joint_hint(name, list(fields))
+                found[name] = Entry(name, fields, hint, group, MethodOptions, True)
+    return found
+
+
+def _has_roles(field: dataclasses.Field[Any]) -> bool:
+    return "roles" in field.metadata
+
+
+def flat_name(field: dataclasses.Field[Any]) -> str:
+    """The flag and TOML key of a field."""
+    return field.metadata["name"] or field.name
+
+
+def _joint_hint(option: str, methods: Sequence[str]) -> Any:
+    """The type of an option over all methods that have it."""
+    hints = [type_hints(options_class(method))[option] for method in methods]
+    if all(typing.get_origin(hint) is Literal for hint in hints):
+        choices = [value for hint in hints for value in typing.get_args(hint)]
+        return Literal[tuple(dict.fromkeys(choices))]  # pyright: ignore[reportReturnType]
+    return hints[0]
+
+
+def compose(kind: Callable[..., Config], *sources: Source) -> Config:
+    """The configuration with these values; later sources override earlier ones.
+
+    Args:
+        kind: the class of the configuration.
+        sources: values by flat name; all others keep their defaults.
+
+    Raises:
+        InputError: unknown names (with the nearest known ones), values of the wrong
+            type or out of range, and settings that exclude each other, in one message.
+    """
+    known = entries(typing.cast(type, kind))
+    problems: list[str] = []
+    values: dict[str, dict[str, Any]] = {name: {} for name in ("", *parts(kind))}
+    options: dict[str, Any] = {}
+    for source in sources:
+        for name, value in source.values.items():
+            if name not in known:
+                problems.append(f"{source.label(name)}: {_unknown(name, known)}")
+                continue
+            entry = known[name]
+            try:
+                value = decode(value, entry.hint, from_text=source.from_text)
+            except ValueError as error:
+                problems.append(f"{source.label(name)} {error}")
+                continue
+            if entry.option:
+                options[name] = value
+            else:
+                values[entry.group][entry.fields[""].name] = value
+    own = values.pop("")
+    holder = own
+    for name, field in parts(kind).items():
+        if field.metadata["part"] is AdapterConfig:
+            holder = values[name]
+    holder[OPTIONS] = options
+
+    def make(build: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        try:
+            return build(**arguments)
+        except InputError as error:
+            problems.append(str(error))
+
+    for name, field in parts(kind).items():
+        if (made := make(field.metadata["part"], values[name])) is not None:
+            own[name] = made
+    config = make(kind, own)
+    raise_all(dict.fromkeys(problems))
+    return config
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> str:
+    if name in RENAMED:
+        return f"{name!r} is now called {RENAMED[name]!r}."
+    return f"unknown key {name!r}. {nearest(name, known)}"
+
+
+def read_toml(path: Path, kind: type) -> Source:
+    """The values of a TOML file, flat or in tables with the names of the parts.
+
+    Raises:
+        InputError: no such file, broken TOML, or a key in the table of another part.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"--config {path} cannot be read: {error.strerror}."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"--config {path} is not valid TOML: {error}.") from error
+    flat: dict[str, Any] = {}
+    problems = []
+    known = entries(kind)
+    for key, value in values.items():
+        if not (isinstance(value, dict) and key in parts(kind)):
+            flat[key] = value
+            continue
+        for name, inner in value.items():
+            group = known[name].group if name in known else key
+            if group != key:
+                where = (
+                    f"belongs in [{group}]" if group else "belongs before all tables"
+                )
+                problems.append(f"{path}: {name} stands in [{key}] and {where}")
+            flat[name] = inner
+    raise_all(problems)
+    return Source(flat, lambda name: f"{path}: {name}")
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """The settings that make a configuration what it is, as TOML can hold them."""
+    values: dict[str, Any] = {}
+    for field in sorted(dataclasses.fields(config), key=lambda f: f.kw_only):
+        value = getattr(config, field.name)
+        if "part" in field.metadata or field.name == OPTIONS:
+            if dataclasses.is_dataclass(value):
+                values |= flatten(value)
+        elif field.metadata.get("saved", True) and value is not None:
+            values[flat_name(field)] = _plain(value)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], kind: type
+) -> list[str]:
+    """The settings in which two flattened configurations are different runs."""
+    may_change = {
+        name
+        for name, entry in entries(kind).items()
+        if any(field.metadata.get("may_change") for field in entry.fields.values())
+    }
+    return [
+        f"{name} was {before.get(name, 'unset')}, is {now.get(name, 'unset')}"
+        for name in sorted({*before, *now} - may_change)
+        if before.get(name) != now.get(name)
+    ]

@@ -1,0 +1,229 @@
+"""Settings: fields of configurations with type, range, default and help in one place.
+
+Configurations are frozen dataclasses whose fields are made by `setting`. Flags, TOML
+keys, checks and help follow from these declarations. Imports no JAX.
+"""
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from manifold_lora.errors import InputError
+
+_FINITE = sys.float_info.max
+PositiveInt = Annotated[int, Meta(ge=1)]
+NonNegativeInt = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0, le=_FINITE)]
+# Integers stay integers, in files as well.
+PositiveNumber = Annotated[int, Meta(gt=0)] | PositiveFloat
+NonNegativeFloat = Annotated[float, Meta(ge=0, le=_FINITE)]
+Probability = Annotated[float, Meta(ge=0, lt=1)]
+
+# The default of a setting that the other settings decide, such as 2·rank for alpha.
+UNSET: Any = None
+
+RENAMED = {"start": "init"}  # settings refused with their new name, for one release
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    default_text: str | Callable[[], str] = "",
+    name: str = "",
+    **metadata: Any,
+) -> Any:
+    """A field of a configuration.
+
+    Args:
+        default: its default; `UNSET` where other settings decide it.
+        help: one line for `--help` and the documentation.
+        default_text: the default in words, where the value does not say it.
+        name: of the flag and the TOML key; by default the field's own.
+        metadata: what else others ask for, such as `saved=False`.
+    """
+    metadata |= {"help": help, "default_text": default_text, "name": name}
+    if isinstance(default, dict):  # left out of the hash: a dict has none
+        return dataclasses.field(
+            default_factory=lambda: dict(default), hash=False, metadata=metadata
+        )
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def type_hints(kind: type) -> dict[str, Any]:
+    """The types of the fields of a dataclass, with their ranges."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def decode(value: Any, hint: Any, *, from_text: bool = False) -> Any:
+    """The value as the type says, strictly: 1 is a float, "1" and True are not.
+
+    Args:
+        value: from TOML, Python or, as text, from the command line.
+        hint: a type, possibly with a range.
+        from_text: whether text is read as numbers and truth values.
+
+    Raises:
+        ValueError: what the value must be, in words.
+
+    Examples:
+        >>> decode(3, PositiveFloat)
+        3.0
+        >>> decode(0, PositiveInt)
+        Traceback (most recent call last):
+        ValueError: must be at least 1, got 0
+    """
+    try:
+        return msgspec.convert(value, hint, strict=not from_text, dec_hook=_path)
+    except msgspec.ValidationError as error:
+        value = _number(value) if from_text else value
+        needed = requirement(hint, value)
+        raise ValueError(f"must be {needed}, got {value!r}") from error
+
+
+def _number(value: Any) -> Any:
+    """The number that a text stands for, or else the text."""
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except (TypeError, ValueError):
+            pass
+    return value
+
+
+def _path(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    raise ValueError(value)
+
+
+def validate(config: Any, also: Iterable[str] = ()) -> None:
+    """Check every field of a dataclass instance and store it as its type, in place.
+
+    Args:
+        config: the instance, in its `__post_init__`.
+        also: further problems to report in the same message.
+
+    Raises:
+        InputError: all values of a wrong type or out of range.
+    """
+    problems = []
+    hints = type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is UNSET or dataclasses.is_dataclass(value):
+            continue
+        try:
+            value = decode(value, hints[field.name])
+            object.__setattr__(config, field.name, value)
+        except ValueError as error:
+            problems.append(f"{field.name} {error}")
+    raise_all([*problems, *also])
+
+
+def raise_all(problems: Iterable[str]) -> None:
+    """Raise one `InputError` for all problems, if there are any."""
+    if problems := list(problems):
+        raise InputError("; ".join(problem.rstrip(".") for problem in problems) + ".")
+
+
+def fill(config: Any, **defaults: Any) -> Any:
+    """The configuration with these values in place of those that are not set."""
+    unset = {k: v for k, v in defaults.items() if getattr(config, k) is UNSET}
+    return dataclasses.replace(config, **unset) if unset else config
+
+
+def requirement(hint: Any, value: Any = None) -> str:
+    """What a value of a type must be, in words.
+
+    >>> requirement(Probability, 2.0), requirement(int | None)
+    ('in [0, 1)', 'an integer')
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        number = isinstance(value, int | float) and value is not True
+        return _range(args[1]) if number else requirement(args[0])
+    if origin in (typing.Union, types.UnionType):
+        choices = [requirement(arg, value) for arg in args if arg is not type(None)]
+        if requirement(float) in choices:
+            choices = [text for text in choices if text != requirement(int)]
+        return " or ".join(dict.fromkeys(choices))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        if args[1:] == (...,):
+            return f"a list, each item {requirement(args[0])}"
+        return f"{len(args)} items, each {requirement(args[0])}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a table of names, each value {requirement(args[1])}"
+    return _WORDS.get(hint, str(hint))
+
+
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+}
+
+
+def _range(meta: Meta) -> str:
+    if meta.ge is not None and meta.lt is not None:
+        return f"in [{meta.ge:g}, {meta.lt:g})"
+    if meta.ge is not None:
+        return f"at least {meta.ge:g}"
+    return "a positive number"
+
+
+def flag(name: str) -> str:
+    """The flag of a setting.
+
+    >>> flag("rank_pattern")
+    '--rank-pattern'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def check_renamed(arguments: Iterable[str]) -> None:
+    """Raise `InputError` for a flag that has another name now."""
+    for argument in arguments:
+        for old, new in RENAMED.items():
+            if argument.partition("=")[0] == flag(old):
+                raise InputError(f"{flag(old)} is now called {flag(new)}.")
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """The default of a field made by `setting`, in words."""
+    text: str | Callable[[], str] = field.metadata["default_text"]
+    if text:
+        return text() if callable(text) else text
+    default = field.default
+    if default is UNSET or default is dataclasses.MISSING:
+        return "none"
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if isinstance(default, tuple):
+        return " ".join(map(number, default)) or "none"
+    return number(default)
+
+
+def number(value: Any) -> str:
+    """A value in as few characters as say it.
+
+    >>> number(0.0002), number(5e-05), number("adamw")
+    ('2e-4', '5e-5', 'adamw')
+    """
+    if not isinstance(value, float) or not math.isfinite(value):
+        return str(value)
+    mantissa, _, exponent = f"{value:e}".partition("e")
+    short = f"{float(mantissa):g}e{int(exponent)}"
+    return min(f"{value:g}", short, key=len)

@@ -1,0 +1,161 @@
+"""What a run writes beside metrics and checkpoints: adapters, and its result."""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from manifold_lora.adapters import adapters, axes, factors, merge, set_factors, split
+from manifold_lora.adapters.exported import as_exported
+from manifold_lora.checkpoints.atomic import write_text
+from manifold_lora.checkpoints.huggingface import save_llama
+from manifold_lora.checkpoints.peft import save_adapter
+from manifold_lora.data.builtin import BASE
+from manifold_lora.distributed.processes import is_main, wait_for_all
+from manifold_lora.evaluation.heldout import Evaluation, majority, make_evaluate
+from manifold_lora.training import display
+from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.plot import plot_loss
+from manifold_lora.training.progress import Progress
+from manifold_lora.training.run import ADAPTER, MERGED, PICTURE, SUMMARY, Metrics
+from manifold_lora.training.setup import Data, effective_ranks
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the best adapter is saved."""
+
+    @classmethod
+    def after(
+        cls, config: TrainConfig, model: Any, progress: Progress, row: dict[str, float]
+    ) -> "Diverged":
+        """The error after a step with these metrics; it saves what is still unsaved."""
+        saved = save_merged(config, model)
+        return cls(
+            f"At step {progress.step} the loss is {row['loss']} and the gradient norm "
+            f"{row['grad_norm']}. {saved}/ has the best adapter, of step "
+            f"{progress.best_step} (held-out loss {progress.best.loss:.4f}). Lower "
+            "--learning-rate or --clip, or increase --warmup-steps."
+        )
+
+
+def exporting(config: TrainConfig, model: Any) -> AbstractContextManager[float]:
+    """The model with its adapters as they are saved; see `as_exported`."""
+    return as_exported(model, **config.adapter.options.values("export"))
+
+
+def base_id(config: TrainConfig) -> str:
+    """The name of the base in the files of an adapter."""
+    return config.output.base_id or str(config.model.path or BASE)
+
+
+def save_factors(config: TrainConfig, model: Any, factors: Any, path: Path) -> None:
+    """Give the model these factors, and write them as an adapter if there is a format.
+
+    With diagonal scaling, which no adapter file can hold, `save_merged` writes the
+    model in the end.
+    """
+    # Copies: the training step donates its own.
+    set_factors(model, jax.tree.map(jnp.copy, factors))
+    if not config.adapter.merge_only:
+        with exporting(config, model):
+            save_adapter(model, path, base_id=base_id(config))
+
+
+def save_merged(config: TrainConfig, model: Any) -> Path:
+    """The directory of the best adapter, or of the merged model, which is written."""
+    out = config.run_directory
+    if not config.adapter.merge_only:
+        return out / ADAPTER
+    if is_main():
+        shutil.rmtree(out / MERGED, ignore_errors=True)  # of a run that was killed
+    wait_for_all("merged")
+    merge(model)
+    save_llama(model, out / MERGED)
+    if is_main():
+        for file in (config.model.path or BASE).glob("token*"):
+            shutil.copyfile(file, out / MERGED / file.name)
+    return out / MERGED
+
+
+def report_evaluation(
+    evaluate: Callable[[Any], Evaluation],
+    metrics: Metrics,
+    console: Console,
+    step: int,
+    factors: Any,
+    violation: float = 0.0,
+) -> Evaluation:
+    """Evaluate factors, and write and show the result."""
+    evaluation = evaluate(factors)
+    metrics.write(
+        step=step, eval_loss=evaluation.loss, eval_accuracy=evaluation.accuracy
+    )
+    display.show_evaluation(console, step, evaluation, violation)
+    return evaluation
+
+
+def save_result(
+    config: TrainConfig,
+    console: Console,
+    model: Any,
+    data: Data,
+    held_out: Any,
+    progress: Progress,
+    metrics: Metrics,
+) -> dict[str, Any]:
+    """Write picture and summary, the summary last: it marks the run as finished."""
+    summary = _summary(config, model, data, progress)
+    if any(config.adapter.options.values("export").values()):
+        with exporting(config, model) as discarded:
+            summary |= _exported(model, held_out, discarded)
+    save_merged(config, model)
+    if is_main():
+        out, adapter = config.run_directory, config.adapter
+        title = f"{adapter.method}, rank {adapter.rank}"
+        plot_loss(out / PICTURE, metrics.rows, title)
+        write_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        display.show_result(console, out, summary)
+    wait_for_all("summary")
+    return summary
+
+
+def _summary(
+    config: TrainConfig, model: Any, data: Data, progress: Progress
+) -> dict[str, Any]:
+    """The content of summary.json, of a model that has the best factors."""
+    return {
+        "method": config.adapter.method,
+        "seconds": round(progress.seconds, 2),
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "tokens": progress.tokens,
+        "accuracy_before": progress.initial.accuracy,
+        "accuracy_after": progress.best.accuracy,
+        "majority": majority(data.train, data.held_out),
+        "loss_before": progress.initial.loss,
+        "loss_after": progress.best.loss,
+        "largest_residual": progress.largest_violation,
+        "last_residual": progress.last_violation,
+        "least_effective_rank": min(effective_ranks(model), default=None),
+        "trainable_parameters": sum(x.size for x in jax.tree.leaves(factors(model))),
+    }
+
+
+def _exported(model: Any, held_out: Any, discarded: float) -> dict[str, Any]:
+    """The measures of an adapter that is not exported as it was trained."""
+    rebuild, trained, frozen = split(model)
+    evaluation = make_evaluate(rebuild, axes(model))(trained, frozen, held_out)
+    return {
+        "loss_exported": evaluation.loss,
+        "accuracy_exported": evaluation.accuracy,
+        "energy_discarded": discarded,
+        "ranks_exported": sorted(
+            {rank for module in adapters(model).values() for rank in module.ranks}
+        ),
+    }

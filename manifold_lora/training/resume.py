@@ -1,0 +1,125 @@
+"""How a run starts, resumes from its checkpoints, and writes them."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from manifold_lora.checkpoints.peft import fingerprint
+from manifold_lora.checkpoints.resume import (
+    CheckpointError,
+    Checkpoints,
+    DamagedError,
+    Restored,
+)
+from manifold_lora.configuration.flat import flatten
+from manifold_lora.evaluation.heldout import Evaluation
+from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.progress import Progress
+from manifold_lora.training.run import ADAPTER, CHECKPOINTS, START
+from manifold_lora.training.step import TrainState
+
+
+class Preempted(RuntimeError):
+    """The run received SIGTERM; a checkpoint has been written."""
+
+    @classmethod
+    def after(cls, progress: Progress, out: Path) -> "Preempted":
+        """The error after the last step of a preempted run."""
+        return cls(
+            f"received SIGTERM: the checkpoint {out / CHECKPOINTS}/{progress.step} is "
+            "written. The same command resumes from it."
+        )
+
+
+def open_checkpoints(config: TrainConfig, model: Any, out: Path) -> Checkpoints:
+    """The checkpoints of a run, which only the same run resumes from."""
+    identity = {
+        "method": config.adapter.method,
+        "rank": config.adapter.rank,
+        "base": fingerprint(model),
+    }
+    keep = config.checkpoints.keep_checkpoints
+    return Checkpoints(out / CHECKPOINTS, identity=identity, keep=keep)
+
+
+def restore(
+    checkpoints: Checkpoints, like: TrainState, console: Console
+) -> Restored | None:
+    """The newest intact checkpoint, if there is one; corrupt ones are reported."""
+    restored = checkpoints.newest(like)
+    for line in checkpoints.skipped:
+        console.print(f"Skipping corrupt checkpoint {line}", soft_wrap=True)
+    return restored
+
+
+def start_or_resume(
+    fresh: TrainState,
+    restored: Restored | None,
+    checkpoints: Checkpoints,
+    measure: Callable[[int, Any], Evaluation],
+    save_adapter: Callable[[Any, Path], None],
+    out: Path,
+    console: Console,
+) -> tuple[TrainState, Progress]:
+    """The state that a run starts or resumes with; adapter/ then holds the best so far.
+
+    Args:
+        fresh: the state before the first step.
+        restored: the checkpoint to resume from; None starts the run.
+        checkpoints: where the best factors are, if they are not the restored ones.
+        measure: evaluates factors after a step.
+        save_adapter: writes factors to a directory.
+        out: the run directory.
+        console: where it is reported.
+    """
+    save_adapter(fresh.factors, out / START)
+    if restored is None:
+        save_adapter(fresh.factors, out / ADAPTER)
+        evaluation = measure(0, fresh.factors)
+        return fresh, Progress(initial=evaluation, best=evaluation)
+    console.print(f"Resuming from the checkpoint of step {restored.step}.")
+    progress = Progress.from_json(restored.progress["progress"])
+    best_step, best = progress.best_step, restored.state.factors
+    try:
+        if best_step == 0:
+            best = fresh.factors
+        elif best_step != restored.step:
+            best = checkpoints.at(best_step, fresh).state.factors
+    except DamagedError as error:
+        console.print(
+            f"The best adapter is lost ({error}). The one of step {restored.step} "
+            "replaces it.",
+            soft_wrap=True,
+        )
+        progress = progress._replace(
+            best=measure(restored.step, best), best_step=restored.step
+        )
+    save_adapter(best, out / ADAPTER)
+    return restored.state, progress
+
+
+def save_checkpoint(
+    checkpoints: Checkpoints,
+    config: TrainConfig,
+    state: TrainState,
+    progress: Progress,
+    console: Console,
+) -> None:
+    """Write a checkpoint in the background."""
+    with checkpoint_errors(config, console):
+        content = {"progress": progress.to_json(), "config": flatten(config)}
+        checkpoints.save(progress.step, state, content, best_step=progress.best_step)
+
+
+@contextlib.contextmanager
+def checkpoint_errors(config: TrainConfig, console: Console) -> Iterator[None]:
+    """Stop or continue where a checkpoint cannot be written, as configured."""
+    try:
+        yield
+    except CheckpointError as error:
+        if config.checkpoints.checkpoint_errors == "stop":
+            raise
+        console.print(f"Continuing without it: {error}", style="red")
