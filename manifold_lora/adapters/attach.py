@@ -16,7 +16,7 @@ from manifold_lora.adapters.config import (
 from manifold_lora.adapters.low_rank import LowRankLinear
 from manifold_lora.adapters.options import adapter_class
 from manifold_lora.adapters.scaled import ScaledLinear
-from manifold_lora.distributed.sharding import axes_of
+from manifold_lora.distributed.sharding import logical_axes_tree
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Manifold
 from manifold_lora.models import Linear
@@ -188,7 +188,7 @@ def manifold_tree(model: Any) -> dict[str, Any]:
 
 def axes(model: Any) -> dict[str, Any]:
     """The names of the axes of every factor, in the structure of `factors(model)`."""
-    return nnx.to_pure_dict(axes_of(nnx.state(model, nnx.LoRAParam)))
+    return nnx.to_pure_dict(logical_axes_tree(nnx.state(model, nnx.LoRAParam)))
 
 
 def _coupled(tags: Any) -> Any:

@@ -97,7 +97,7 @@ class DoRALinear(LoRALinear):
         """The gain m/‖W + sBAᵀ‖ of every output, ((layers,) out)."""
         a, b = jax.lax.stop_gradient(self.pair())
         s = self.scale[...][..., None]
-        kernel = self.base.gathered().astype(jnp.float32)
+        kernel = self.base.gathered_kernel().astype(jnp.float32)
         wa = jnp.matmul(kernel.mT, a, precision="highest")  # (out, r)
         gram = jnp.matmul(a.mT, a, precision="highest")
         bgram = jnp.matmul(b, gram, precision="highest")

@@ -18,7 +18,7 @@ from manifold_lora.adapters.attach import (
 from manifold_lora.adapters.factor import tags
 from manifold_lora.adapters.low_rank import LowRankLinear
 from manifold_lora.adapters.scaled import ScaledLinear
-from manifold_lora.distributed.arrays import place
+from manifold_lora.distributed.arrays import shard_module
 from manifold_lora.manifolds import Oblique, Stiefel, truncate
 
 
@@ -107,6 +107,6 @@ def _truncated(
             alphas=[alphas.get(n, 1.0) for n in full],
             arrays={k: [x[k] for x in arrays[name]] for k in module.names},
         )
-        place(shrunk)
+        shard_module(shrunk)
         new.append(shrunk)
     return new, lost / total if total else 0.0

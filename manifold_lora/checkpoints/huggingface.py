@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from manifold_lora.checkpoints.atomic import save_tensors, whole_directory
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
-from manifold_lora.distributed.sharding import kept, names
+from manifold_lora.distributed.sharding import logical_axes, storage_spec
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
 
@@ -122,7 +122,7 @@ def _leaf(
     """All tensors of a row, each read in the parts that the devices need."""
     shape, dtype = variable.shape, variable.dtype
     mesh = jax.sharding.get_mesh()
-    spec = P() if mesh.empty else kept(names(variable), shape, mesh)
+    spec = P() if mesh.empty else storage_spec(logical_axes(variable), shape, mesh)
 
     def sharding(spec: P) -> jax.NamedSharding | None:
         return None if mesh.empty else jax.NamedSharding(mesh, spec)

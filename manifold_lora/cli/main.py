@@ -31,7 +31,7 @@ def train(config: Any) -> None:
         stop(error, 1)
     except training.Preempted as error:
         stop(error, 143)  # as a process that SIGTERM ended
-    except training.processes.Lost as error:
+    except training.processes.ProcessLost as error:
         _report(error)
         os._exit(1)  # not waiting for the others
 

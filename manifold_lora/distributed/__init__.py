@@ -1,1 +1,1 @@
-"""Where arrays are on a mesh of devices, and what several processes agree on."""
+"""Device meshes, sharding, data-parallel groups and multi-process runs."""

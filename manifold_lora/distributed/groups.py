@@ -1,9 +1,9 @@
-"""Functions of a batch, computed by every group of devices on rows of its own.
+"""Data parallelism over groups of devices, each with its own rows of the batch.
 
-A group is the devices that share rows of a batch: those with one place on the data
-and fsdp axes. Each computes with a whole copy of the factors, which is gathered once,
-and keeps its own gradients, which are summed once: neither costs an exchange a layer
-or a micro-batch.
+A group is the devices that share rows of the batch: those with one index on the data
+and fsdp axes. Each group computes with its own copy of the factors, all-gathered once
+per step, and accumulates its own gradients, summed over the groups once per step, so
+that the factors cost no collectives per layer or per micro-batch.
 """
 
 from collections.abc import Callable
@@ -13,70 +13,79 @@ import jax
 import jax.numpy as jnp
 from jax import P
 
-from manifold_lora.distributed.mesh import GROUPS, group_count
-from manifold_lora.distributed.sharding import ambient, constrain, kept, used
+from manifold_lora.distributed.mesh import BATCH_AXES, group_count
+from manifold_lora.distributed.sharding import (
+    ambient_mesh,
+    compute_spec,
+    constrain,
+    storage_spec,
+)
 
 
-def _present() -> tuple[int, tuple[str, ...]]:
-    """The number of groups on the ambient mesh, and the axes that they differ in."""
-    mesh = ambient()
+def _groups() -> tuple[int, tuple[str, ...]]:
+    """The number of groups on the ambient mesh, and the mesh axes they differ in."""
+    mesh = ambient_mesh()
     if mesh is None:
         return 1, ()
-    return group_count(mesh.shape), tuple(a for a in GROUPS if a in mesh.shape)
+    return group_count(mesh.shape), tuple(a for a in BATCH_AXES if a in mesh.shape)
 
 
-def copies(factors: Any, axes: Any) -> Any:
+def replicate_per_group(factors: Any, axes: Any) -> Any:
     """One copy of the factors for each group: (…) to (groups, …)."""
-    count, names = _present()
+    count, mesh_axes = _groups()
 
-    def copy(x: jax.Array, axis: Any) -> jax.Array:
-        mesh = ambient()
+    def replicate(x: jax.Array, logical: Any) -> jax.Array:
+        mesh = ambient_mesh()
         if mesh is None:
             return x[None]
-        x = constrain(x, used(axis, x.shape, mesh))
-        spec = P(names, *used(axis, x.shape, mesh))
-        return constrain(jnp.broadcast_to(x, (count, *x.shape)), spec)
+        spec = compute_spec(logical, x.shape, mesh)
+        x = jnp.broadcast_to(constrain(x, spec), (count, *x.shape))
+        return constrain(x, P(mesh_axes, *spec))
 
-    return jax.tree.map(copy, factors, axes)
-
-
-def summed(copied: Any, axes: Any) -> Any:
-    """The sum over the groups, placed as the factors are kept."""
-
-    def total(x: jax.Array, axis: Any) -> jax.Array:
-        mesh = ambient()
-        if mesh is None:
-            return x[0]
-        return constrain(x.sum(0), kept(axis, x.shape[1:], mesh))
-
-    return jax.tree.map(total, copied, axes)
+    return jax.tree.map(replicate, factors, axes)
 
 
-def divided(batch: Any, parts: int = 1) -> Any:
-    """Rows to groups: (rows, …) to (parts, groups, rows of a part, …)."""
-    count, names = _present()
+def sum_over_groups(tree: Any, axes: Any) -> Any:
+    """The sum over the leading group axis, (groups, …) to (…), sharded as in storage.
 
-    def divide(x: jax.Array) -> jax.Array:
-        x = x.reshape(count, parts, -1, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, P(None, names)) if names else x
-
-    return jax.tree.map(divide, batch)
-
-
-def each_group(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f(factors, frozen, *rows)` for every group at once.
-
-    The factors and the rows have an axis of groups in front, from `copies` and
-    `divided`; so have the results.
+    Args:
+        tree: of gradients, one for each group.
+        axes: logical axes of the factors.
     """
 
-    def all_groups(copied: Any, frozen: Any, *rows: Any) -> Any:
-        count, names = _present()
-        if count == 1:  # the same program as without a mesh
-            first = jax.tree.map(lambda x: x[0], (copied, rows))
-            out = f(first[0], frozen, *first[1])
-            return jax.tree.map(lambda x: x[None], out)
-        over = (0, None, *(0 for _ in rows))
-        return jax.vmap(f, over, spmd_axis_name=names)(copied, frozen, *rows)
+    def total(x: jax.Array, logical: Any) -> jax.Array:
+        mesh = ambient_mesh()
+        if mesh is None:
+            return x[0]
+        return constrain(x.sum(0), storage_spec(logical, x.shape[1:], mesh))
 
-    return all_groups
+    return jax.tree.map(total, tree, axes)
+
+
+def split_batch(batch: Any, micro_batches: int = 1) -> Any:
+    """Rows to groups, (rows, …) to (micro-batches, groups, rows per group, …)."""
+    count, mesh_axes = _groups()
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(count, micro_batches, -1, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, P(None, mesh_axes)) if mesh_axes else x
+
+    return jax.tree.map(split, batch)
+
+
+def vmap_over_groups(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f(factors, frozen, *rows)` vectorised over the groups.
+
+    The factors, the rows and the results have a leading group axis, as from
+    `replicate_per_group` and `split_batch`; the frozen weights have none.
+    """
+
+    def vectorised(factors: Any, frozen: Any, *rows: Any) -> Any:
+        count, mesh_axes = _groups()
+        if count == 1:  # the same program as without a mesh
+            factors, rows = jax.tree.map(lambda x: x[0], (factors, rows))
+            return jax.tree.map(lambda x: x[None], f(factors, frozen, *rows))
+        in_axes = (0, None, *(0 for _ in rows))
+        return jax.vmap(f, in_axes, spmd_axis_name=mesh_axes)(factors, frozen, *rows)
+
+    return vectorised

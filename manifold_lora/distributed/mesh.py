@@ -1,6 +1,7 @@
-"""The mesh of devices: its three axes, read from text and checked against a model.
+"""The device mesh: its three axes, parsed from text and checked against a model.
 
-Only `make_mesh` imports JAX, so that a configuration can be checked without it.
+Only the functions that need devices import JAX, so that configurations are checked
+without it.
 """
 
 import math
@@ -11,20 +12,22 @@ from manifold_lora.errors import InputError, nearest
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-# data: copies of the model, each with rows of the batch of its own;
-# fsdp: rows of the batch too, and the weights in parts, gathered layer by layer;
-# tensor: heads, hidden units of the MLP and words of the vocabulary in parts.
+# data: shards the batch and replicates the model;
+# fsdp: shards the batch and the weights, which are all-gathered layer by layer;
+# tensor: shards heads, hidden units of the MLP and the vocabulary.
 AXES = ("data", "fsdp", "tensor")
-GROUPS = ("data", "fsdp")  # the axes that divide the rows of a batch
+BATCH_AXES = ("data", "fsdp")  # the axes that shard the rows of a batch
 
 
 def read_mesh(text: str | None) -> dict[str, int] | None:
-    """The sizes in "data=2,fsdp=4,tensor=2"; None, for all devices on fsdp, from None.
+    """Parse axis sizes such as "data=2,fsdp=4,tensor=2".
 
-    Axes that are not named have size 1.
+    Axes that are not named have size 1; None, which stands for all devices on fsdp, is
+    returned as None.
 
     Raises:
-        InputError: an unknown axis, a size that is no positive number, or a repetition.
+        InputError: an unknown axis, a size that is not a positive integer, or an axis
+            given twice.
 
     >>> read_mesh("fsdp=4,tensor=2")
     {'data': 1, 'fsdp': 4, 'tensor': 2}
@@ -43,7 +46,7 @@ def read_mesh(text: str | None) -> dict[str, int] | None:
             raise InputError(f"--mesh {text}: {name} is given twice.")
         if not size.isdecimal() or int(size) < 1:
             raise InputError(
-                f"--mesh {text}: the size of {name} must be a positive number, got "
+                f"--mesh {text}: the size of {name} must be a positive integer, got "
                 f"{size!r}."
             )
         sizes[name] = int(size)
@@ -51,14 +54,14 @@ def read_mesh(text: str | None) -> dict[str, int] | None:
 
 
 def make_mesh(sizes: dict[str, int] | None = None, devices: Any = None) -> "Mesh":
-    """The devices as a mesh of `AXES`, with automatic partitioning.
+    """A mesh of the devices over `AXES`, with `Auto` axis types.
 
-    Neighbours in the hardware become neighbours on the last axes, which exchange most;
-    sides of a TPU slice are divided where an axis is no whole side.
+    Neighbouring devices are placed along the last axes, which communicate most. A
+    physical axis of a TPU slice is split where the sizes do not match whole ones.
 
     Args:
         sizes: of every axis; None puts all devices on fsdp.
-        devices: by default all devices of all processes.
+        devices: default: all devices of all processes.
 
     Raises:
         InputError: the product of the sizes is not the number of devices.
@@ -72,14 +75,14 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: Any = None) -> "Mesh
     if math.prod(shape) != count:
         shown = ",".join(f"{axis}={sizes[axis]}" for axis in AXES)
         raise InputError(
-            f"--mesh {shown} has {math.prod(shape)} devices, and there "
-            f"{'is' if count == 1 else 'are'} {count}: the product of the sizes must "
-            f"be {count}. Leave --mesh out to put all on fsdp."
+            f"--mesh {shown} needs {math.prod(shape)} devices, but {count} "
+            f"{'is' if count == 1 else 'are'} available: the product of the sizes must "
+            f"be {count}. Omit --mesh to put all devices on fsdp."
         )
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     try:
         return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
-    except NotImplementedError:  # an axis is no whole side of a TPU slice
+    except NotImplementedError:  # the sizes do not match whole physical axes
         from jax.experimental import mesh_utils
 
         array = mesh_utils.create_device_mesh(
@@ -96,42 +99,45 @@ def all_devices() -> Any:
 
 
 def group_count(sizes: Any) -> int:
-    """Parts that the rows of a batch are divided into, by sizes of axes."""
-    return math.prod(sizes.get(axis, 1) for axis in GROUPS)
+    """The number of groups that the rows of a batch are sharded over, data × fsdp."""
+    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
 
 
-def problems(sizes: Any, config: Any, rows: int | None = None) -> list[str]:
-    """What the sizes of the axes do not divide, each with the sizes that would do.
+def divisibility_errors(sizes: Any, config: Any, rows: int | None = None) -> list[str]:
+    """One message for each dimension that its mesh axis does not divide.
 
     Args:
         sizes: of the axes, such as `mesh.shape`.
         config: a `LlamaConfig`.
-        rows: of a micro-batch, all devices together.
+        rows: of a global micro-batch; None leaves the batch unchecked.
+
+    Returns:
+        Messages that name the sizes that would divide; empty if all do.
     """
     tensor, fsdp = sizes.get("tensor", 1), sizes.get("fsdp", 1)
-    needed = [
+    sharded = [
         ("tensor", tensor, "num_attention_heads", config.num_attention_heads),
         ("tensor", tensor, "num_key_value_heads", config.num_key_value_heads),
         ("tensor", tensor, "intermediate_size", config.intermediate_size),
         ("fsdp", fsdp, "hidden_size", config.hidden_size),
     ]
-    found = [
+    errors = [
         f"{axis}={size} does not divide {name} {dimension}: {axis} may be "
         f"{_divisors(dimension)}"
-        for axis, size, name, dimension in needed
+        for axis, size, name, dimension in sharded
         if dimension % size
     ]
     groups = group_count(sizes)
     if rows is not None and rows % groups:
-        found.append(
+        errors.append(
             f"data × fsdp = {groups} does not divide the {rows} rows of a micro-batch "
             "(--batch-size over --accumulate): make --batch-size a multiple of "
             f"{groups} × --accumulate, or move devices to the tensor axis"
         )
-    return found
+    return errors
 
 
 def _divisors(number: int) -> str:
-    found = [n for n in range(1, number + 1) if number % n == 0]
-    shown = found if len(found) <= 12 else [*found[:11], "…", found[-1]]
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    shown = divisors if len(divisors) <= 12 else [*divisors[:11], "…", divisors[-1]]
     return ", ".join(map(str, shown))

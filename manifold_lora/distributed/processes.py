@@ -1,4 +1,4 @@
-"""Several processes as one program: how they find each other, agree, and end."""
+"""Multi-process runs: initialisation, agreement, lost processes and preemption."""
 
 import contextlib
 import glob
@@ -15,57 +15,56 @@ import numpy as np
 
 from manifold_lora.errors import InputError
 
-# Seconds until a process that no longer answers counts as dead, and ends the others.
-HEARTBEAT = 30
-_JOIN = 300  # seconds that processes wait for the last one to come
+# Seconds without a heartbeat until a process counts as dead and the others are ended.
+HEARTBEAT_TIMEOUT = 30
+_INITIALISATION_TIMEOUT = 300  # seconds to wait for all processes to connect
 
 
-def start(
+def initialise(
     coordinator: str | None = None,
     processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Join the other processes of this run, if there are any.
+    """Connect to the other processes of this run, if there are any.
 
-    Without arguments they are found as the launcher tells: on TPU hosts, under Slurm's
-    `srun` and Open MPI's `mpirun`. Call it before anything else of JAX. A process that
-    dies ends all others within about a minute.
+    Without arguments, the cluster is detected on TPU hosts, under Slurm's `srun` and
+    under Open MPI's `mpirun`. Call it before any other use of JAX. If a process dies,
+    all others are ended within about a minute.
 
     Args:
-        coordinator: HOST:PORT of process 0, which all others can reach.
-        processes: how many there are.
-        process_id: the number of this one, from 0.
+        coordinator: HOST:PORT of process 0, reachable from all others.
+        processes: the number of processes.
+        process_id: the index of this process, from 0.
 
     Raises:
-        InputError: the arguments are incomplete, or the processes do not find each
-            other.
+        InputError: the arguments are incomplete, or the processes cannot connect.
     """
-    given = (coordinator, processes, process_id)
-    alone = given == (None, None, None) and not _launched()
-    if jax.distributed.is_initialized() or alone:
+    arguments = (coordinator, processes, process_id)
+    single = arguments == (None, None, None) and not _launched_as_several()
+    if jax.distributed.is_initialized() or single:
         return
     if processes is not None and not 0 <= (process_id or 0) < processes:
         raise InputError(
-            f"--process-id {process_id} must be 0 to {processes - 1}, for --processes "
-            f"{processes}."
+            f"--process-id must be 0 to {processes - 1} with --processes {processes}, "
+            f"got {process_id}."
         )
     try:
         jax.distributed.initialize(
-            *given,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
-            initialization_timeout=_JOIN,
+            *arguments,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
+            initialization_timeout=_INITIALISATION_TIMEOUT,
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"the processes of this run did not find each other ({error}). Give all of "
-            "them --coordinator HOST:PORT of process 0 and --processes, and each its "
-            "own --process-id."
+            f"the processes of this run could not connect to each other ({error}). "
+            "Give all of them the same --processes and --coordinator HOST:PORT (of "
+            "process 0), and each its own --process-id."
         ) from error
 
 
-def _launched() -> bool:
-    """Whether a launcher started several processes, or this is a host of a TPU."""
+def _launched_as_several() -> bool:
+    """Whether a launcher started several processes, or this is a TPU host."""
     env = os.environ
     slurm = "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1
     mpi = int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
@@ -76,64 +75,63 @@ def _launched() -> bool:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is process 0, which alone writes files and prints."""
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Go on when every process is here."""
+def wait_for_all(name: str) -> None:
+    """Block until every process has reached the barrier of that name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
-def agree(texts: Mapping[str, bytes]) -> None:
-    """Raise `InputError` on every process if one of them holds something else.
+def check_identical(contents: Mapping[str, bytes]) -> None:
+    """Raise `InputError` on every process if the contents differ between processes.
 
     Args:
-        texts: what must be the same everywhere, by what it is called.
+        contents: bytes that must be the same everywhere, by name.
     """
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
 
-    digests = [hashlib.sha256(text).digest()[:8] for text in texts.values()]
-    mine = np.frombuffer(b"".join(digests), np.uint32).reshape(len(texts), 2)
-    # (processes, texts): whether it is what process 0 holds
-    every = np.asarray(multihost_utils.process_allgather(mine))
-    same = (every == every[0]).all(-1)
-    if not same.all():
-        differing = [
-            f"process {process} has other {name} than process 0"
-            for process, name in zip(*np.nonzero(~same), strict=True)
-            for name in [list(texts)[name]]
+    digests = [hashlib.sha256(content).digest()[:8] for content in contents.values()]
+    local = np.frombuffer(b"".join(digests), np.uint32).reshape(len(contents), 2)
+    gathered = np.asarray(multihost_utils.process_allgather(local))
+    differs = (gathered != gathered[0]).any(-1)  # (processes, contents)
+    if differs.any():
+        names = list(contents)
+        messages = [
+            f"the {names[content]} of process {process} differs from that of process 0"
+            for process, content in np.argwhere(differs)
         ]
         raise InputError(
-            "; ".join(differing) + ". All processes of a run must have the same "
-            "configuration, data and code: start them with one command, from one "
-            "file system or equal copies."
+            "; ".join(messages) + ". All processes of a run must have the same "
+            "configuration, data and code: launch them with one command, from one "
+            "file system or identical copies."
         )
 
 
 def source_code() -> bytes:
-    """The source of this package and the version of JAX, as one text."""
+    """The version of JAX and the source of this package, as bytes to compare."""
     package = Path(__file__).parent.parent
     files = sorted(package.rglob("*.py"))
     return jax.__version__.encode() + b"".join(file.read_bytes() for file in files)
 
 
-class Lost(RuntimeError):
-    """The processes of a run no longer work together."""
+class ProcessLost(RuntimeError):
+    """This process can no longer communicate with the others of its run."""
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Raise `Lost` where the work of several processes fails.
+def report_lost_process() -> Iterator[None]:
+    """Turn runtime errors of a multi-process run into `ProcessLost`.
 
     Raises:
-        Lost: most often because one of them is gone. Only ending this process helps,
-            at once and without waiting for the others.
+        ProcessLost: a collective failed, most likely because another process died.
+            Exit at once, without waiting for the others.
     """
     try:
         yield
@@ -141,42 +139,41 @@ def together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         reason = str(error).strip().partition("\n")[0]
-        raise Lost(
-            f"process {jax.process_index()} cannot work with the others any more; most "
-            f"often one of them is gone, and its own output says why ({reason}). Start "
-            "all of them again with the same command: the run goes on from its newest "
-            "checkpoint."
+        raise ProcessLost(
+            f"process {jax.process_index()} lost contact with the others, most likely "
+            f"because one of them died; see its output for the cause ({reason}). "
+            "Restart all of them with the same command: the run resumes from its "
+            "latest checkpoint."
         ) from error
 
 
 class Preemption:
-    """Whether this run has been told to end, by SIGTERM to any of its processes."""
+    """Context manager that notices SIGTERM to any process of this run."""
 
     def __init__(self) -> None:
-        self._told = False
-        self._before = signal.SIG_DFL
+        self._received = False
+        self._previous_handler = signal.SIG_DFL
 
     def __enter__(self) -> "Preemption":
-        # JAX listens by itself where there are several processes.
-        self._alone = jax.process_count() == 1
-        if self._alone and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._listen)
-        else:
-            self._alone = False
+        # With several processes, JAX has its own handler.
+        main_thread = threading.current_thread() is threading.main_thread()
+        self._handles = jax.process_count() == 1 and main_thread
+        if self._handles:
+            self._previous_handler = signal.signal(signal.SIGTERM, self._handle)
         return self
 
-    def _listen(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        self._told = True
+        self._received = True
 
     def reached(self, step: int) -> bool:
-        """True after the same step on all processes."""
+        """Whether to stop after this step; the same on all processes."""
         if jax.process_count() == 1:
-            return self._told
+            return self._received
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *exception: object) -> None:
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._handles:
+            signal.signal(signal.SIGTERM, self._previous_handler)

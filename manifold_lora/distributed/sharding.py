@@ -1,8 +1,34 @@
-"""Which axis of an array is on which axis of the mesh: one table, `RULES`.
+"""Logical axes to mesh axes: one table, `RULES`, for storage and for compute.
 
-Parameters carry the names of their axes as metadata, `nnx.Param(x, axes=("layers",
-"embed", "heads"))`. Everything that follows a parameter, such as its moments, is
-placed by the same names.
+Parameters name their logical axes as metadata, `nnx.Param(x, axes=("layers", "embed",
+"heads"))`. Everything derived from a parameter, such as its gradient and its moments,
+is sharded by the same names. The way of the parameters through a training step, with
+the function behind each arrow and what the devices communicate:
+
+    frozen kernel (layers, in, out)        trainable factor (layers, rows, r)
+    storage_spec: fsdp × tensor            storage_spec: rows over fsdp × tensor
+          │                                      │
+          │ gather_for_compute, per layer        │ replicate_per_group, once per step
+          │ all-gather over fsdp                 │ all-gather over fsdp
+          ▼                                      ▼
+    compute_spec: tensor                   compute_spec: tensor, a copy per group
+          └──────────────────┬───────────────────┘
+                             ▼
+    vmap_over_groups: forward and backward pass of each micro-batch;
+    activations are all-reduced over tensor
+                             │
+                             ▼
+    gradients of the factors, one per group, accumulated over the micro-batches
+                             │ sum_over_groups, once per step
+                             │ all-reduce or reduce-scatter over data × fsdp
+                             ▼
+    gradients, moments and factors, all with storage_spec: the optimiser updates its
+    shards and all-reduces r×r matrices only
+                             │ constrain_to_storage
+                             ▼
+    factors and moments of the next step, storage_spec
+
+A group is the devices that share rows of the batch; see `groups`.
 """
 
 import math
@@ -15,20 +41,20 @@ from flax import nnx
 from jax import P
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from manifold_lora.distributed.mesh import GROUPS
+from manifold_lora.distributed.mesh import BATCH_AXES
 
 Axes = Sequence[str | None]
 
 
 class Rule(NamedTuple):
-    """The axes of the mesh that an axis of an array is divided over."""
+    """The mesh axes that a logical axis is sharded over."""
 
-    kept: tuple[str, ...] = ()  # in memory
-    used: tuple[str, ...] = ()  # while a layer computes; what is missing is gathered
+    storage: tuple[str, ...] = ()  # between layers and between steps
+    compute: tuple[str, ...] = ()  # while a layer runs; the rest is all-gathered
 
 
 RULES = {
-    "batch": Rule(GROUPS, GROUPS),
+    "batch": Rule(BATCH_AXES, BATCH_AXES),
     "embed": Rule(("fsdp",)),
     "heads": Rule(("tensor",), ("tensor",)),  # heads × head_dim, folded
     "mlp": Rule(("tensor",), ("tensor",)),
@@ -36,61 +62,75 @@ RULES = {
     "layers": Rule(),
     "rank": Rule(),
 }
-# Rows of a factor, beside its rank, are kept on all that is left: the geometry then
-# exchanges r×r sums, and every device moves a part.
-_FACTORS = ("fsdp", "tensor")
+# The rows of a factor are stored over all of these: the geometry then all-reduces r×r
+# matrices only, and every device updates a shard.
+_FACTOR_AXES = ("fsdp", "tensor")
 
 
-def kept(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
-    """How an array with these names is kept in memory.
+def storage_spec(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The spec of an array between steps.
 
-    An axis that the mesh does not divide is left whole.
+    An axis that the mesh does not divide evenly is replicated.
+
+    Args:
+        axes: logical axes, one for each dimension; None is replicated.
+        shape: of the array.
+        mesh: that it is sharded over.
 
     >>> mesh = AbstractMesh((2, 4), ("fsdp", "tensor"))
-    >>> spec = kept(("layers", "heads", "rank"), (3, 64, 8), mesh)
+    >>> spec = storage_spec(("layers", "heads", "rank"), (3, 64, 8), mesh)
     >>> spec == P(None, ("tensor", "fsdp"), None)
     True
     """
-    places = [RULES[name].kept if name else () for name in axes]
+    mesh_axes = [RULES[name].storage if name else () for name in axes]
     if "rank" in axes:
-        for place, name in enumerate(axes):
+        for dimension, name in enumerate(axes):
             if name not in (None, "rank", "layers"):
-                used = RULES[name].used
-                places[place] = used + tuple(a for a in _FACTORS if a not in used)
-    return _fitted(places, shape, mesh)
+                compute = RULES[name].compute
+                rest = tuple(a for a in _FACTOR_AXES if a not in compute)
+                mesh_axes[dimension] = compute + rest
+    return _divisible(mesh_axes, shape, mesh)
 
 
-def used(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
-    """How an array with these names is while a layer computes with it."""
-    return _fitted([RULES[n].used if n else () for n in axes], shape, mesh)
+def compute_spec(axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The spec of an array while a layer computes with it; see `storage_spec`.
+
+    >>> mesh = AbstractMesh((2, 4), ("fsdp", "tensor"))
+    >>> spec = compute_spec(("layers", "embed", "heads"), (3, 32, 64), mesh)
+    >>> spec == P(None, None, "tensor")
+    True
+    """
+    return _divisible([RULES[n].compute if n else () for n in axes], shape, mesh)
 
 
-def _fitted(
-    places: Sequence[tuple[str, ...]], shape: Sequence[int], mesh: Mesh | AbstractMesh
+def _divisible(
+    mesh_axes: Sequence[tuple[str, ...]],
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
 ) -> P:
-    """The places as far as the mesh has such axes and they divide the shape."""
+    """The spec of those mesh axes that exist and divide the dimension."""
     spec: list[str | tuple[str, ...] | None] = []
-    for place, size in zip(places, shape, strict=True):
-        there = tuple(a for a in place if mesh.shape.get(a, 1) > 1)
-        while there and size % math.prod(mesh.shape[a] for a in there):
-            there = there[:-1]
-        spec.append(there[0] if len(there) == 1 else there or None)
+    for candidates, size in zip(mesh_axes, shape, strict=True):
+        axes = tuple(a for a in candidates if mesh.shape.get(a, 1) > 1)
+        while axes and size % math.prod(mesh.shape[a] for a in axes):
+            axes = axes[:-1]
+        spec.append(axes[0] if len(axes) == 1 else axes or None)
     return P(*spec)
 
 
-def ambient() -> AbstractMesh | None:
-    """The mesh of `jax.set_mesh`, if it has more than one device."""
+def ambient_mesh() -> AbstractMesh | None:
+    """The mesh of `jax.set_mesh`, or None without one or with a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
-    """The array placed so on the ambient mesh, inside a compiled function.
+    """The array with that spec on the ambient mesh, inside a compiled function.
 
-    One word for two dialects: a constraint where axes are `Auto`, a change of the
-    type where they are `Explicit`.
+    A sharding constraint where the axes are `Auto`, a reshard where they are
+    `Explicit`.
     """
-    mesh = ambient()
+    mesh = ambient_mesh()
     if mesh is None:
         return x
     if AxisType.Explicit in mesh.axis_types:
@@ -98,54 +138,55 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def use(x: jax.Array, axes: Axes) -> jax.Array:
-    """A parameter as a layer computes with it: gathered over fsdp."""
-    mesh = ambient()
-    return x if mesh is None else constrain(x, used(axes, x.shape, mesh))
+def gather_for_compute(x: jax.Array, axes: Axes) -> jax.Array:
+    """A parameter as a layer computes with it: all-gathered over fsdp."""
+    mesh = ambient_mesh()
+    return x if mesh is None else constrain(x, compute_spec(axes, x.shape, mesh))
 
 
-def axes_of(state: Any) -> Any:
-    """The names of every variable's axes in place of the variable."""
+def logical_axes(variable: Any) -> Axes:
+    """The logical axes of a variable; None for each dimension if it names none."""
+    axes = variable.get_metadata().get("axes")
+    return axes or (None,) * len(variable.shape)
+
+
+def logical_axes_tree(state: Any) -> Any:
+    """The state with the logical axes of each variable in its place."""
     return jax.tree.map(
-        lambda variable: names(variable),
-        state,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
+        logical_axes, state, is_leaf=lambda node: isinstance(node, nnx.Variable)
     )
 
 
-def names(variable: Any) -> Axes:
-    """The names of a variable's axes; None for all where it carries none."""
-    found = variable.get_metadata().get("axes")
-    return found or (None,) * len(variable.shape)
+def specs_like(tree: Any, params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Storage specs of a tree that contains copies of the parameters, such as moments.
 
-
-def follow(tree: Any, params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Specs for a tree that holds copies of the parameters' tree, such as moments.
-
-    A leaf whose path ends with that of a parameter is placed as it is, as far as the
-    shapes agree: second moments of a row have one column. All others are replicated.
+    A leaf whose path ends with that of a parameter gets the parameter's spec in those
+    dimensions whose size is the same: a second moment per row has a single column.
+    All other leaves are replicated.
 
     Args:
         tree: of arrays or shapes.
         params: nested dict of arrays or shapes.
-        axes: of the same structure, with the names of the axes as leaves.
-        mesh: that they are to be placed on.
+        axes: logical axes, in the structure of `params`.
+        mesh: that the tree is sharded over.
     """
-    known = {}
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    every = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
-    for (path, leaf), axis in zip(leaves, every, strict=True):
-        known[_keys(path)] = (leaf.shape, axis)
-    lengths = {len(path) for path in known}
+    axes_leaves = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
+    by_path = {
+        _keys(path): (leaf.shape, leaf_axes)
+        for (path, leaf), leaf_axes in zip(leaves, axes_leaves, strict=True)
+    }
+    lengths = {len(path) for path in by_path}
 
     def spec(path: Any, leaf: Any) -> P:
         keys = _keys(path)
         shape = jnp.shape(leaf)
         for length in lengths:
-            there, axis = known.get(keys[-length:], ((), ()))
-            if axis and len(there) == len(shape):
-                same = zip(kept(axis, there, mesh), there, shape, strict=True)
-                return P(*(place if n == m else None for place, n, m in same))
+            param_shape, param_axes = by_path.get(keys[-length:], ((), ()))
+            if param_axes and len(param_shape) == len(shape):
+                param_spec = storage_spec(param_axes, param_shape, mesh)
+                dimensions = zip(param_spec, param_shape, shape, strict=True)
+                return P(*(entry if n == m else None for entry, n, m in dimensions))
         return P()
 
     return jax.tree_util.tree_map_with_path(spec, tree)
@@ -155,8 +196,8 @@ def _keys(path: Any) -> tuple[Any, ...]:
     return tuple(getattr(key, "key", getattr(key, "name", key)) for key in path)
 
 
-def shardings(specs: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The specs as shardings on the mesh."""
+def named_shardings(specs: Any, mesh: Mesh) -> Any:
+    """The specs as `NamedSharding`s on the mesh."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         specs,
@@ -164,34 +205,33 @@ def shardings(specs: Any, mesh: Mesh | AbstractMesh) -> Any:
     )
 
 
-def keep(tree: Any, params: Any, axes: Any) -> Any:
-    """A tree that holds the parameters' tree, or copies of it, placed to be kept.
-
-    Inside a compiled function; see `follow`.
-    """
-    mesh = ambient()
+def constrain_to_storage(tree: Any, params: Any, axes: Any) -> Any:
+    """The tree with the specs of `specs_like`, inside a compiled function."""
+    mesh = ambient_mesh()
     if mesh is None:
         return tree
-    specs = follow(tree, params, axes, mesh)
+    specs = specs_like(tree, params, axes, mesh)
     return jax.tree.map(constrain, tree, specs)
 
 
-def placed(params: Any, axes: Any) -> Any:
-    """Specs of the parameters as they are kept on the ambient mesh."""
-    mesh = ambient()
+def storage_specs(params: Any, axes: Any) -> Any:
+    """The parameters' storage specs on the ambient mesh."""
+    mesh = ambient_mesh()
     if mesh is None:
         return P()
-    return jax.tree.map(lambda x, a: kept(a, x.shape, mesh), params, axes)
+    return jax.tree.map(lambda x, a: storage_spec(a, x.shape, mesh), params, axes)
 
 
-def automatic(f: Callable[..., Any], results: Any = None) -> Callable[..., Any]:
-    """The function f, partitioned by the compiler whatever the types of the mesh.
+def auto_partitioned(
+    f: Callable[..., Any], out_specs: Any = None
+) -> Callable[..., Any]:
+    """The function f, partitioned by the compiler on any mesh.
 
-    It is f itself where the axes of the ambient mesh are `Auto`. Where they are
-    `Explicit`, `results` are the specs that its results have; by default they are
-    replicated.
+    Where the axes of the ambient mesh are `Auto`, this is f itself. Where they are
+    `Explicit`, the results get `out_specs`; by default they are replicated.
     """
-    mesh = ambient()
+    mesh = ambient_mesh()
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return f
-    return jax.sharding.auto_axes(f, out_sharding=P() if results is None else results)
+    replicated = P() if out_specs is None else out_specs
+    return jax.sharding.auto_axes(f, out_sharding=replicated)

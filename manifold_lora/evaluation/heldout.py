@@ -11,9 +11,13 @@ from jax import P
 
 from manifold_lora.data.tokens import Example
 from manifold_lora.distributed.arrays import to_host
-from manifold_lora.distributed.groups import copies, divided, each_group
+from manifold_lora.distributed.groups import (
+    replicate_per_group,
+    split_batch,
+    vmap_over_groups,
+)
 from manifold_lora.distributed.mesh import group_count
-from manifold_lora.distributed.sharding import automatic, constrain
+from manifold_lora.distributed.sharding import auto_partitioned, constrain
 from manifold_lora.models.loss import token_loss
 
 
@@ -62,12 +66,12 @@ def _by_groups(f: Callable[..., Any], axes: Any) -> Callable[..., Any]:
     """
 
     def all_rows(factors, frozen, batch):
-        rows = jax.tree.map(lambda x: x[0], divided(batch))  # in one part
-        return each_group(f)(copies(factors, axes), frozen, rows)
+        rows = jax.tree.map(lambda x: x[0], split_batch(batch))  # in one part
+        return vmap_over_groups(f)(replicate_per_group(factors, axes), frozen, rows)
 
     @jax.jit
     def run(factors, frozen, batch):
-        return constrain(automatic(all_rows)(factors, frozen, batch), P())
+        return constrain(auto_partitioned(all_rows)(factors, frozen, batch), P())
 
     return run
 

@@ -1,7 +1,7 @@
-"""The parts of a LLaMA block that hold no attention: products, norms, rotation.
+"""The parts of a LLaMA block without attention: linear, RMSNorm, RoPE.
 
-A module built with `layers=L` holds the parameters of L equal layers, stacked on
-axis 0. It is never called in that form: the decoder's scan hands it one slice.
+A module built with `layers=L` holds the parameters of L identical layers, stacked on
+axis 0. It is never called in that form: the decoder scans over the slices.
 """
 
 import jax
@@ -9,21 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from manifold_lora.distributed.sharding import use
+from manifold_lora.distributed.sharding import gather_for_compute
 from manifold_lora.models.config import LlamaConfig
 
 
 def _stacked(layers: int | None, *shape: int) -> tuple[int, ...]:
-    """The shape of a parameter, with the layer axis in front where there is one."""
+    """The shape of a parameter, with a leading layer axis if it is stacked."""
     return shape if layers is None else (layers, *shape)
 
 
 class Linear(nnx.Module):
     """y = x W (+ b), with the kernel W stored (in, out).
 
-    `kernel` is ((layers,) in, out) and `bias` ((layers,) out) or None. The random
-    start is normal with deviation 0.02, biases are zero. `axes` names the axes of
-    inputs and outputs, which decide where they are on a mesh.
+    `kernel` is ((layers,) in, out) and `bias` ((layers,) out) or None. Kernels are
+    initialised from a normal distribution with standard deviation 0.02, biases with
+    zeros. `axes` are the logical axes of inputs and outputs, which decide how the
+    parameters are sharded on a mesh.
 
     >>> linear = Linear(4, 3, rngs=nnx.Rngs(0))
     >>> linear(jnp.ones((2, 4))).shape
@@ -55,24 +56,24 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Shapes (…, in) to (…, out).
 
-        `key` is a dropout key: a plain layer has no dropout and ignores it, a module
-        that takes this one's place may use it. None means no dropout.
+        `key` is a dropout key, ignored here; a module that replaces this one may use
+        it. None means no dropout.
         """
         del key
-        y = x @ self.gathered()
+        y = x @ self.gathered_kernel()
         return y if self.bias is None else y + self.bias[...]
 
-    def gathered(self) -> jax.Array:
-        """The kernel, ((layers,) in, out), as a device computes with it."""
+    def gathered_kernel(self) -> jax.Array:
+        """The kernel, ((layers,) in, out), all-gathered over fsdp for compute."""
         kernel = self.kernel[...]
-        return use(kernel, (None,) * (kernel.ndim - 2) + self.axes)
+        return gather_for_compute(kernel, (None,) * (kernel.ndim - 2) + self.axes)
 
 
 class RMSNorm(nnx.Module):
     """y = w · x / sqrt(mean(x²) + ε), over the last axis.
 
-    Computed in float32 and rounded to the dtype of `x` before the product with w:
-    the order of Hugging Face, which decides the last bits in bfloat16.
+    Computed in float32 and rounded to the dtype of `x` before the product with w, in
+    the order of Hugging Face, which determines the last bits in bfloat16.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(_stacked(layers, features), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Shapes (…, features) to the same."""
+        """(…, features) to (…, features)."""
         h = x.astype(jnp.float32)
         mean_square = jnp.mean(h * h, axis=-1, keepdims=True)
         h = h * jax.lax.rsqrt(mean_square + self.epsilon)
@@ -95,18 +96,18 @@ class RMSNorm(nnx.Module):
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians per position of each rotated pair, (head_dim / 2,) float32.
+    """RoPE frequencies, radians per position of each pair, (head_dim / 2,) float32.
 
-    f_i = theta^(-2i / head_dim); "linear" divides by the factor; "llama3" does so
-    for wavelengths 2π/f above original/low, not below original/high, and in between
-    mixes both with the weight s = (original/wavelength - low) / (high - low).
+    f_i = theta^(-2i / head_dim). "linear" divides f by the factor; "llama3" does so
+    for wavelengths 2π/f above original/low, keeps f below original/high, and
+    interpolates in between with weight s = (original/wavelength - low) / (high - low).
 
-    Every step is rounded to float32 as in Hugging Face: one bit of f is 0.006
-    radians at position 100,000, so a more exact f is a different model there.
+    Every operation is rounded to float32 as in Hugging Face: one bit of f is 0.006
+    radians at position 100,000, where a more accurate f would be a different model.
     """
     f32 = np.float32
     exponents = np.arange(0, config.head_dim, 2, dtype=f32) / f32(config.head_dim)
-    # float32 powers differ between libraries: take the correctly rounded one
+    # float32 powers differ between libraries: use the correctly rounded one
     powers = np.float64(config.rope_theta) ** exponents.astype(np.float64)
     f = f32(1) / powers.astype(f32)
     rope = config.rope_scaling
@@ -117,20 +118,20 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
         return scaled
     low, high = rope.low_freq_factor, rope.high_freq_factor
     original = rope.original_max_position_embeddings
-    # PyTorch divides a number by a tensor as number times reciprocal
+    # PyTorch computes number / tensor as number times reciprocal
     wavelength = f32(1) / f * f32(2 * np.pi)
     s = (f32(1) / wavelength * f32(original) - f32(low)) / f32(high - low)
-    mixed = (f32(1) - s) * f / f32(rope.factor) + s * f
-    f = np.where(wavelength < original / high, f, mixed)
+    interpolated = (f32(1) - s) * f / f32(rope.factor) + s * f
+    f = np.where(wavelength < original / high, f, interpolated)
     return np.where(wavelength > original / low, scaled, f).astype(f32)
 
 
 def rope_angles(
     frequencies: np.ndarray, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of position times frequency, in float32 at any model dtype.
+    """Cosine and sine of position times frequency, in float32 for any model dtype.
 
-    Shapes: (f,) and (b, t) to two of (b, t, 1, f), ready for every head.
+    Shapes: (f,) and (b, t) to two of (b, t, 1, f), which broadcast over heads.
     """
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
@@ -139,8 +140,8 @@ def rope_angles(
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the pairs (x_i, x_{i + d/2}) by their angles.
 
-    The half-split pairing of Hugging Face, not Meta's interleaved one. Shapes: x is
-    (b, t, h, d), cos and sin (b, t, 1, d/2). Rounded once, to the dtype of x.
+    This is the half-split pairing of Hugging Face, not Meta's interleaved one. Shapes:
+    x is (b, t, h, d), cos and sin (b, t, 1, d/2). Rounded once, to the dtype of x.
     """
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (left * cos - right * sin, right * cos + left * sin)

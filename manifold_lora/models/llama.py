@@ -1,7 +1,7 @@
 """LLaMA as one stacked block under `jax.lax.scan`.
 
-The decoder's parameters carry a leading layer axis, so that compile time does not
-grow with depth and a checkpoint has one leaf per kind of matrix.
+The decoder's parameters have a leading layer axis, so that compile time does not grow
+with depth and a checkpoint has one leaf per kind of matrix.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from manifold_lora.distributed.sharding import use
+from manifold_lora.distributed.sharding import gather_for_compute
 from manifold_lora.models.config import LlamaConfig
 from manifold_lora.models.layers import (
     Linear,
@@ -25,14 +25,14 @@ Rope = tuple[jax.Array, jax.Array]
 
 
 def _fold(key: jax.Array | None, index: int) -> jax.Array | None:
-    """Keys of its own for each projection; no key stays no key."""
+    """A separate key for each projection; None stays None."""
     if key is None or key.ndim == 0:
         return None if key is None else jax.random.fold_in(key, index)
     return jax.vmap(lambda row: jax.random.fold_in(row, index))(key)
 
 
 def _split(key: jax.Array, count: int) -> jax.Array:
-    """As many keys, (count,) of one or (count, b) of one for each row."""
+    """Split a key, () to (count,), or a key per row, (b,) to (count, b)."""
     if key.ndim == 0:
         return jax.random.split(key, count)
     return jax.vmap(lambda row: jax.random.split(row, count), out_axes=1)(key)
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, rope: Rope, mask: jax.Array, key: jax.Array | None
     ) -> jax.Array:
-        """Shapes (b, t, d) to the same; mask (b, 1, t, t), True where allowed."""
+        """(b, t, d) to (b, t, d); mask (b, 1, t, t), True where attended."""
         b, t, _ = x.shape
         heads = (b, t, -1, self.head_dim)
         q = self.q_proj(x, _fold(key, 0)).reshape(heads)  # (b, t, h, head_dim)
@@ -102,7 +102,7 @@ class MLP(nnx.Module):
         self.down_proj = linear(m, d, ("mlp", "embed"))
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Shapes (b, t, d) to the same."""
+        """(b, t, d) to (b, t, d)."""
         gate = jax.nn.silu(self.gate_proj(x, _fold(key, 4)))
         return self.down_proj(gate * self.up_proj(x, _fold(key, 5)), _fold(key, 6))
 
@@ -127,7 +127,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, rope: Rope, mask: jax.Array, key: jax.Array | None
     ) -> jax.Array:
-        """Shapes (b, t, d) to the same."""
+        """(b, t, d) to (b, t, d)."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, key)
         return x + self.mlp(self.post_attention_layernorm(x), key)
 
@@ -135,10 +135,11 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """A LLaMA decoder: token ids in, float32 logits out.
 
-    `layers` is one `Block` whose every variable has a leading layer axis. A
+    `layers` is one `Block` in which every variable has a leading layer axis. A
     projection in it may be replaced by any module that is called the same way,
-    `(x, key)`, and whose variables have that axis too. `remat` recomputes each layer
-    in the backward pass instead of keeping its activations; a caller may switch it.
+    `(x, key)`, and whose variables have that axis too. With `remat`, which may be set
+    at any time, each layer is recomputed in the backward pass instead of storing its
+    activations.
 
     >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
     ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -160,7 +161,7 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(
             config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype
         )
-        # one assignment: flax takes a None that is replaced later for static data
+        # assigned once: flax treats a None that is replaced later as static data
         tied = config.tie_word_embeddings
         head = None
         if not tied:
@@ -200,14 +201,14 @@ class Llama(nnx.Module):
         """The last layer's output after the final norm, (b, t, d).
 
         Args:
-            input_ids: (b, t). An id beyond the vocabulary turns its row into NaN.
+            input_ids: (b, t). An id outside the vocabulary turns its row into NaN.
             attention_mask: (b, t), nonzero for real tokens; padding may be on either
-                side. Outputs at padding mean nothing.
+                side. Outputs at padding are meaningless.
             positions: (b, t). By default they count the real tokens.
-            segment_ids: (b, t) integers for rows that hold several sequences: a token
-                sees its own segment only. Padding is 0.
-            key: dropout key for the modules that have dropout, one for all rows or
-                one for each, (b,); None for no dropout.
+            segment_ids: (b, t) integers for rows with several packed sequences: a token
+                attends to its own segment only. Padding is 0.
+            key: dropout key, one for all rows or one per row, (b,); None disables
+                dropout.
         """
         mask = _attention_mask(input_ids, attention_mask, segment_ids)
         if positions is None:
@@ -223,34 +224,35 @@ class Llama(nnx.Module):
             return nnx.merge(graph, layer_state)(x, rope, mask, layer_key), None
 
         if self.remat:
-            # inside a scan nothing can undo the recomputation, so no barrier is needed
+            # inside a scan, XLA cannot undo the recomputation by CSE
             layer = jax.checkpoint(layer, prevent_cse=False)
         with self._precision():
-            embedding = use(self.embed_tokens[...], ("vocab", "embed"))
+            embedding = gather_for_compute(self.embed_tokens[...], ("vocab", "embed"))
             x = jnp.take(embedding, input_ids, axis=0, mode="fill")  # (b, t, d)
             x, _ = jax.lax.scan(layer, x, (state, keys))
             return self.norm(x)
 
     def head(self) -> jax.Array:
-        """The kernel of `unembed`, (d, vocab), as a device computes with it."""
+        """The kernel of `unembed`, (d, vocab), all-gathered over fsdp for compute."""
         if self.lm_head is None:
-            return use(self.embed_tokens[...], ("vocab", "embed")).T
-        return self.lm_head.gathered()
+            return gather_for_compute(self.embed_tokens[...], ("vocab", "embed")).T
+        return self.lm_head.gathered_kernel()
 
     def unembed(self, h: jax.Array, head: jax.Array | None = None) -> jax.Array:
         """Logits of hidden states, (…, d) to (…, vocab), accumulated in float32.
 
-        A caller that does it in parts takes `head()` once and hands it in, so that it
-        is not gathered for every part.
+        A caller that unembeds in chunks passes `head()`, computed once, so that the
+        kernel is not all-gathered for every chunk.
         """
         kernel = self.head() if head is None else head
         with self._precision():
             return jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
 
     def _precision(self) -> AbstractContextManager[object]:
-        """Full products for float32 models, which accelerators round by default."""
-        full = self.embed_tokens.dtype == jnp.float32
-        return jax.default_matmul_precision("highest") if full else nullcontext()
+        """Full precision for float32 models; accelerators use less by default."""
+        if self.embed_tokens.dtype == jnp.float32:
+            return jax.default_matmul_precision("highest")
+        return nullcontext()
 
 
 def _attention_mask(
@@ -258,7 +260,7 @@ def _attention_mask(
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None,
 ) -> jax.Array:
-    """Which key a query sees: earlier or itself, real, and of the same segment."""
+    """True where a query may attend: causal, not padding, and the same segment."""
     time = jnp.arange(input_ids.shape[1])
     mask = (time[:, None] >= time[None, :])[None]  # (1, t, t)
     if attention_mask is not None:
@@ -269,7 +271,7 @@ def _attention_mask(
 
 
 def _positions(input_ids: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
-    """Positions that count the real tokens, so that padding may be on either side."""
+    """Positions that count real tokens only, so that padding may be on either side."""
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1])[None]  # (1, t)
     real = attention_mask.astype(bool).astype(jnp.int32)

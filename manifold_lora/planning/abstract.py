@@ -12,8 +12,8 @@ from jax import P
 from jax.sharding import Mesh, NamedSharding
 
 from manifold_lora.adapters import attach, axes, manifold_tree, split
-from manifold_lora.distributed.mesh import GROUPS
-from manifold_lora.distributed.sharding import follow, kept, names
+from manifold_lora.distributed.mesh import BATCH_AXES
+from manifold_lora.distributed.sharding import logical_axes, specs_like, storage_spec
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
 from manifold_lora.training.config import TrainConfig
@@ -86,17 +86,19 @@ def abstract_run(config: TrainConfig, model: Llama, mesh: Mesh) -> AbstractRun:
         )
 
     opt_state = jax.eval_shape(tx.init, factors)
-    where = follow(opt_state, factors, named, mesh)
+    where = specs_like(opt_state, factors, named, mesh)
     key: Any = put(jax.eval_shape(lambda: jax.random.key(0)), P())
     state = TrainState(
-        jax.tree.map(lambda x, a: put(x, kept(a, x.shape, mesh)), factors, named),
+        jax.tree.map(
+            lambda x, a: put(x, storage_spec(a, x.shape, mesh)), factors, named
+        ),
         jax.tree.map(put, opt_state, where),
         key,
     )
     leaves, tree = jax.tree.flatten(frozen)
     variables = [variable for _, variable in nnx.to_flat_state(frozen)]
     placed = [
-        put(leaf, kept(names(variable), leaf.shape, mesh))
+        put(leaf, storage_spec(logical_axes(variable), leaf.shape, mesh))
         for leaf, variable in zip(leaves, variables, strict=True)
     ]
     step = make_step(rebuild, tx, tags, named, config.batch.accumulate)
@@ -109,9 +111,9 @@ def _batch(config: TrainConfig, put: Callable[..., Any]) -> dict[str, Any]:
     shape = (config.batch.batch_size, config.batch.sequence_length)
     whole = jax.ShapeDtypeStruct(shape, jnp.int32)
     names = ("input_ids", "positions", "segment_ids")
-    arrays = dict.fromkeys(names, put(whole, P(GROUPS)))
+    arrays = dict.fromkeys(names, put(whole, P(BATCH_AXES)))
     mask = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return arrays | {"loss_mask": put(mask, P(GROUPS))}
+    return arrays | {"loss_mask": put(mask, P(BATCH_AXES))}
 
 
 def bytes_per_device(tree: Any) -> int:

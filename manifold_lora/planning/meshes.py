@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from manifold_lora.distributed.mesh import GROUPS, group_count, problems
+from manifold_lora.distributed.mesh import BATCH_AXES, divisibility_errors, group_count
 from manifold_lora.models import LlamaConfig
 from manifold_lora.models.shapes import parameter_count
 from manifold_lora.planning.chips import Topology
@@ -100,7 +100,7 @@ def estimate(
     flops = (2 * 3 * parameter_count(shape)) * tokens
     gathered = moved(2 * parts * base / tensor, ("fsdp",))
     exposed = moved(8 * parts * activation * shape.num_hidden_layers, ("tensor",))
-    exposed += moved(2 * 4 * job.trained / tensor, GROUPS)
+    exposed += moved(2 * 4 * job.trained / tensor, BATCH_AXES)
     seconds = max(flops / topology.chip.flops, gathered) + exposed
     return Estimate(memory, fixed, seconds)
 
@@ -117,7 +117,7 @@ def candidates(job: Job, count: int) -> Iterator[Sizes]:
         for fsdp in divisors(count // tensor):
             data = count // tensor // fsdp
             sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-            if not problems(sizes, job.shape, job.rows):
+            if not divisibility_errors(sizes, job.shape, job.rows):
                 yield sizes
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from manifold_lora.adapters import factors
 from manifold_lora.data.builtin import BASE
-from manifold_lora.distributed.mesh import make_mesh, problems
+from manifold_lora.distributed.mesh import divisibility_errors, make_mesh
 from manifold_lora.errors import InputError
 from manifold_lora.models.shapes import model_shape, parameter_count
 from manifold_lora.planning.abstract import (
@@ -103,7 +103,7 @@ class _Planner:
     def meshes(self) -> list[Sizes]:
         """Those to compile, until one fits."""
         sizes = self.target.mesh or {"data": 1, "fsdp": self.target.count, "tensor": 1}
-        wrong = problems(sizes, self.job.shape, self.job.rows)
+        wrong = divisibility_errors(sizes, self.job.shape, self.job.rows)
         if self.target.search:
             found = ranked(
                 self.job, self.target.count, self.topology, self.bandwidth_on

@@ -18,9 +18,9 @@ from manifold_lora.data.batches import batches, evaluation_batches, padded_lengt
 from manifold_lora.data.builtin import BASE, builtin_records
 from manifold_lora.data.records import Record, read_records
 from manifold_lora.data.tokens import Example, Report, encode
-from manifold_lora.distributed.arrays import Feed, place, to_host
-from manifold_lora.distributed.mesh import problems
-from manifold_lora.distributed.processes import agree, source_code
+from manifold_lora.distributed.arrays import BatchSharder, shard_module, to_host
+from manifold_lora.distributed.mesh import divisibility_errors
+from manifold_lora.distributed.processes import check_identical, source_code
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
 from manifold_lora.training.config import TrainConfig
@@ -85,10 +85,10 @@ def load_model(config: TrainConfig) -> Llama:
     model = load_base(config)
     if config.initial_adapter is None:
         attach(model, config.adapter, config.optimizer.seed)
-        place(model)
+        shard_module(model)
         return model
     load_adapter(model, config.initial_adapter)
-    place(model)
+    shard_module(model)
     attached = next(iter(adapters(model).values())).config
     found, needed = _comparable(attached), _comparable(config.adapter)
     differing = [
@@ -126,8 +126,8 @@ def effective_ranks(model: Llama) -> list[float]:
 def check_mesh(config: TrainConfig, mesh: Any, model: LlamaConfig) -> None:
     """Raise `InputError` for axes of the mesh that the model or the batch lacks."""
     rows = config.batch.batch_size // config.batch.accumulate
-    if wrong := problems(mesh.shape, model, rows):
-        raise InputError("--mesh: " + "; ".join(wrong) + ".")
+    if errors := divisibility_errors(mesh.shape, model, rows):
+        raise InputError("--mesh: " + "; ".join(errors) + ".")
 
 
 def check_agreement(config: TrainConfig, data: Data) -> None:
@@ -136,7 +136,7 @@ def check_agreement(config: TrainConfig, data: Data) -> None:
     for example in [*data.train, *data.held_out]:
         digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
     settings = json.dumps(flatten(config), sort_keys=True)
-    agree(
+    check_identical(
         {
             "configuration": settings.encode(),
             "data": digest.digest(),
@@ -145,15 +145,15 @@ def check_agreement(config: TrainConfig, data: Data) -> None:
     )
 
 
-def held_out_batches(config: TrainConfig, data: Data, put: Feed) -> list[Any]:
+def held_out_batches(config: TrainConfig, data: Data, to_devices: BatchSharder) -> list[Any]:
     """The held-out examples, on the devices."""
     made = evaluation_batches(
         data.held_out,
         batch_size=config.batch.batch_size,
         sequence_length=padded_length(data.held_out, config.batch.sequence_length),
-        rows=put.rows,
+        rows=to_devices.local_rows,
     )
-    return [put(batch) for batch in made]
+    return [to_devices(batch) for batch in made]
 
 
 def training_batches(

@@ -9,9 +9,18 @@ import jax.numpy as jnp
 import optax
 from jax import Array, NamedSharding, P
 
-from manifold_lora.distributed.arrays import initialised
-from manifold_lora.distributed.groups import copies, divided, each_group, summed
-from manifold_lora.distributed.sharding import automatic, keep, placed
+from manifold_lora.distributed.arrays import init_sharded
+from manifold_lora.distributed.groups import (
+    replicate_per_group,
+    split_batch,
+    sum_over_groups,
+    vmap_over_groups,
+)
+from manifold_lora.distributed.sharding import (
+    auto_partitioned,
+    constrain_to_storage,
+    storage_specs,
+)
 from manifold_lora.models.loss import token_loss
 from manifold_lora.optimizers.tree import map_points
 
@@ -29,7 +38,7 @@ def initial_state(
 ) -> TrainState:
     """The state before the first step, of copies that the step may donate."""
     factors = jax.tree.map(jnp.copy, factors)
-    opt_state = initialised(tx.init, factors, axes)
+    opt_state = init_sharded(tx.init, factors, axes)
     mesh = jax.sharding.get_mesh()
     replicated = None if mesh.empty else NamedSharding(mesh, P())
     key = jax.jit(jax.random.key, out_shardings=replicated)(seed)
@@ -73,7 +82,7 @@ def make_step(
         padding).
     """
 
-    @each_group
+    @vmap_over_groups
     def summed_loss(factors, frozen, part, keys):
         loss = token_loss(rebuild(factors, frozen), part, keys)
         return loss.nll.sum(), loss.mask.sum()
@@ -83,19 +92,21 @@ def make_step(
         return nll.sum(), (nll, count)
 
     def gradients(factors, frozen, batch, keys):
-        copied = copies(factors, axes)
+        copied = replicate_per_group(factors, axes)
 
         def add(total, part_and_keys):
             gradient = jax.grad(total_loss, has_aux=True)
             grads, sums = gradient(copied, frozen, *part_and_keys)
             return jax.tree.map(jnp.add, total, (sums, grads)), None
 
-        parts = divided((batch, keys), accumulate)
+        parts = split_batch((batch, keys), accumulate)
         zero = jnp.zeros(parts[1].shape[1])  # for each group
         zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, copied))
         ((nll, count), grads), _ = jax.lax.scan(add, zeros, parts)
         nll, count = nll.sum(), jnp.maximum(count.sum(), 1)
-        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), summed(grads, axes))
+        grads = jax.tree.map(
+            lambda g: g / count.astype(g.dtype), sum_over_groups(grads, axes)
+        )
         return nll / count, grads
 
     tx = optax.with_extra_args_support(tx)
@@ -106,8 +117,10 @@ def make_step(
     ):
         key, key_of_rows = jax.random.split(state.key)
         keys = jax.random.split(key_of_rows, batch["input_ids"].shape[0])
-        where = (P(), placed(state.factors, axes))
-        loss, grads = automatic(gradients, where)(state.factors, frozen, batch, keys)
+        where = (P(), storage_specs(state.factors, axes))
+        loss, grads = auto_partitioned(gradients, where)(
+            state.factors, frozen, batch, keys
+        )
         updates, opt_state = tx.update(
             grads, state.opt_state, state.factors, **(extra or {})
         )
@@ -119,6 +132,6 @@ def make_step(
             "tokens": (batch["segment_ids"] > 0).sum(),
         }
         state = TrainState(factors, opt_state, key)
-        return keep(state, state.factors, axes), metrics
+        return constrain_to_storage(state, state.factors, axes), metrics
 
     return step

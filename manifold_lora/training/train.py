@@ -15,7 +15,7 @@ from manifold_lora.data.builtin import BASE
 from manifold_lora.data.preview import show_batch
 from manifold_lora.data.tokens import load_tokenizer
 from manifold_lora.distributed import processes
-from manifold_lora.distributed.arrays import Feed
+from manifold_lora.distributed.arrays import BatchSharder
 from manifold_lora.distributed.mesh import make_mesh, read_mesh
 from manifold_lora.evaluation.heldout import make_evaluate
 from manifold_lora.training import display
@@ -66,7 +66,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         InputError: something in the configuration, the model or the data is wrong.
         Diverged: the loss became NaN or infinite; the best adapter so far is saved.
         Preempted: the run received SIGTERM; the same call resumes it.
-        Lost: another process of the run is gone; end this one without waiting.
+        ProcessLost: another process of the run is gone; end this one without waiting.
         CheckpointError: a checkpoint cannot be written; the earlier ones are intact.
 
     Examples:
@@ -74,13 +74,13 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     """
     started = time.perf_counter()
     launch, batch_size = config.launch, config.batch.batch_size
-    processes.start(launch.coordinator, launch.processes, launch.process_id)
+    processes.initialise(launch.coordinator, launch.processes, launch.process_id)
     console = console or Console(quiet=not processes.is_main())
     if not config.show_batch and (summary := finished(config)):
         display.show_finished(console, config, summary)
         return summary
     mesh = make_mesh(read_mesh(launch.mesh))
-    with jax.set_mesh(mesh), processes.together():
+    with jax.set_mesh(mesh), processes.report_lost_process():
         # Data
         source = config.model.path or BASE
         check_mesh(config, mesh, read_llama_config(source))  # before what takes long
@@ -90,7 +90,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         if config.show_batch:
             show_batch(next(iter(training_batches(config, data))), tokenizer, console)
             return {}
-        to_devices = Feed(mesh, batch_size)
+        to_devices = BatchSharder(mesh, batch_size)
 
         # Model
         model = load_model(config)
@@ -127,7 +127,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
                 fresh, restored, checkpoints, measure, save_adapter, out, console
             )
             started -= progress.seconds
-            batches = iter(training_batches(config, data, rows=to_devices.rows))
+            batches = iter(training_batches(config, data, rows=to_devices.local_rows))
             if progress.data_state is not None:
                 batches.set_state(progress.data_state)
             bar = stack.enter_context(display.StepBar(console, steps, progress.step))

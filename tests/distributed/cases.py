@@ -1,4 +1,4 @@
-"""Meshes of eight devices, and a small adapted model with a batch for them."""
+"""Meshes of eight devices, and a small model with adapters to run on them."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 import manifold_lora as ml
 from manifold_lora.adapters import adapters, axes, split
-from manifold_lora.distributed.arrays import Feed, initialised, place
+from manifold_lora.distributed.arrays import BatchSharder, init_sharded, shard_module
 from manifold_lora.distributed.mesh import make_mesh, read_mesh
 from manifold_lora.evaluation.heldout import make_evaluate
 from manifold_lora.methods import METHODS
@@ -23,7 +23,7 @@ from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.step import TrainState, make_step
 
 MESHES = ("fsdp=8", "data=4,fsdp=2", "data=2,fsdp=2,tensor=2")
-# Three layers and 61 words, which no mesh divides.
+# Three layers and a vocabulary of 61, which no mesh divides.
 CONFIG = ml.LlamaConfig(
     vocab_size=61,
     hidden_size=32,
@@ -38,14 +38,16 @@ ROWS, LENGTH = 16, 6
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
-def mesh_of(text: str, explicit: bool = False) -> Mesh:
+def build_mesh(text: str, explicit: bool = False) -> Mesh:
     mesh = make_mesh(read_mesh(text), jax.devices())
     kind = AxisType.Explicit if explicit else AxisType.Auto
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * 3)
 
 
-def model_of(method: str, config: ml.LlamaConfig = CONFIG, **options: Any) -> ml.Llama:
-    """A random model with adapters, all of them of its own to change."""
+def build_model(
+    method: str, config: ml.LlamaConfig = CONFIG, **options: Any
+) -> ml.Llama:
+    """A random model with adapters; the caller may modify it."""
     return nnx.clone(_model(method, config, json.dumps(options)))
 
 
@@ -53,34 +55,34 @@ def model_of(method: str, config: ml.LlamaConfig = CONFIG, **options: Any) -> ml
 def _model(method: str, config: ml.LlamaConfig, options: str) -> ml.Llama:
     model = ml.Llama(config, rngs=nnx.Rngs(0))
     model.remat = False  # compiles faster; tests/models compares both
-    given = {"rank": 4, "dropout": 0.2, "targets": ["q_proj", "down_proj"]}
-    ml.attach(model, ml.AdapterConfig(method, **given | json.loads(options)))
+    defaults = {"rank": 4, "dropout": 0.2, "targets": ["q_proj", "down_proj"]}
+    ml.attach(model, ml.AdapterConfig(method, **defaults | json.loads(options)))
     return model
 
 
-def batch_of(seed: int = 0) -> dict[str, np.ndarray]:
-    """Rows with 0 to 5 targets, of which some end early."""
+def random_batch(seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of 2 to 6 tokens with 0 to 5 targets, padded on the right."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, LENGTH + 1, ROWS)
-    inside = np.arange(LENGTH) < lengths[:, None]
+    real = np.arange(LENGTH) < lengths[:, None]
     targets = rng.random((ROWS, LENGTH)) < np.linspace(0.1, 0.9, ROWS)[:, None]
     return {
         "input_ids": rng.integers(0, CONFIG.vocab_size, (ROWS, LENGTH)).astype(np.int32)
-        * inside,
-        "loss_mask": (targets & inside).astype(np.float32),
-        "positions": np.arange(LENGTH, dtype=np.int32) * inside,
-        "segment_ids": inside.astype(np.int32),
+        * real,
+        "loss_mask": (targets & real).astype(np.float32),
+        "positions": np.arange(LENGTH, dtype=np.int32) * real,
+        "segment_ids": real.astype(np.int32),
     }
 
 
 class Run:
-    """A model and its training step, on the ambient mesh if there is one."""
+    """A model and its training step, on the ambient mesh if one is set."""
 
     def __init__(self, model: ml.Llama, accumulate: int = 1):
         (method,) = {module.config.method for module in adapters(model).values()}
-        place(model)
+        shard_module(model)
         self.model, self.axes, tags = model, axes(model), ml.manifold_tree(model)
-        # Steps long enough for a wrong one to be seen.
+        # Rates high enough for a wrong step to exceed the tolerances.
         rate = METHODS[method].builtin_rate
         free = METHODS[method].builtin_free_rate
         config = resolve(
@@ -98,34 +100,36 @@ class Run:
         self.evaluate = make_evaluate(rebuild, self.axes)
         self.state = TrainState(
             self.factors,
-            initialised(self.tx.init, self.factors, self.axes),
-            everywhere(jax.random.key(0)),
+            init_sharded(self.tx.init, self.factors, self.axes),
+            replicate(jax.random.key(0)),
         )
 
     @functools.cached_property
     def compiled(self) -> Any:
-        """The step, compiled in a fifth of the time."""
-        return self.step.lower(self.state, self.frozen, fed(batch_of())).compile(QUICK)
+        """The step, compiled with `QUICK`."""
+        return self.step.lower(
+            self.state, self.frozen, shard_batch(random_batch())
+        ).compile(QUICK)
 
 
 @contextmanager
-def on(text: str | None, explicit: bool = False) -> Iterator[Mesh | None]:
-    """The mesh as the ambient one; none, which is one device, for None."""
+def use_mesh(text: str | None, explicit: bool = False) -> Iterator[Mesh | None]:
+    """Set the ambient mesh; None leaves it unset, for one device."""
     if text is None:
         yield None
     else:
-        mesh = mesh_of(text, explicit)
+        mesh = build_mesh(text, explicit)
         with jax.set_mesh(mesh):
             yield mesh
 
 
-def everywhere(x: jax.Array) -> jax.Array:
-    """The array on all devices of the ambient mesh."""
+def replicate(x: jax.Array) -> jax.Array:
+    """The array, replicated over the ambient mesh."""
     mesh = jax.sharding.get_mesh()
     return x if mesh.empty else jax.device_put(x, NamedSharding(mesh, P()))
 
 
-def fed(batch: dict[str, np.ndarray]) -> Any:
-    """The batch on the ambient mesh."""
+def shard_batch(batch: dict[str, np.ndarray]) -> Any:
+    """The batch, sharded over the ambient mesh."""
     mesh = jax.sharding.get_mesh()
-    return batch if mesh.empty else Feed(mesh, ROWS)(batch)
+    return batch if mesh.empty else BatchSharder(mesh, ROWS)(batch)

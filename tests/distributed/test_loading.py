@@ -1,4 +1,4 @@
-"""Weights onto a mesh: the right ones, read once, and little of them in memory."""
+"""Loading onto a mesh: correct values, each read once, with little host memory."""
 
 import tracemalloc
 from collections import Counter
@@ -15,33 +15,33 @@ from safetensors.numpy import load_file
 
 from manifold_lora.checkpoints import huggingface
 from manifold_lora.checkpoints.huggingface import hf_tensors, load_llama
-from manifold_lora.distributed.sharding import kept, names
-from tests.distributed.cases import MESHES, mesh_of
+from manifold_lora.distributed.sharding import logical_axes, storage_spec
+from tests.distributed.cases import MESHES, build_mesh
 from tests.models import reference
 
 pytestmark = pytest.mark.mesh
 
-# 3 layers and 61 words, which no mesh divides; the first with biases.
+# 3 layers and a vocabulary of 61, which no mesh divides; the first has biases.
 CONFIGS = {"untied": "v5-llama3", "tied": "llama-3.2"}
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
-    """Model directories by how they are tied and in how many files."""
+    """Model directories, by tied or untied embeddings and number of files."""
     root = tmp_path_factory.mktemp("models")
-    made = {}
+    paths = {}
     for tied, name in CONFIGS.items():
         config = reference.CONFIGS[name]
         tensors = reference.random_tensors(config)
         for shards in (1, 3):
             path = root / f"{tied}-{shards}"
-            made[tied, shards] = reference.write_checkpoint(
+            paths[tied, shards] = reference.write_checkpoint(
                 path, config, tensors, shards
             )
-    return made
+    return paths
 
 
-def arrays(model: Any) -> dict[tuple[Any, ...], Any]:
+def variables(model: Any) -> dict[tuple[Any, ...], Any]:
     return {path: v for path, v in nnx.to_flat_state(nnx.state(model))}
 
 
@@ -55,20 +55,20 @@ def arrays(model: Any) -> dict[tuple[Any, ...], Any]:
         ("tied", 3, jnp.float32),
     ],
 )
-def test_what_is_loaded_on_a_mesh_is_what_is_loaded_without(
+def test_loading_on_a_mesh_equals_loading_without(
     text, tied, shards, dtype, directories
 ):
-    path, mesh = directories[tied, shards], mesh_of(text)
-    needed = arrays(load_llama(path, dtype))
+    path, mesh = directories[tied, shards], build_mesh(text)
+    expected = variables(load_llama(path, dtype))
     with jax.set_mesh(mesh):
         model = load_llama(path, dtype)
-    found = arrays(model)
-    assert found.keys() == needed.keys()
-    for name, variable in found.items():
-        x, y = variable.get_value(), needed[name].get_value()
+    loaded = variables(model)
+    assert loaded.keys() == expected.keys()
+    for name, variable in loaded.items():
+        x, y = variable.get_value(), expected[name].get_value()
         assert x.dtype == y.dtype == dtype
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-        spec = kept(names(variable), x.shape, mesh)
+        spec = storage_spec(logical_axes(variable), x.shape, mesh)
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), name
     stored = [load_file(file) for file in path.glob("*.safetensors")]
     tensors = {name: x for file in stored for name, x in file.items()}
@@ -77,7 +77,7 @@ def test_what_is_loaded_on_a_mesh_is_what_is_loaded_without(
     assert not tensors
 
 
-class Counted:
+class CountingFile:
     """An open file that counts how often each entry of its tensors is read."""
 
     def __init__(self, file: Any, reads: dict[str, np.ndarray]):
@@ -104,14 +104,14 @@ def test_every_entry_is_read_once(text, tied, directories, monkeypatch):
     open_tensors = huggingface._open_tensors
 
     def counted(path: Path) -> dict[str, Any]:
-        return {k: Counted(v, reads) for k, v in open_tensors(path).items()}
+        return {k: CountingFile(v, reads) for k, v in open_tensors(path).items()}
 
     monkeypatch.setattr(huggingface, "_open_tensors", counted)
     path = directories[tied, 1]
     if text is None:
         load_llama(path)
     else:
-        with jax.set_mesh(mesh_of(text)):
+        with jax.set_mesh(build_mesh(text)):
             load_llama(path)
     stored = load_file(path / "model.safetensors")
     assert reads.keys() == stored.keys()
@@ -120,7 +120,7 @@ def test_every_entry_is_read_once(text, tied, directories, monkeypatch):
 
 
 @pytest.mark.parametrize("text", MESHES)
-def test_a_tensor_at_a_time_is_in_memory(text, tmp_path):
+def test_host_memory_holds_one_tensor_at_a_time(text, tmp_path):
     config = reference.CONFIGS["llama-3"] | {
         "vocab_size": 1003,
         "hidden_size": 128,
@@ -132,11 +132,11 @@ def test_a_tensor_at_a_time_is_in_memory(text, tmp_path):
     largest = max(x.nbytes for x in tensors.values())
     path = reference.write_checkpoint(tmp_path / "model", config, tensors)
     del tensors
-    with jax.set_mesh(mesh_of(text)):
+    with jax.set_mesh(build_mesh(text)):
         load_llama(path)  # compiles
         tracemalloc.start()
         load_llama(path)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    # NumPy's arrays; the devices' own are not among them.
+    # Only NumPy's arrays are counted, not those of the devices.
     assert largest // 2 < peak < 3 * largest < total / 2

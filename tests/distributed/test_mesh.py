@@ -1,4 +1,4 @@
-"""Sizes of a mesh as text, the mesh itself, and what it does not divide."""
+"""Parsing mesh sizes, building meshes, and checking that they divide the model."""
 
 import jax
 import pytest
@@ -6,9 +6,9 @@ from jax.sharding import AxisType
 
 from manifold_lora.distributed.mesh import (
     AXES,
+    divisibility_errors,
     group_count,
     make_mesh,
-    problems,
     read_mesh,
 )
 from manifold_lora.errors import InputError
@@ -27,11 +27,11 @@ pytestmark = pytest.mark.mesh
         (" data=2 , fsdp=4", (2, 4, 1)),
     ],
 )
-def test_sizes_as_text(text, sizes):
+def test_read_mesh(text, sizes):
     assert read_mesh(text) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
 
 
-def test_no_text_asks_for_the_default():
+def test_read_mesh_without_text():
     assert read_mesh(None) is None
 
 
@@ -44,8 +44,8 @@ def test_no_text_asks_for_the_default():
         ("8", ["unknown axis '8'"]),
         ("FSDP=8", ["unknown axis 'FSDP'", "fsdp"]),
         ("fsdp=2,fsdp=4", ["fsdp is given twice"]),
-        ("fsdp=0", ["the size of fsdp must be a positive number, got '0'"]),
-        ("fsdp=-2", ["positive number, got '-2'"]),
+        ("fsdp=0", ["the size of fsdp must be a positive integer, got '0'"]),
+        ("fsdp=-2", ["positive integer, got '-2'"]),
         ("data=2,fsdp=2.5", ["--mesh data=2,fsdp=2.5", "got '2.5'"]),
         ("fsdp=four", ["got 'four'"]),
         ("fsdp", ["got ''"]),
@@ -53,14 +53,14 @@ def test_no_text_asks_for_the_default():
         ("fsdp=²", ["got '²'"]),
     ],
 )
-def test_text_that_is_refused(text, words):
+def test_invalid_mesh_text(text, words):
     with pytest.raises(InputError) as caught:
         read_mesh(text)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_a_mesh_of_all_devices():
+def test_mesh_of_all_devices():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     assert mesh.axis_names == AXES == ("data", "fsdp", "tensor")
     assert mesh.devices.shape == (2, 2, 2)
@@ -68,14 +68,14 @@ def test_a_mesh_of_all_devices():
     assert mesh.axis_types == (AxisType.Auto,) * 3
 
 
-def test_all_devices_are_on_fsdp_by_default():
+def test_default_mesh_is_fsdp():
     assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     one = make_mesh(None, jax.devices()[3:4])
     assert dict(one.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     assert one.devices.item() == jax.devices()[3]
 
 
-def test_a_mesh_of_some_devices():
+def test_mesh_of_some_devices():
     some = jax.devices()[4:]
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, some)
     assert set(mesh.devices.flat) == set(some)
@@ -84,19 +84,23 @@ def test_a_mesh_of_some_devices():
 @pytest.mark.parametrize(
     "sizes, count, words",
     [
-        ((2, 2, 1), 8, ["data=2,fsdp=2,tensor=1 has 4 devices", "there are 8", "be 8"]),
-        ((1, 16, 1), 8, ["has 16 devices", "there are 8", "Leave --mesh out"]),
-        ((1, 2, 1), 1, ["has 2 devices", "there is 1", "must be 1"]),
+        (
+            (2, 2, 1),
+            8,
+            ["data=2,fsdp=2,tensor=1 needs 4 devices", "8 are available", "be 8"],
+        ),
+        ((1, 16, 1), 8, ["needs 16 devices", "8 are available", "Omit --mesh"]),
+        ((1, 2, 1), 1, ["needs 2 devices", "1 is available", "must be 1"]),
     ],
 )
-def test_a_product_that_is_not_the_number_of_devices(sizes, count, words):
+def test_sizes_must_multiply_to_the_number_of_devices(sizes, count, words):
     with pytest.raises(InputError) as caught:
         make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:count])
     for word in words:
         assert word in str(caught.value)
 
 
-def test_groups_share_rows():
+def test_group_count():
     assert group_count({"data": 2, "fsdp": 3, "tensor": 5}) == 6
     assert group_count({"tensor": 5}) == 1
 
@@ -117,10 +121,10 @@ WIDTH = "does not divide hidden_size 48: fsdp may be 1, 2, 3, 4, 6, 8, 12, 16, 2
 
 
 @pytest.mark.parametrize(
-    "data, fsdp, tensor, rows, found",
+    "data, fsdp, tensor, rows, expected",
     [
         (1, 1, 1, None, []),
-        (7, 16, 2, None, []),  # neither layers, words nor data must divide anything
+        (7, 16, 2, None, []),  # layers, vocabulary and data need not divide
         (1, 1, 3, None, ["tensor=3 " + KEYS, "tensor=3 " + HIDDEN]),
         (1, 1, 4, None, ["tensor=4 " + HEADS, "tensor=4 " + KEYS]),
         (
@@ -137,27 +141,28 @@ WIDTH = "does not divide hidden_size 48: fsdp may be 1, 2, 3, 4, 6, 8, 12, 16, 2
         (2, 1, 1, 5, ["data × fsdp = 2 does not divide the 5 rows"]),
     ],
 )
-def test_what_does_not_divide(data, fsdp, tensor, rows, found):
+def test_divisibility_errors(data, fsdp, tensor, rows, expected):
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    got = problems(sizes, LLAMA, rows)
-    assert [line[: len(start)] for line, start in zip(got, found, strict=True)] == found
+    lines = divisibility_errors(sizes, LLAMA, rows)
+    pairs = zip(lines, expected, strict=True)
+    assert [line[: len(start)] for line, start in pairs] == expected
 
 
-def test_the_remedy_for_rows():
-    (line,) = problems({"data": 2, "fsdp": 4, "tensor": 1}, LLAMA, 12)
+def test_remedy_for_the_batch_size():
+    (line,) = divisibility_errors({"data": 2, "fsdp": 4, "tensor": 1}, LLAMA, 12)
     assert "--batch-size a multiple of 8 × --accumulate" in line
     assert "tensor axis" in line
 
 
-def test_many_divisors_are_cut_short():
-    (line,) = problems({"fsdp": 7}, model_shape("llama-3.1-70b"))
+def test_long_lists_of_divisors_are_truncated():
+    (line,) = divisibility_errors({"fsdp": 7}, model_shape("llama-3.1-70b"))
     shown = "1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, …, 8192"
     assert line == f"fsdp=7 does not divide hidden_size 8192: fsdp may be {shown}"
 
 
-def test_sides_of_a_slice_are_divided_where_an_axis_is_no_whole_side(monkeypatch):
+def test_physical_axes_are_split_where_the_sizes_do_not_match(monkeypatch):
     def refuse(*arguments, **options):
-        raise NotImplementedError("no whole side")
+        raise NotImplementedError("not a whole physical axis")
 
     monkeypatch.setattr(jax, "make_mesh", refuse)
     mesh = make_mesh(read_mesh("fsdp=4,tensor=2"), jax.devices())

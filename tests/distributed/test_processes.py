@@ -1,4 +1,4 @@
-"""Two processes as one program: same losses, one writer, and no hanging."""
+"""Two-process runs: same losses as one process, a single writer, no hangs."""
 
 import json
 import os
@@ -52,14 +52,14 @@ def free_port() -> int:
 def start_two(
     settings: Mapping[str, Any], other: Mapping[str, Any] | None = None, **env: str
 ) -> list[subprocess.Popen[str]]:
-    """Two processes of two devices; `other` and `env` are the second's own."""
-    together = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
+    """Start two processes of two devices; `other` and `env` are for the second only."""
+    cluster = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
     started = []
-    for number, changes in enumerate(({}, other or {})):
-        given = {**settings, **together, "process_id": number, **changes}
-        arguments = command.flags(given)
-        own = env if number else {}
-        started.append(command.start("train", *arguments, devices=2, **own))
+    for process_id, changes in enumerate(({}, other or {})):
+        changes = {**cluster, "process_id": process_id, **changes}
+        arguments = command.flags({**settings, **changes})
+        variables = env if process_id else {}
+        started.append(command.start("train", *arguments, devices=2, **variables))
     return started
 
 
@@ -68,7 +68,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_two_processes_are_one_program(files: dict[str, Path], tmp_path: Path):
+def test_two_processes_equal_one(files: dict[str, Path], tmp_path: Path):
     settings = {**SETTINGS, **files, "mesh": "data=2,fsdp=2"}
     two = start_two({**settings, "out": tmp_path / "two"})
     (code, output), (other, quiet) = map(command.end, two)
@@ -79,9 +79,9 @@ def test_two_processes_are_one_program(files: dict[str, Path], tmp_path: Path):
     code, output = command.end(command.start("train", *command.flags(one), devices=4))
     assert code == 0, output
 
-    got, needed = rows(tmp_path / "two"), rows(tmp_path / "one")
-    assert [row["step"] for row in got] == [row["step"] for row in needed]
-    for row, same in zip(got, needed, strict=True):
+    actual, expected = rows(tmp_path / "two"), rows(tmp_path / "one")
+    assert [row["step"] for row in actual] == [row["step"] for row in expected]
+    for row, same in zip(actual, expected, strict=True):
         for name in row.keys() & {"loss", "eval_loss", "grad_norm", "eval_accuracy"}:
             assert row[name] == pytest.approx(same[name], rel=10 * FLOAT32), name
     summaries = [
@@ -96,12 +96,12 @@ def test_two_processes_are_one_program(files: dict[str, Path], tmp_path: Path):
     assert adapters[0].keys() == adapters[1].keys()
     for name, x in adapters[0].items():
         np.testing.assert_allclose(x, adapters[1][name], atol=10 * FLOAT32)
-    left = {p.name for p in (tmp_path / "two").iterdir()}
-    assert left == {p.name for p in (tmp_path / "one").iterdir()}
+    files_of_two = {p.name for p in (tmp_path / "two").iterdir()}
+    assert files_of_two == {p.name for p in (tmp_path / "one").iterdir()}
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_dead_process_ends_the_other_and_the_run_goes_on(
+def test_a_dead_process_ends_the_other_and_the_run_resumes(
     files: dict[str, Path], tmp_path: Path, victim: int
 ):
     out = tmp_path / "run"
@@ -110,13 +110,13 @@ def test_a_dead_process_ends_the_other_and_the_run_goes_on(
     manifest = out / "checkpoints" / "2" / "manifest.json"
     command.wait(lambda: manifest.exists() or two[victim].poll() is not None)
     two[victim].send_signal(signal.SIGKILL)
-    began = time.monotonic()
+    start = time.monotonic()
     code, output = command.end(two[1 - victim])
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - start < 60
     assert code not in (0, 2), output
-    assert "the others any more" in output or "another task died" in output
+    assert "lost contact with the others" in output or "another task died" in output
     command.end(two[victim])
-    if victim == 1:  # on fewer devices, from where it was
+    if victim == 1:  # resume on fewer devices
         steps = max(int(p.parent.name) for p in out.glob("checkpoints/*/manifest.json"))
         shutil.rmtree(out / "checkpoints" / str(steps + 2), ignore_errors=True)
         text = (out / "config.toml").read_text()
@@ -129,7 +129,7 @@ def test_a_dead_process_ends_the_other_and_the_run_goes_on(
         assert "Going on from the checkpoint of step" in output
 
 
-def test_processes_with_other_settings_data_or_code_are_told(
+def test_processes_with_different_configuration_data_or_code(
     files: dict[str, Path], tmp_path: Path
 ):
     other = data_file(tmp_path / "other.jsonl", count=38)
@@ -141,18 +141,18 @@ def test_processes_with_other_settings_data_or_code_are_told(
         {**SETTINGS, **files, "out": tmp_path / "run"},
         {"data": other, "seed": 1},
         PYTHONPATH=str(tmp_path / "code"),
-        PYTHONSAFEPATH="1",  # or the working directory would come first
+        PYTHONSAFEPATH="1",  # otherwise the working directory comes first
     )
     for code, output in map(command.end, two):
         assert code == 2, output
-        assert "process 1 has other configuration than process 0" in output
-        assert "process 1 has other data than process 0" in output
-        assert "process 1 has other code than process 0" in output
+        for content in ("configuration", "data", "code"):
+            message = f"{content} of process 1 differs from that of process 0"
+            assert message in " ".join(output.split())
         assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
 
-def test_sigterm_to_one_process_ends_both_after_the_same_step(
+def test_sigterm_to_one_process_stops_both_after_the_same_step(
     files: dict[str, Path], tmp_path: Path
 ):
     out = tmp_path / "run"
@@ -184,23 +184,23 @@ LAUNCHERS = {
         "OMPI_COMM_WORLD_LOCAL_RANK": str(number),
     },
 }
-FIND = """
+CONNECT = """
 from manifold_lora.distributed import processes
-processes.start()
+processes.initialise()
 import jax
-print("found", jax.process_index(), jax.process_count(), jax.device_count())
+print("connected", jax.process_index(), jax.process_count(), jax.device_count())
 processes.wait_for_all("end")
 """
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_processes_of_a_launcher_find_each_other(launcher: str):
-    # both launchers make a port out of the job's number
+def test_processes_of_a_launcher_connect(launcher: str):
+    # JAX derives the coordinator's port from the job's number
     port = free_port()
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", FIND],
+            [sys.executable, "-c", CONNECT],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -210,14 +210,14 @@ def test_processes_of_a_launcher_find_each_other(launcher: str):
     ]
     for number, (code, output) in enumerate(map(command.end, started)):
         assert code == 0, output
-        assert f"found {number} 2 4" in output
+        assert f"connected {number} 2 4" in output
 
 
 @pytest.mark.parametrize(
     ("env", "several"),
     [
         ({}, False),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # of sbatch, not srun
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # sbatch, not srun
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, False),
         ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
@@ -226,21 +226,23 @@ def test_processes_of_a_launcher_find_each_other(launcher: str):
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
     ],
 )
-def test_launchers_are_known_by_their_variables(monkeypatch, env, several):
+def test_launchers_are_detected_by_their_variables(monkeypatch, env, several):
     for name in list(os.environ):
         if name.startswith(("SLURM", "OMPI", "TPU")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(processes.glob, "glob", lambda pattern: [])
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert processes._launched() == several
+    assert processes._launched_as_several() == several
 
 
-def test_a_process_number_beyond_the_others():
-    with pytest.raises(InputError, match="--process-id 2 must be 0 to 1"):
-        processes.start("127.0.0.1:1", 2, 2)
+def test_process_id_out_of_range():
+    with pytest.raises(InputError, match="--process-id must be 0 to 1 .*got 2"):
+        processes.initialise("127.0.0.1:1", 2, 2)
 
 
-def test_incomplete_flags():
-    with pytest.raises(InputError, match="did not find each other.*--coordinator"):
-        processes.start(processes=2, process_id=0)
+def test_incomplete_coordinator_flags():
+    with pytest.raises(
+        InputError, match="could not connect to each other.*--coordinator"
+    ):
+        processes.initialise(processes=2, process_id=0)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from manifold_lora.adapters import attach, axes, manifold_tree, split
 from manifold_lora.cli.main import main
-from manifold_lora.distributed.arrays import initialised, place
+from manifold_lora.distributed.arrays import init_sharded, shard_module
 from manifold_lora.distributed.mesh import make_mesh
 from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS
@@ -112,10 +112,10 @@ def test_arrays_are_placed_as_in_training(model, method):
     with jax.set_mesh(mesh):
         real = Llama(shape, dtype=jax.numpy.bfloat16, rngs=nnx.Rngs(0))
         attach(real, adapter_config(target.run))
-        place(real)
+        shard_module(real)
         _, factors, frozen = split(real)
         tx, _ = build_optimizer(target.run, manifold_tree(real), 1, shape.hidden_size)
-        opt_state = initialised(tx.init, factors, axes(real))
+        opt_state = init_sharded(tx.init, factors, axes(real))
     state = TrainState(factors, opt_state, jax.random.key(0))
     arrays, treedef = jax.tree.flatten((state, frozen))
     shapes, planned_treedef = jax.tree.flatten((planned.state, planned.frozen))
