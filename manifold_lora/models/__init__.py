@@ -1,4 +1,4 @@
-"""The LLaMA model: its configuration, its layers and its forward pass."""
+"""The LLaMA model: configuration, layers, forward pass and token loss."""
 
 from manifold_lora.models.config import LlamaConfig, RopeScaling
 from manifold_lora.models.layers import Linear

@@ -1,4 +1,4 @@
-"""The loss of answer tokens, the same in training and in evaluation."""
+"""The loss of target tokens, shared by training, evaluation and planning."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ from jax.typing import ArrayLike
 
 
 class TokenLoss(NamedTuple):
-    """What a batch's target tokens cost, each from the tokens before it."""
+    """The loss of each target token of a batch, predicted from the tokens before it."""
 
-    nll: Array  # (b, t − 1) float32, −log p, 0 where the token is no target
+    nll: Array  # (b, t − 1) float32, −log p, 0 where the token is not a target
     mask: Array  # (b, t − 1) float32, 1 for targets
-    hit: Array  # (b, t − 1) bool, the target is the likeliest token
+    correct: Array  # (b, t − 1) bool, the target is the most likely token
 
 
 def token_loss(
@@ -22,8 +22,13 @@ def token_loss(
 ) -> TokenLoss:
     """Negative log-likelihood of every target token of a batch.
 
-    Sums are left to the caller: a loss is the sum over all parts of a batch, divided
-    once by the number of targets.
+    Reduction is left to the caller: a batch's loss is the sum over all micro-batches,
+    divided once by the number of targets.
+
+    Args:
+        model: with `hidden_states`, `head` and `unembed`, such as `Llama`.
+        batch: `input_ids`, `loss_mask`, `positions` and `segment_ids`, each (b, t).
+        key: dropout key, one for all rows or one per row, (b,); None disables dropout.
     """
     targets = jnp.asarray(batch["input_ids"])[:, 1:]
     mask = jnp.asarray(batch["loss_mask"])[:, 1:]
@@ -34,17 +39,17 @@ def token_loss(
         key=key,
     )[:, :-1]  # (b, t − 1, d)
 
-    head = model.head()  # once for all rows
+    head = model.head()  # all-gathered once for all rows
 
-    # Row by row, and again in the backward pass: the logits of a whole batch would
-    # be the largest array of all (4 GiB for 16 rows of 512 and 128k words).
+    # One row at a time, rematerialised in the backward pass: the logits of a batch
+    # would be the largest array (4 GiB for 16 rows of 512 tokens, vocabulary 128k).
     @jax.checkpoint
     def row(hidden_and_targets):
         h, target = hidden_and_targets  # (t − 1, d), (t − 1,)
         logits = model.unembed(h, head)  # (t − 1, vocab)
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return nll, chosen >= logits.max(axis=-1)
+        target_logit = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - target_logit
+        return nll, target_logit >= logits.max(axis=-1)
 
-    nll, hit = jax.lax.map(row, (hidden, targets))
-    return TokenLoss(jnp.where(mask > 0, nll, 0), mask, hit)
+    nll, correct = jax.lax.map(row, (hidden, targets))
+    return TokenLoss(jnp.where(mask > 0, nll, 0), mask, correct)

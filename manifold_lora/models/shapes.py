@@ -1,6 +1,6 @@
-"""Shapes of the published LLaMA models, by name: no weights are needed.
+"""Configurations of the published LLaMA models by name, for use without weights.
 
-The numbers are those of the models' config.json files.
+The values are those of the models' config.json files.
 """
 
 import json
@@ -10,11 +10,11 @@ from manifold_lora.errors import InputError, nearest
 from manifold_lora.models.config import LlamaConfig, RopeScaling
 
 
-def _llama2(hidden: int, inside: int, layers: int, heads: int, kv: int) -> LlamaConfig:
+def _llama2(hidden: int, mlp: int, layers: int, heads: int, kv: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=32000,
         hidden_size=hidden,
-        intermediate_size=inside,
+        intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv,
@@ -26,7 +26,7 @@ def _llama2(hidden: int, inside: int, layers: int, heads: int, kv: int) -> Llama
 
 def _llama3(
     hidden: int,
-    inside: int,
+    mlp: int,
     layers: int,
     heads: int,
     *,
@@ -35,11 +35,11 @@ def _llama3(
     tied: bool = False,
     eos: tuple[int, ...] = (128001,),
 ) -> LlamaConfig:
-    """LLaMA 3; from 3.1 on its rotary frequencies are stretched by a factor."""
+    """LLaMA 3; since 3.1 its rotary frequencies are scaled by `rope_factor`."""
     return LlamaConfig(
         vocab_size=128256,
         hidden_size=hidden,
-        intermediate_size=inside,
+        intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=8,
@@ -74,10 +74,10 @@ SHAPES = {
 
 
 def model_shape(model: str | Path) -> LlamaConfig:
-    """The shape of a model by its name, or from a config.json or a directory with one.
+    """The configuration of a model, by name or from a config.json or its directory.
 
     Raises:
-        InputError: no such name and no such file, or a config that is no LLaMA's.
+        InputError: neither a known name nor a file, or not the config of a LLaMA.
 
     Examples:
         >>> model_shape("llama-3.1-8b").num_hidden_layers
@@ -91,8 +91,8 @@ def model_shape(model: str | Path) -> LlamaConfig:
     if str(model) in SHAPES:
         return SHAPES[str(model)]
     raise InputError(
-        f"no model shape {str(model)!r}: neither a name we know, nor a config.json, "
-        f"nor a directory with one. {nearest(str(model), SHAPES)}"
+        f"{str(model)!r} is not a known model name, a config.json, or a directory "
+        f"with one. {nearest(str(model), SHAPES)}"
     )
 
 
@@ -112,20 +112,20 @@ def _read(file: Path) -> LlamaConfig:
 
 
 def parameter_count(config: LlamaConfig) -> int:
-    """Numbers in the base model, biases included.
+    """The number of parameters of the base model, including biases.
 
     >>> parameter_count(SHAPES["llama-3.1-8b"])
     8030261248
     """
-    hidden, inside = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
     attention = hidden * (2 * width + 2 * kv_width)
     if config.attention_bias:
         attention += width + 2 * kv_width + hidden
-    mlp = 3 * hidden * inside
+    mlp = 3 * hidden * config.intermediate_size
     if config.mlp_bias:
-        mlp += 2 * inside + hidden
+        mlp += 2 * config.intermediate_size + hidden
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     layer = attention + mlp + 2 * hidden
     return config.num_hidden_layers * layer + embeddings + hidden

@@ -1,7 +1,7 @@
-"""LLaMA in float64 NumPy, from its formulas, on files as Hugging Face names them.
+"""NumPy reference of LLaMA in float64, on tensors named as in Hugging Face files.
 
-Nothing of the package is imported here: the shapes, the rotation (as a product of
-complex numbers) and the masks are written a second time, and slowly.
+Nothing is imported from the package: shapes, RoPE (as a product of complex numbers)
+and masks are restated independently, without regard to speed.
 """
 
 import json
@@ -29,7 +29,7 @@ _BASE = {
     "max_position_embeddings": 4096,
     "torch_dtype": "float32",
 }
-# wavelengths of head_dim 16 run from 6 to 20,000: below 16, between, and above 64
+# wavelengths for head_dim 16 range from 6 to 20,000: below 16, in between, above 64
 _LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -74,7 +74,7 @@ def head_dim(config: dict[str, Any]) -> int:
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> Tensors:
-    """Weights of a size that keeps the logits near one, float32, [out, in]."""
+    """Weights scaled so that logits are of order one, float32, (out, in)."""
     rng = np.random.default_rng(seed)
     d, f, v = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
     q = config["num_attention_heads"] * head_dim(config)
@@ -128,7 +128,7 @@ def write_checkpoint(
 
 
 def frequencies(config: dict[str, Any]) -> np.ndarray:
-    """theta^(-2i/d), then the rule of the rope type, one frequency at a time."""
+    """theta^(-2i/d), scaled by the rule of the rope type, one frequency at a time."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -156,7 +156,8 @@ def logits(
 ) -> np.ndarray:
     """Logits of one sequence, (t,) to (t, vocab).
 
-    `allowed` (t, t) says which key (column) a query (row) sees beside causality.
+    `allowed` (t, t) is True where a query (row) may attend to a key (column), in
+    addition to causality.
     """
     w = {name: np.asarray(x, np.float64) for name, x in tensors.items()}
     (t,) = input_ids.shape

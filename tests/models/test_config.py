@@ -1,4 +1,4 @@
-"""config.json in both spellings, and what is refused in it."""
+"""Reading config.json of transformers 4 and 5, and rejecting unsupported ones."""
 
 from typing import Any
 
@@ -54,19 +54,19 @@ def test_config_defaults_and_values():
         ({"eos_token_id": ["</s>"]}, ["eos_token_id", "'</s>'"]),
     ],
 )
-def test_bad_configs_name_what_is_wrong(change: dict[str, Any], words: list[str]):
+def test_invalid_configs_name_the_values(change: dict[str, Any], words: list[str]):
     with pytest.raises(InputError) as caught:
         LlamaConfig.from_hf(reference.CONFIGS["llama-2"] | change)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_all_missing_keys_are_named_at_once():
+def test_all_missing_keys_are_reported_at_once():
     with pytest.raises(InputError, match="hidden_size.*num_hidden_layers.*vocab_size"):
         LlamaConfig.from_hf({"model_type": "llama"})
 
 
-def test_scaling_built_by_hand_is_checked_too():
+def test_rope_scaling_validates_its_arguments():
     for kind in ("default", "yarn"):
         with pytest.raises(InputError, match=f"'{kind}' is not supported"):
             RopeScaling(kind, 2.0)
