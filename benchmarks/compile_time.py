@@ -1,10 +1,10 @@
-"""Compile time of a training step at 32 layers over 4, and of the import.
+"""Compile time of a training step with 32 layers over 4, and import time.
 
     python benchmarks/compile_time.py
 
-Prints ratios of medians, measured in one run: XLA's compile time of the whole step
-(forward, backward, Stiefel-LoRA update) and its tracing; `import manifold_lora` with
-the names a script needs over `import jax, optax`; and `manifold-lora --help`.
+Prints ratios of medians, measured in one run: tracing and XLA compilation of the whole
+step (forward, backward, Stiefel-LoRA update); `import manifold_lora` with the names a
+script needs over `import jax, optax`; and `manifold-lora --help`.
 """
 
 import statistics
@@ -24,7 +24,7 @@ REPEATS = 5
 
 
 def step_times(layers: int) -> tuple[float, float]:
-    """Seconds to trace and to compile the step of a model of that depth."""
+    """Seconds to trace and to compile the step of a model with that many layers."""
     config = ml.LlamaConfig(
         vocab_size=1024,
         hidden_size=256,
@@ -44,38 +44,38 @@ def step_times(layers: int) -> tuple[float, float]:
     batch = {name: ones for name in ("input_ids", "positions", "segment_ids")}
     batch |= {"loss_mask": ones.astype(np.float32)}
     step = jax.jit(make_step(rebuild, tx, tags, axes(model)))
-    began = time.perf_counter()
+    start = time.perf_counter()
     lowered = step.lower(state, frozen, batch)
     traced = time.perf_counter()
     lowered.compile()
-    return traced - began, time.perf_counter() - traced
+    return traced - start, time.perf_counter() - traced
 
 
 def process_time(*arguments: str) -> float:
-    """Seconds of a fresh Python process."""
-    began = time.perf_counter()
+    """Wall-clock seconds of a new Python process."""
+    start = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def main() -> None:
-    """Measure, alternating so that drift of the machine hits both sides."""
+    """Measure in alternation, so that drift affects all cases alike."""
     times: dict[str, list[float]] = {}
 
-    def note(name: str, seconds: float) -> None:
+    def record(name: str, seconds: float) -> None:
         times.setdefault(name, []).append(seconds)
 
-    use = "import manifold_lora as ml; ml.Stiefel, ml.riemannian, ml.stiefel_lora"
-    code = "import sys; from manifold_lora.cli.main import main; main(['--help'])"
+    imports = "import manifold_lora as ml; ml.Stiefel, ml.riemannian, ml.stiefel_lora"
+    show_help = "import sys; from manifold_lora.cli.main import main; main(['--help'])"
     for _ in range(REPEATS):
         for layers in (4, 32):
             traced, compiled = step_times(layers)
-            note(f"trace, {layers} layers", traced)
-            note(f"compile, {layers} layers", compiled)
-        note("import jax, optax", process_time("-c", "import jax, optax"))
-        note("import manifold_lora", process_time("-c", "import manifold_lora"))
-        note("import manifold_lora and use it", process_time("-c", use))
-        note("manifold-lora --help", process_time("-c", code))
+            record(f"trace, {layers} layers", traced)
+            record(f"compile, {layers} layers", compiled)
+        record("import jax, optax", process_time("-c", "import jax, optax"))
+        record("import manifold_lora", process_time("-c", "import manifold_lora"))
+        record("import manifold_lora and use it", process_time("-c", imports))
+        record("manifold-lora --help", process_time("-c", show_help))
 
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, median in medians.items():

@@ -2,10 +2,11 @@
 
     python benchmarks/loading.py [--layers 16] [--width 1024]
 
-A random LLaMA in bfloat16, about half a gigabyte, in one file of the page cache. Time
-is a ratio of medians, taken in turn in one run, against reading the file's bytes once.
-Memory is the peak of what NumPy holds on the host, without the devices' own arrays,
-against the largest tensor times the devices of the host. Two minutes on two cores.
+A random LLaMA in bfloat16, about half a gigabyte, in one file in the page cache. Time
+is a ratio of medians, with alternating repeats, over reading the file's bytes once.
+Memory is the peak of NumPy's allocations on the host, without the devices' own arrays,
+compared with the largest tensor times the devices of the host. Takes two minutes on two
+cores.
 """
 
 import argparse
@@ -33,7 +34,7 @@ REPEATS = 5
 
 
 def write(path: Path, layers: int, width: int) -> tuple[int, int]:
-    """A random model's directory; bytes of all its tensors and of the largest."""
+    """Write a random model; return the bytes of all its tensors and of the largest."""
     config = ml.LlamaConfig(
         vocab_size=32000,
         hidden_size=width,
@@ -50,7 +51,7 @@ def write(path: Path, layers: int, width: int) -> tuple[int, int]:
 
 
 def read(file: Path) -> None:
-    """The file's bytes, once, through one buffer."""
+    """Read the file once, through one buffer."""
     buffer = bytearray(1 << 24)
     with file.open("rb", buffering=0) as stream:
         while stream.readinto(buffer):
@@ -58,38 +59,38 @@ def read(file: Path) -> None:
 
 
 def load(path: Path, text: str | None) -> None:
-    """The model on a mesh, or on one device for None."""
-    on = nullcontext() if text is None else jax.set_mesh(make_mesh(read_mesh(text)))
-    with on:
+    """Load the model onto a mesh, or onto one device for None."""
+    mesh = nullcontext() if text is None else jax.set_mesh(make_mesh(read_mesh(text)))
+    with mesh:
         model = load_llama(path, jnp.bfloat16)
         jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
 
 
 def seconds(f: Callable[[], None]) -> float:
-    """How long a call takes."""
+    """The wall-clock time of a call, in seconds."""
     start = time.perf_counter()
     f()
     return time.perf_counter() - start
 
 
-def peak(f: Callable[[], None]) -> int:
-    """The most bytes that Python and NumPy hold during a call."""
+def peak_bytes(f: Callable[[], None]) -> int:
+    """The peak of Python's and NumPy's allocations during a call, in bytes."""
     tracemalloc.start()
     f()
-    _, most = tracemalloc.get_traced_memory()
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return most
+    return peak
 
 
 def main() -> None:
-    """Print a line for one device and for each mesh."""
+    """Print one line for one device and one for each mesh."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=1024)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model"
-        total, largest = write(path, given.layers, given.width)
+        total, largest = write(path, arguments.layers, arguments.width)
         print(f"{total / 1e6:.0f} MB, largest tensor {largest / 1e6:.1f} MB")
         print(f"{'mesh':24}{'load':>9}{'read':>9}{'ratio':>7}{'peak':>11}{'bound':>11}")
         for text in MESHES:
@@ -104,11 +105,11 @@ def main() -> None:
             loading, reading = (
                 statistics.median(times) for times in zip(*pairs, strict=True)
             )
-            most = peak(lambda text=text: load(path, text))
+            peak = peak_bytes(lambda text=text: load(path, text))
             bound = largest * (jax.local_device_count() if text else 1)
             print(
                 f"{text or 'one device':24}{loading:7.2f} s{reading:7.2f} s"
-                f"{loading / reading:7.1f}{most / 1e6:8.1f} MB{bound / 1e6:8.1f} MB"
+                f"{loading / reading:7.1f}{peak / 1e6:8.1f} MB{bound / 1e6:8.1f} MB"
             )
 
 

@@ -81,12 +81,31 @@ def decode(value: Any, hint: Any, *, from_text: bool = False) -> Any:
         Traceback (most recent call last):
         ValueError: must be at least 1, got 0
     """
+    if _is_mapping(hint) and isinstance(value, Mapping):
+        return _decode_items(value, typing.get_args(hint)[1], from_text)
     try:
         return msgspec.convert(value, hint, strict=not from_text, dec_hook=_path)
     except msgspec.ValidationError as error:
         value = _number(value) if from_text else value
         needed = requirement(hint, value)
         raise ValueError(f"must be {needed}, got {value!r}") from error
+
+
+def _is_mapping(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+def _decode_items(
+    values: Mapping[str, Any], hint: Any, from_text: bool
+) -> dict[str, Any]:
+    decoded = {}
+    for key, value in values.items():
+        try:
+            decoded[key] = decode(value, hint, from_text=from_text)
+        except ValueError as error:
+            raise ValueError(f"for {key} {error}") from error
+    return decoded
 
 
 def _number(value: Any) -> Any:
@@ -162,7 +181,7 @@ def requirement(hint: Any, value: Any = None) -> str:
         if args[1:] == (...,):
             return f"a list, each item {requirement(args[0])}"
         return f"{len(args)} items, each {requirement(args[0])}"
-    if isinstance(origin, type) and issubclass(origin, Mapping):
+    if _is_mapping(hint):
         return f"a table of names, each value {requirement(args[1])}"
     return _WORDS.get(hint, str(hint))
 

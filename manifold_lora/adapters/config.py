@@ -31,7 +31,9 @@ class LowRankConfig:
     rslora: bool = setting(False, "scale by alpha/√rank instead")
     dropout: Probability = setting(0.0, "of the adapters' inputs")
     targets: str | tuple[str, ...] = setting(
-        "all-linear", "names of modules, or one regular expression for whole names"
+        "all-linear",
+        "names of modules, or one regular expression for whole names",
+        single=True,  # in a file or as a flag, a list of one is that one
     )
     rank_pattern: Mapping[str, PositiveInt] = setting(
         {}, "rank by module, as in: q_proj 8 mlp.* 32"
@@ -45,8 +47,6 @@ class LowRankConfig:
         if not self.targets:
             problems = [*problems, "targets must name at least one module"]
         validate(self, problems)
-        if not isinstance(self.targets, str) and len(self.targets) == 1:
-            object.__setattr__(self, "targets", self.targets[0])
 
 
 @dataclasses.dataclass(frozen=True)

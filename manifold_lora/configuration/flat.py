@@ -65,8 +65,7 @@ def entries(kind: type) -> dict[str, Entry]:
 
     def add(owner: Any, group: str) -> None:
         hints = type_hints(owner)
-        # Positional ones first, such as the adapter's method.
-        for field in sorted(dataclasses.fields(owner), key=lambda f: f.kw_only):
+        for field in _fields(owner):
             if "help" in field.metadata:
                 name = flat_name(field)
                 found[name] = Entry(name, {"": field}, hints[field.name], group, owner)
@@ -82,6 +81,11 @@ def entries(kind: type) -> dict[str, Entry]:
                 hint = _joint_hint(name, list(fields))
                 found[name] = Entry(name, fields, hint, group, MethodOptions, True)
     return found
+
+
+def _fields(config: Any) -> list[dataclasses.Field[Any]]:
+    """The fields, positional ones first, such as the adapter's method."""
+    return sorted(dataclasses.fields(config), key=lambda field: bool(field.kw_only))
 
 
 def _has_roles(field: dataclasses.Field[Any]) -> bool:
@@ -130,8 +134,11 @@ def compose(kind: Callable[..., Config], *sources: Source) -> Config:
                 continue
             if entry.option:
                 options[name] = value
-            else:
-                values[entry.group][entry.fields[""].name] = value
+                continue
+            field = entry.fields[""]
+            if field.metadata.get("single") and len(value) == 1:
+                (value,) = value
+            values[entry.group][field.name] = value
     own = values.pop("")
     holder = own
     for name, field in parts(kind).items():
@@ -195,7 +202,7 @@ def read_toml(path: Path, kind: type) -> Source:
 def flatten(config: Any) -> dict[str, Any]:
     """The settings that make a configuration what it is, as TOML can hold them."""
     values: dict[str, Any] = {}
-    for field in sorted(dataclasses.fields(config), key=lambda f: f.kw_only):
+    for field in _fields(config):
         value = getattr(config, field.name)
         if "part" in field.metadata or field.name == OPTIONS:
             if dataclasses.is_dataclass(value):

@@ -145,7 +145,9 @@ def check_agreement(config: TrainConfig, data: Data) -> None:
     )
 
 
-def held_out_batches(config: TrainConfig, data: Data, to_devices: BatchSharder) -> list[Any]:
+def held_out_batches(
+    config: TrainConfig, data: Data, to_devices: BatchSharder
+) -> list[Any]:
     """The held-out examples, on the devices."""
     made = evaluation_batches(
         data.held_out,

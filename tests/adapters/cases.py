@@ -3,6 +3,7 @@
 from typing import Any
 
 from manifold_lora.adapters import AdapterConfig
+from manifold_lora.adapters.options import inits, options_class
 from manifold_lora.methods import METHODS
 
 RANK, ALPHA = 2, 5
@@ -11,17 +12,18 @@ FEW = ["q_proj", "v_proj", "down_proj"]  # square, narrow and wide
 
 def _cases() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for name, row in METHODS.items():
-        options: list[dict[str, Any]] = [{"init": init} for init in row.inits]
-        if "fixed_a" in row.options:
+    for name in METHODS:
+        available = options_class(name)().values("adapter")
+        options: list[dict[str, Any]] = [{"init": init} for init in inits(name)]
+        if "fixed_a" in available:
             options += [{"fixed_a": kind} for kind in ("random", "projection")]
         for switch in ("diagonal_s", "diagonal_scaling"):
-            if switch in row.options:
+            if switch in available:
                 options.append({switch: True})
         for option in options:
             ((key, value),) = option.items()
             label = value if key == "init" else f"{key}={value}"
-            found[f"{name}-{label}"] = {"method": name} | option
+            found[f"{name}-{label}"] = {"method": name, "options": option}
     return found
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from manifold_lora.adapters.config import AdapterConfig, is_target, lookup
+from manifold_lora.adapters.options import inits
+from manifold_lora.adapters.stella import StellaOptions
 from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS
 
@@ -60,31 +62,55 @@ def test_alpha_is_twice_the_rank_unless_given():
 
 
 def test_the_initialisation_is_the_first_of_the_method_unless_given():
-    inits = {name: AdapterConfig(name).init for name in METHODS}
-    assert inits == {name: row.inits[0] for name, row in METHODS.items()}
-    assert AdapterConfig("stella", init="zero").init == "zero"
+    defaults = {name: AdapterConfig(name).options.init for name in METHODS}
+    assert defaults == {name: inits(name)[0] for name in METHODS}
+    assert AdapterConfig("stella", {"init": "zero"}).options.init == "zero"
+
+
+def test_options_are_those_of_the_method():
+    given = StellaOptions(diagonal_s=True)
+    assert AdapterConfig("stella", given) == AdapterConfig(
+        "stella", {"diagonal_s": 1 == 1}
+    )
+    with pytest.raises(InputError, match="lora and StellaOptions exclude each other"):
+        AdapterConfig("lora", given)
+    with pytest.raises(InputError, match="method lora has no option 'diagonal'"):
+        AdapterConfig("lora", {"diagonal": True})
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rank": 0}, "rank must be at least 1, got 0 for rank"),
-        ({"rank_pattern": {"q_proj": -2}}, "got -2 for q_proj"),
-        ({"alpha": 0}, "alpha must be positive, got 0 for alpha"),
-        ({"alpha": float("nan")}, "alpha must be positive, got nan"),
-        ({"alpha": float("inf")}, "alpha must be positive, got inf"),
-        ({"alpha_pattern": {"v_proj": -1.0}}, "got -1.0 for v_proj"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        (
+            {"rank_pattern": {"q_proj": -2}},
+            "rank_pattern for q_proj must be at least 1, got -2",
+        ),
+        ({"alpha": 0}, "alpha must be a positive number, got 0"),
+        ({"alpha": float("nan")}, "alpha must be a positive number, got nan"),
+        ({"alpha": float("inf")}, "alpha must be a positive number, got inf"),
+        (
+            {"alpha_pattern": {"v_proj": -1.0}},
+            "alpha_pattern for v_proj must be a positive number, got -1.0",
+        ),
         ({"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
         ({"dropout": -0.1}, "dropout must be in [0, 1), got -0.1"),
         ({"targets": []}, "at least one module"),
         ({"targets": ""}, "at least one module"),
-        ({"method": "lora", "fixed_a": "both"}, "no fixed_a 'both'"),
         (
-            {"method": "lora", "init": "orthogonal", "rank": 3},
+            {"method": "lora", "options": {"fixed_a": "both"}},
+            "fixed_a must be one of random, projection, got 'both'",
+        ),
+        (
+            {"method": "lora", "options": {"init": "orthogonal"}, "rank": 3},
             "init orthogonal needs even ranks, got 3",
         ),
         (
-            {"method": "lora", "init": "orthogonal", "rank_pattern": {"q_proj": 5}},
+            {
+                "method": "lora",
+                "options": {"init": "orthogonal"},
+                "rank_pattern": {"q_proj": 5},
+            },
             "even ranks, got 5",
         ),
     ],
@@ -96,7 +122,7 @@ def test_values_out_of_range(given: dict[str, Any], message: str):
 
 
 def test_every_bad_value_is_named_at_once():
-    with pytest.raises(InputError, match=r"rank .* 0 .*alpha .* -1.*dropout .* 2"):
+    with pytest.raises(InputError, match=r"rank .* 0.*alpha .* -1.*dropout .* 2"):
         AdapterConfig(rank=0, alpha=-1, dropout=2)
 
 

@@ -108,7 +108,7 @@ def test_truncation_keeps_the_rank_that_every_layer_needs(
         targets=SOME,
         rank_pattern=PATTERN,
         alpha_pattern=alphas,
-        diagonal_scaling=scaled,
+        options={"diagonal_scaling": scaled},
     )
     attach(model := tiny.base(), given)
     if scaled:

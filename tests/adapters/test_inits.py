@@ -9,6 +9,7 @@ import pytest
 
 from manifold_lora.adapters import AdapterConfig, adapters, attach, factors
 from manifold_lora.adapters.loram_fr import S0
+from manifold_lora.adapters.options import inits
 from manifold_lora.methods import METHODS
 from tests import adapters as tiny
 from tests.adapters.cases import (
@@ -192,7 +193,7 @@ def test_a_fixed_factor_is_not_trained(case: str):
 
 @pytest.mark.parametrize("method", ["dora", "stiefel_dora"])
 def test_magnitudes_are_the_lengths_of_the_rows(method: str):
-    for w, x in initialised(f"{method}-{METHODS[method].inits[0]}"):
+    for w, x in initialised(f"{method}-{inits(method)[0]}"):
         np.testing.assert_allclose(
             x["m"], np.linalg.norm(w, axis=1), rtol=FLOAT32, atol=0
         )

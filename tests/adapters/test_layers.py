@@ -204,7 +204,7 @@ def outputs(module: Any, x: jax.Array) -> jax.Array:
 
 
 def test_diagonals_of_a_layer_that_is_not_adapted_are_not_trained():
-    given = AdapterConfig("lora", rank=3, diagonal_scaling=True)
+    given = AdapterConfig("lora", rank=3, options={"diagonal_scaling": True})
     kernel = np.random.default_rng(2).normal(size=(3, IN, OUT)).astype(np.float32)
     module = ScaledLinear(
         adapter_class("lora")(
@@ -235,7 +235,7 @@ def test_diagonals_of_a_layer_that_is_not_adapted_are_not_trained():
 def test_a_target_may_leave_out_any_layer():
     """An expression for some layers and an initialisation that needs even ranks."""
     only = r"model\.layers\.1\..*q_proj"
-    given = AdapterConfig("lora", rank=2, init="orthogonal", targets=only)
+    given = AdapterConfig("lora", rank=2, options={"init": "orthogonal"}, targets=only)
     attach(model := tiny.base(), given)
     assert adapters(model)["self_attn.q_proj"].ranks == (0, 2, 0)
 
@@ -243,11 +243,13 @@ def test_a_target_may_leave_out_any_layer():
 def test_init_zero_needs_one_rank():
     """Its retraction would mix the columns of a layer with its padding."""
     pattern = {r"layers\.1\.self_attn\.q_proj": 4}
-    given = AdapterConfig("loram_fr", rank=2, init="zero", rank_pattern=pattern)
+    given = AdapterConfig(
+        "loram_fr", rank=2, options={"init": "zero"}, rank_pattern=pattern
+    )
     with pytest.raises(InputError, match="q_proj: loram_fr .* 2, 4: take .* identity"):
         attach(tiny.base(), given)
     some = AdapterConfig(
-        "loram_fr", rank=2, init="zero", targets=r"model\.layers\.[02]\..*v_proj"
+        "loram_fr", {"init": "zero"}, rank=2, targets=r"model\.layers\.[02]\..*v_proj"
     )
     attach(model := tiny.base(), some)
     assert adapters(model)["self_attn.v_proj"].ranks == (2, 0, 2)

@@ -14,6 +14,7 @@ from flax import nnx
 import manifold_lora as ml
 from manifold_lora.adapters import AdapterConfig, adapters, attach
 from manifold_lora.adapters.lora import LoRALinear
+from manifold_lora.adapters.options import inits
 from manifold_lora.checkpoints.huggingface import hf_tensors, load_llama, save_llama
 from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS
@@ -24,7 +25,7 @@ from tests.adapters.cases import ALPHA, CASES, FEW, RANK, config
 from tests.tolerances import FLOAT32, LOGITS
 
 # One of every form of y; all cases are compared layer by layer in test_gradients.
-FORMS = [f"{method}-{row.inits[0]}" for method, row in METHODS.items()]
+FORMS = [f"{method}-{inits(method)[0]}" for method in METHODS]
 FORMS += ["lora-pissa", "lora-diagonal_scaling=True", "stella-diagonal_s=True"]
 
 
