@@ -166,4 +166,6 @@ def _full_match(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise InputError(f"{pattern!r} is no regular expression: {error}.") from error
+        raise InputError(
+            f"{pattern!r} is not a regular expression: {error}."
+        ) from error

@@ -26,7 +26,7 @@ class Weight(NamedTuple):
 
 
 def effective_rank(x: np.ndarray) -> np.ndarray:
-    """Entropy effective rank exp(−Σ p log p), p = σ/Σσ, one number a batch entry.
+    """Entropy effective rank exp(−Σ p log p), p = σ/Σσ, one number per batch entry.
 
     r for orthonormal columns; near 1 where one direction has taken over; 0 for a
     matrix of zeros.
@@ -48,9 +48,9 @@ def effective_rank(x: np.ndarray) -> np.ndarray:
 
 
 def stable_rank(x: np.ndarray) -> np.ndarray:
-    """Stable rank ‖x‖_F²/‖x‖₂² = Σσ²/σ₁², one number a batch entry.
+    """Stable rank ‖x‖_F²/‖x‖₂² = Σσ²/σ₁², one number per batch entry.
 
-    Less moved by small singular values than `effective_rank`, and never above the
+    Less affected by small singular values than `effective_rank`, and never above the
     rank; 0 for a matrix of zeros.
 
     Args:
@@ -93,7 +93,7 @@ def core(b: np.ndarray, a: np.ndarray) -> np.ndarray:
     """A small matrix with the non-zero singular values of b aᵀ.
 
     With b = Q_b R_b and a = Q_a R_a it is R_b R_aᵀ, so that everything above can be
-    asked of a product of tall matrices that is itself too large to form.
+    computed of a product of tall matrices that is too large to form.
 
     Args:
         b: (…, m, r).
@@ -182,7 +182,7 @@ def largest_weights(b: np.ndarray, a: np.ndarray, count: int = 5) -> list[Weight
     """The entries of b aᵀ that are largest in absolute value, largest first.
 
     The product is formed in blocks of rows, so that memory stays at 64 MiB for any
-    model. They are found in float32 and given in float64.
+    model. They are searched for in float32 and returned in float64.
 
     Args:
         b: (m, r).
@@ -197,8 +197,8 @@ def largest_weights(b: np.ndarray, a: np.ndarray, count: int = 5) -> list[Weight
     left, right = b.astype(np.float32), a.astype(np.float32).T
     height = max(1, _BLOCK // (4 * right.shape[1]))
     tops = []
-    for start in range(0, len(left), height):
-        block = left[start : start + height] @ right
+    for row in range(0, len(left), height):
+        block = left[row : row + height] @ right
         tops.append(np.maximum(block.max(axis=1), -block.min(axis=1)))
     # The largest entries lie in the rows whose largest entries are largest.
     rows = np.argsort(-np.concatenate(tops), kind="stable")[:count]

@@ -24,7 +24,10 @@ from manifold_lora.manifolds import Oblique, Stiefel, truncate
 
 @contextmanager
 def as_exported(
-    model: Any, *, project: bool = False, truncate_below: float | None = None
+    model: Any,
+    *,
+    project_on_export: bool = False,
+    truncate_below: float | None = None,
 ) -> Iterator[float]:
     """Hold the adapters as they are to be exported, within the block.
 
@@ -33,8 +36,8 @@ def as_exported(
 
     Args:
         model: a `Llama` with adapters.
-        project: project factors that were only attracted to their manifold to the
-            nearest point on it.
+        project_on_export: project factors that were only attracted to their manifold
+            to the nearest point on it.
         truncate_below: drop the singular values of A Vᵀ below this, of points of
             `BoundedRank`; every layer keeps the rank that it needs, at least 1.
 
@@ -53,7 +56,7 @@ def as_exported(
     share = 0.0
     trained = factors(model)
     try:
-        if project:
+        if project_on_export:
             for module in own.values():
                 _project(module)
         if truncate_below is not None:

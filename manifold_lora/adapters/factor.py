@@ -53,11 +53,11 @@ class Factor:
         """The manifold that the optimiser sees: of the point, if this is a part."""
         return self.manifold if self.part_of is None else self.part_of
 
-    def shape(self, sizes: Mapping[Axis, int]) -> tuple[int, ...]:
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of the array of one layer, without padding."""
         return tuple(sizes[axis] for axis in self.axes)
 
-    def unpadded(self, x: Any, sizes: Mapping[Axis, int]) -> Any:
+    def unpadded(self, x: Any, sizes: Mapping[str, int]) -> Any:
         """The array without what pads it along the axes in `sizes`.
 
         Args:

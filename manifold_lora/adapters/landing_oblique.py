@@ -13,7 +13,7 @@ from manifold_lora.manifolds import Oblique
 
 
 class LandingObliqueLinear(LoRALinear):
-    """y = W x + s B (Aᵀ x), with columns of B pulled to length 1, in any directions.
+    """y = W x + s B (Aᵀ x), with columns of B attracted to length 1, in any directions.
 
     The weaker constraint of Manifold-LoRA ("sphere" in its tables): columns may
     become parallel. Otherwise as `LandingStiefelLinear`.

@@ -63,7 +63,7 @@ class LandingOptions(WrapperOptions):
 
 
 class LandingStiefelLinear(StiefelLinear):
-    """y = W x + s B (Aᵀ x), with B pulled to orthonormal columns but not held there.
+    """y = W x + s B (Aᵀ x), with B attracted to orthonormal columns but not held there.
 
     Trained by `manifold_lora.landing_adamw`, without retraction: B is near the
     manifold, not on it. It is initialised as Stiefel-LoRA, with B orthonormal and

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from manifold_lora.adapters.config import AdapterConfig
-from manifold_lora.adapters.factor import Axis, Factor
+from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.options import MethodOptions
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.errors import InputError
@@ -139,10 +139,7 @@ class LowRankLinear(nnx.Module):
 
     def factor(self, name: str) -> jax.Array:
         """The array of that name without the rows that only pad it."""
-        sizes: dict[Axis, int] = {
-            "in": self.base.in_features,
-            "out": self.base.out_features,
-        }
+        sizes = {"in": self.base.in_features, "out": self.base.out_features}
         declared = self.factors(self.config)[name]
         return declared.unpadded(getattr(self, name)[...], sizes)
 
@@ -243,5 +240,6 @@ class LowRankLinear(nnx.Module):
     def _mesh_axes(self, factor: Factor) -> tuple[str | None, ...]:
         """The names of the axes of a stacked array, which decide how it is sharded."""
         layers = ("layers",) * len(self.scale.shape)
+        base: dict[str, str | None]
         base = dict(zip(("in", "out"), self.base.axes, strict=True))
         return (*layers, *(base.get(axis, axis) for axis in factor.axes))

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from manifold_lora.adapters.config import AdapterConfig, lookup
-from manifold_lora.adapters.factor import Axis, Factor
+from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.options import adapter_class, fields_by_option
 from manifold_lora.checkpoints.huggingface import read_json
 from manifold_lora.errors import InputError, nearest
@@ -345,7 +345,7 @@ def _agree(
     tensors: Tensors,
 ) -> bool:
     """Whether the factors are what was exported as the tensors of PEFT's file."""
-    sizes: dict[Axis, int] = {
+    sizes = {
         "in": module.a.shape[0],
         "out": module.b.shape[0],
         "rank": module.rank,
@@ -354,8 +354,10 @@ def _agree(
         x = module.factors[name]
         if x.shape != factor.shape(sizes):
             return False
-        exported = x if factor.peft is None else tensors.get(factor.peft)
-        if not np.array_equal(x, exported, equal_nan=True):
+        if factor.peft is not None and not (
+            factor.peft in tensors
+            and np.array_equal(x, tensors[factor.peft], equal_nan=True)
+        ):
             return False
     product = adapter_class(settings.method).product
     pair = map(np.asarray, product(jax.tree.map(jnp.asarray, module.factors)))

@@ -26,6 +26,7 @@ from manifold_lora.adapters.attach import (
     projections,
 )
 from manifold_lora.adapters.low_rank import LowRankLinear
+from manifold_lora.adapters.options import inits
 from manifold_lora.checkpoints.adapter_file import (
     CONFIG,
     EXTRA,
@@ -155,9 +156,9 @@ def _peft_config(
             # A fixed correction doubles the rank, and must not halve the scale.
             alpha = module.alphas[layer] * (times**0.5 if config.rslora else times)
             written[full] = (rank, alpha)
-        whole = len(layers) == len(module.ranks)
-        targets |= {name.rpartition(".")[2]} if whole else set(ranks[name])
-        alike = whole and len({written[full] for full in ranks[name]}) == 1
+        complete = len(layers) == len(module.ranks)
+        targets |= {name.rpartition(".")[2]} if complete else set(ranks[name])
+        alike = complete and len({written[full] for full in ranks[name]}) == 1
         names |= {full: name if alike else full for full in ranks[name]}
     rank, alpha = (
         Counter(column).most_common(1)[0][0]
@@ -233,7 +234,9 @@ def _adapter(model: Llama, name: str, linear: Any, file: AdapterFile) -> LowRank
     cls = adapter_class(file.method)
     modules = [file.modules.get(full) for full in full_names(model, name)]
     present = next(module.factors for module in modules if module is not None)
-    plain = dataclasses.replace(file.config, init=None)
+    # The default initialisation is cheap: others need the SVD of the kernel.
+    options = dataclasses.replace(file.config.options, init=inits(file.method)[0])
+    plain = dataclasses.replace(file.config, options=options)
     layers: list[dict[str, np.ndarray]] = []
     for layer, module in enumerate(modules):
         if module is not None:

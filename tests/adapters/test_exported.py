@@ -16,7 +16,7 @@ from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.models import Llama
 from manifold_lora.training.step import largest_residual
 from tests import adapters as tiny
-from tests.adapters import by_hand
+from tests.adapters import formulas
 from tests.adapters.cases import FEW
 from tests.tolerances import FLOAT32, LOGITS, RESIDUAL
 
@@ -55,7 +55,7 @@ def test_what_only_landed_is_put_on_its_manifold(method: str, tmp_path: Path):
     before, trained = ml.factors(model), tiny.arrays(model)
     tags = ml.manifold_tree(model)
     assert largest_residual(tags, before) > 0.01
-    with as_exported(model, project=True) as discarded:
+    with as_exported(model, project_on_export=True) as discarded:
         assert discarded == 0
         assert largest_residual(tags, ml.factors(model)) < RESIDUAL
         for full, x in tiny.arrays(model).items():
@@ -135,9 +135,9 @@ def test_truncation_keeps_the_rank_that_every_layer_needs(
             needed = truncated[full]["a"] @ truncated[full]["v"].T
             assert tiny.error(x["a"] @ x["v"].T, needed) < FLOAT32
         # every layer keeps its own s, whatever its new rank
-        diagonals = by_hand.diagonals(model)
+        diagonals = formulas.diagonals(model)
         assert bool(diagonals) == scaled
-        weights = by_hand.weights("loram_br", truncated, scales, diagonals)
+        weights = formulas.weights("loram_br", truncated, scales, diagonals)
         if not rslora:
             assert tiny.error(tiny.logits(model), tiny.needed_logits(weights)) < LOGITS
         else:

@@ -17,7 +17,7 @@ from manifold_lora.adapters.scaled import ScaledLinear
 from manifold_lora.manifolds import FixedRank
 from manifold_lora.models import Linear
 from tests import adapters as tiny
-from tests.adapters import by_hand
+from tests.adapters import formulas
 from tests.adapters.cases import ALPHA, CASES, RANK, config
 from tests.tolerances import FLOAT32, FLOAT64
 
@@ -46,7 +46,7 @@ def layer(case: str) -> tuple[nnx.Module, Any, Arrays]:
             drawn = tiny.drawn(rng, name, x)
             variable.set_value(jnp.asarray(drawn, jnp.float32))
     module = inner
-    if given.diagonal_scaling:
+    if given.merge_only:
         module = ScaledLinear(inner)
         for diagonal in (module.d1, module.d2):
             diagonal.set_value(jnp.asarray(rng.uniform(0.5, 1.5, diagonal.shape)))
@@ -108,12 +108,12 @@ def test_outputs_and_gradients_are_those_of_the_formula(case: str):
     d: dict[str, Any] = {}
     if isinstance(module, ScaledLinear):
         d = {k: np.asarray(getattr(module, k)[...], np.float64) for k in ("d1", "d2")}
-    constant = by_hand.lengths(w, arrays, SCALE) if "dora" in method else None
+    constant = formulas.row_norms(w, arrays, SCALE) if "dora" in method else None
 
     def weight(x: Arrays) -> np.ndarray:
-        new = by_hand.NEW_WEIGHT[method](w, x, SCALE)
+        new = formulas.NEW_WEIGHT[method](w, x, SCALE)
         if constant is not None:  # the lengths are constant for the gradient
-            new = new * (by_hand.lengths(w, x, SCALE) / constant)[:, None]
+            new = new * (formulas.row_norms(w, x, SCALE) / constant)[:, None]
         return new + x["d1"][:, None] * w * x["d2"] - w if "d1" in x else new
 
     arrays |= d

@@ -21,7 +21,7 @@ from manifold_lora.methods import METHODS
 from manifold_lora.models import Linear
 from manifold_lora.training.step import largest_residual
 from tests import adapters as tiny
-from tests.adapters import by_hand
+from tests.adapters import formulas
 from tests.adapters.cases import CASES, CHANGED, ROUNDED
 from tests.tolerances import FLOAT32, RESIDUAL
 
@@ -84,14 +84,14 @@ def stack(method: str) -> tuple[LowRankLinear, list[LowRankLinear]]:
 def trained(module: LowRankLinear, alone: list[LowRankLinear], method: str) -> Any:
     """The factors before and after some steps of one optimiser, and all gradients."""
     modules = {"stack": module, "0": alone[0], "1": alone[1]}
-    graphs, factors, rests, tags = {}, {}, {}, {}
+    graphs, factors, rests, manifolds = {}, {}, {}, {}
     for name, one in modules.items():
         graphs[name], state, rests[name] = nnx.split(one, nnx.LoRAParam, ...)
         factors[name] = nnx.to_pure_dict(state)
         own = tags(one.factors(one.config))
         first = own[min(own)]
-        tags[name] = first if first.parts else own
-    tx = OPTIMIZERS[method](tags)
+        manifolds[name] = first if first.parts else own
+    tx = OPTIMIZERS[method](manifolds)
 
     def output(name: str, factors: Any, rest: Any) -> jax.Array:
         state = nnx.state(modules[name], nnx.LoRAParam)
@@ -163,7 +163,7 @@ def test_a_padded_layer_trains_as_one_of_its_own_rank(method: str):
         if rank:
             w = np.asarray(module.base.kernel[...], np.float64)[layer].T
             x = {k: a.astype(np.float64) for k, a in module.arrays()[layer].items()}
-            new = by_hand.NEW_WEIGHT[method](w, x, ALPHAS[layer] / rank)
+            new = formulas.NEW_WEIGHT[method](w, x, ALPHAS[layer] / rank)
             assert tiny.error(w + update, new) < FLOAT32
 
 
@@ -181,7 +181,7 @@ def test_layers_of_other_ranks_equal_their_base_at_initialisation_or_are_listed(
     cls = adapter_class(given.method)
     ranks = (2, 0, 2) if case == "loram_fr-zero" else RANKS
     module = cls(base, given, ranks=ranks, alphas=ALPHAS, key=jax.random.key(0))
-    outer = ScaledLinear(module) if given.diagonal_scaling else module
+    outer = ScaledLinear(module) if given.merge_only else module
 
     @jax.jit
     def run(x: jax.Array) -> Any:

@@ -20,7 +20,7 @@ from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS
 from manifold_lora.models import Linear
 from tests import adapters as tiny
-from tests.adapters import by_hand
+from tests.adapters import formulas
 from tests.adapters.cases import ALPHA, CASES, FEW, RANK, config
 from tests.tolerances import FLOAT32, LOGITS
 
@@ -37,9 +37,9 @@ def test_logits_are_those_of_the_formula(case: str, tmp_path: Path):
     attach(model, config(case, targets=targets))
     found = tiny.arrays(tiny.randomize(model))
     assert len(found) == tiny.LAYERS * (7 if targets == "all-linear" else 3)
-    method, diagonals = CASES[case]["method"], by_hand.diagonals(model)
+    method, diagonals = CASES[case]["method"], formulas.diagonals(model)
     assert bool(diagonals) == case.endswith("diagonal_scaling=True")
-    weights = by_hand.weights(method, found, ALPHA / RANK, diagonals)
+    weights = formulas.weights(method, found, ALPHA / RANK, diagonals)
     needed = tiny.needed_logits(weights)
     assert tiny.error(needed, tiny.needed_logits(tiny.TENSORS)) > 0.5
     got = tiny.logits(model)
@@ -62,7 +62,7 @@ def test_logits_are_those_of_the_formula(case: str, tmp_path: Path):
 def test_rslora_scales_by_the_root(method: str):
     attach(model := tiny.base(), AdapterConfig(method, rank=2, alpha=5, rslora=True))
     found = tiny.arrays(tiny.randomize(model))
-    needed = tiny.needed_logits(by_hand.weights(method, found, 5 / math.sqrt(2)))
+    needed = tiny.needed_logits(formulas.weights(method, found, 5 / math.sqrt(2)))
     assert tiny.error(tiny.logits(model), needed) < LOGITS
 
 

@@ -15,7 +15,7 @@ from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS
 from tests import adapters as tiny
-from tests.adapters import by_hand
+from tests.adapters import formulas
 from tests.adapters.cases import ALPHA, CASES, FEW, RANK, config
 from tests.checkpoints.peft_files import CONFIG, EXTRA, FACTORS, WEIGHTS, read, same
 from tests.tolerances import FLOAT32
@@ -78,7 +78,7 @@ def check_function(name: str, path: Path, found: Any) -> None:
         alpha = 1.5 if "-layers" in name and full.endswith("1.mlp.down_proj") else 5
         scale = alpha / (rank**0.5 if given.rslora else rank)
         assert module.scale == pytest.approx(scale)
-        needed = by_hand.NEW_WEIGHT[given.method](w, found[full], scale)
+        needed = formulas.NEW_WEIGHT[given.method](w, found[full], scale)
         stem = f"base_model.model.{full}"
         a, b = (tensors[f"{stem}.lora_{x}.weight"].astype(np.float64) for x in "AB")
         new = w + module.scale * b @ a

@@ -15,7 +15,7 @@ from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Euclidean, Stiefel
 from tests import adapters as tiny
-from tests.adapters import by_hand
+from tests.adapters import formulas
 from tests.checkpoints.peft_files import CONFIG, WEIGHTS, read, same
 from tests.tolerances import FLOAT32, LOGITS
 
@@ -82,7 +82,7 @@ def test_it_is_stella_with_the_same_function(
             np.testing.assert_array_equal(part, found[full][name])
     scale = 3 / (math.sqrt(2) if rslora else 2)
     wide = {f: {k: a.astype("f8") for k, a in x.items()} for f, x in found.items()}
-    needed = by_hand.weights("stella", wide, scale)
+    needed = formulas.weights("stella", wide, scale)
     assert tiny.error(tiny.logits(model), tiny.needed_logits(needed)) < LOGITS
     # and saved by us it is plain LoRA to others, and the same to us
     save_adapter(model, tmp_path / "b")

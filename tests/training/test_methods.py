@@ -113,5 +113,5 @@ def test_a_saved_adapter_goes_on_bit_for_bit(method: str, tmp_path: Path):
         assert max(residuals) < RESIDUAL
         return
     assert RESIDUAL < max(residuals) < 0.05  # near the manifold
-    with as_exported(model, project=True):
+    with as_exported(model, project_on_export=True):
         assert largest_residual(tags, ml.factors(model)) < RESIDUAL

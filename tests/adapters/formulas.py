@@ -1,4 +1,4 @@
-"""What every method makes of W, written a second time in float64 NumPy."""
+"""A NumPy reference in float64: the adapted weight of every method."""
 
 from collections.abc import Callable, Mapping
 
@@ -19,12 +19,12 @@ def two_factors(w: np.ndarray, x: Arrays, s: float) -> np.ndarray:
     return total - s * x["b0"] @ x["a0"].T if "b0" in x else total
 
 
-def lengths(w: np.ndarray, x: Arrays, s: float) -> np.ndarray:
+def row_norms(w: np.ndarray, x: Arrays, s: float) -> np.ndarray:
     return np.sqrt((two_factors(w, x, s) ** 2).sum(1))  # of the rows: over the inputs
 
 
-def with_lengths(w: np.ndarray, x: Arrays, s: float) -> np.ndarray:
-    return x["m"][:, None] * two_factors(w, x, s) / lengths(w, x, s)[:, None]
+def with_magnitudes(w: np.ndarray, x: Arrays, s: float) -> np.ndarray:
+    return x["m"][:, None] * two_factors(w, x, s) / row_norms(w, x, s)[:, None]
 
 
 def three_factors(w: np.ndarray, x: Arrays, s: float) -> np.ndarray:
@@ -38,9 +38,9 @@ def bounded(w: np.ndarray, x: Arrays, s: float) -> np.ndarray:
 
 NEW_WEIGHT: dict[str, Callable[[np.ndarray, Arrays, float], np.ndarray]] = {
     "lora": two_factors,
-    "dora": with_lengths,
+    "dora": with_magnitudes,
     "stiefel": two_factors,
-    "stiefel_dora": with_lengths,
+    "stiefel_dora": with_magnitudes,
     "stella": three_factors,
     "loram_fr": three_factors,
     "loram_br": bounded,
@@ -51,19 +51,19 @@ NEW_WEIGHT: dict[str, Callable[[np.ndarray, Arrays, float], np.ndarray]] = {
 
 def diagonals(model: Llama) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """D₁ and D₂ of every layer of a projection that has them, by full name."""
-    found = {}
+    by_layer = {}
     for name, parent, attribute in projections(model):
         module = getattr(parent, attribute)
         if isinstance(module, ScaledLinear):
             d1, d2 = (np.asarray(d[...], np.float64) for d in (module.d1, module.d2))
             for layer in range(tiny.LAYERS):
-                found[f"model.layers.{layer}.{name}"] = d1[layer], d2[layer]
-    return found
+                by_layer[f"model.layers.{layer}.{name}"] = d1[layer], d2[layer]
+    return by_layer
 
 
 def weights(
     method: str,
-    found: Mapping[str, Arrays],
+    factors: Mapping[str, Arrays],
     scale: Scale,
     scaled: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Tensors:
@@ -71,12 +71,12 @@ def weights(
 
     Args:
         method: its name.
-        found: the factors by full name, from `tiny.arrays`.
+        factors: the arrays by full name, from `tiny.arrays`.
         scale: alpha/r or alpha/√r.
         scaled: D₁ and D₂ by full name, from `diagonals`.
     """
     tensors = {name: np.asarray(x, np.float64) for name, x in tiny.TENSORS.items()}
-    for full, x in found.items():
+    for full, x in factors.items():
         s = scale[full] if isinstance(scale, Mapping) else scale
         w = tensors[f"{full}.weight"]
         new = NEW_WEIGHT[method](w, x, s)
