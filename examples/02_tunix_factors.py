@@ -51,7 +51,7 @@ spec = dataclasses.replace(ml.QWIX_LORA, layer_axes=(0,))
 for a, b in spec.pairs(params):
     print(f"{a} and {b}")
 # B = 0, where LoRA starts, is not orthonormal: take a random B, and A = 0.
-params = spec.start(b_key, params, b=ml.Stiefel())
+params = spec.init(b_key, params, b=ml.Stiefel())
 manifolds = spec.manifolds(b=ml.Stiefel())
 schedule = optax.cosine_decay_schedule(5e-2, 300)
 tx = spec.tall(ml.riemannian(optax.adam(schedule), manifolds))

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from manifold_lora.models import LlamaConfig as LlamaConfig
     from manifold_lora.optimizers import NNX_LORA as NNX_LORA
     from manifold_lora.optimizers import QWIX_LORA as QWIX_LORA
+    from manifold_lora.optimizers import FactorDims as FactorDims
     from manifold_lora.optimizers import FactorSpec as FactorSpec
+    from manifold_lora.optimizers import FactorTree as FactorTree
     from manifold_lora.optimizers import landing as landing
     from manifold_lora.optimizers import landing_adamw as landing_adamw
     from manifold_lora.optimizers import lora_plus as lora_plus
@@ -70,7 +72,9 @@ _HOMES = {
     ],
     "models": ["Llama", "LlamaConfig"],
     "optimizers": [
+        "FactorDims",
         "FactorSpec",
+        "FactorTree",
         "NNX_LORA",
         "QWIX_LORA",
         "landing",

@@ -16,6 +16,7 @@ from manifold_lora.optimizers.riemannian import like, wide
 from manifold_lora.optimizers.tree import (
     Manifolds,
     check_points,
+    check_update,
     is_manifold,
     map_points,
     map_together,
@@ -143,10 +144,7 @@ def projected(owner: str, manifolds: Manifolds) -> optax.GradientTransformation:
         return optax.EmptyState()
 
     def update(updates, state, params=None):
-        if params is None:
-            raise ValueError(
-                f"{owner} needs the parameters: call update(grads, state, params)."
-            )
+        check_update(owner, updates, params)
         tree = resolve(manifolds, params)
         return map_points(project, tree, params, updates), state
 

@@ -28,8 +28,8 @@ def landing_adamw(
     learning_rate: optax.ScalarOrSchedule,
     manifolds: Manifolds,
     *,
-    attraction: float = 1.0,
-    penalty_scaled_by_learning_rate: bool = True,
+    penalty_weight: float = 1.0,
+    attraction: optax.ScalarOrSchedule | None = None,
     norm_rule: NormRule = "inverse_square",
     lower: float = 0.5,
     upper: float = 4.0,
@@ -49,7 +49,7 @@ def landing_adamw(
         d ← AdamW(g) · clip(1/‖other‖₂², lower, upper)
         A ← A + d
         B ← B + v,   v = d − B sym(Bᵀd)         shortened to ‖v‖₂ ≤ max_step
-        B ← B − lr·μ·4 B(BᵀB − I)               the gradient of ‖BᵀB − I‖²
+        B ← B − lr·ω·4 B(BᵀB − I)               the gradient of ω‖BᵀB − I‖²
 
     Use it where the paper's numbers are wanted; `landing` with μ = ½ stays closer to
     the manifold, and `stiefel_lora` on it. The steps of each factor shrink as the
@@ -74,10 +74,11 @@ def landing_adamw(
         learning_rate: of all leaves; the paper's 2e-4 to 3e-3.
         manifolds: prefix tree of the parameters with `Stiefel`, `Oblique` and
             `Euclidean`, or a function to one.
-        attraction: μ; the paper's tables have 0.8 to 1.2.
-        penalty_scaled_by_learning_rate: pull by lr·μ·4 B(BᵀB − I), never more than
-            half of B(BᵀB − I), beyond which it overshoots. False: by μ B(BᵀB − I),
-            for μ between 0 and 1; ½ lands fastest.
+        penalty_weight: ω > 0 of the penalty ‖BᵀB − I‖², the paper's μ; its tables
+            have 0.8 to 1.2. The step 4·lr·ω B(BᵀB − I) is limited to half of
+            B(BᵀB − I), beyond which it overshoots.
+        attraction: μ as in `landing`: step by μ B(BᵀB − I) whatever the learning rate;
+            penalty_weight is then unused. ½ lands fastest.
         norm_rule: "inverse_square", clip(1/‖other‖₂², lower, upper), by the
             Lipschitz constants; or "literal", clip(‖other‖₂, lower, upper).
         lower: the smallest multiple of the learning rate.
@@ -119,12 +120,11 @@ def landing_adamw(
                 f"lower={lower} and upper={upper}."
             )
     check_positive("landing_adamw", "max_step", max_step)
-    check_positive("landing_adamw", "attraction", attraction)
+    check_positive("landing_adamw", "penalty_weight", penalty_weight)
+    check_attraction("landing_adamw", attraction)
     mu: Any = attraction
-    if penalty_scaled_by_learning_rate:
-        mu = _scaled_by_rate(attraction, learning_rate)
-    else:
-        check_attraction("landing_adamw", attraction)
+    if attraction is None:
+        mu = _attraction_of_penalty(penalty_weight, learning_rate)
 
     def free(params: Any) -> Any:
         tree = resolve(manifolds, params)
@@ -141,14 +141,14 @@ def landing_adamw(
     )
 
 
-def _scaled_by_rate(attraction: Any, rate: optax.ScalarOrSchedule) -> Any:
-    """4·lr·μ, at most ½; a schedule where the rate is one."""
+def _attraction_of_penalty(weight: Any, rate: optax.ScalarOrSchedule) -> Any:
+    """μ = 4·lr·ω, at most ½; a schedule where the rate is one."""
 
-    def pull(rate: Any) -> Any:
-        mu = 4 * attraction * rate
+    def at(rate: Any) -> Any:
+        mu = 4 * weight * rate
         return min(mu, 0.5) if isinstance(mu, float) else jnp.minimum(mu, 0.5)
 
-    return (lambda count: pull(rate(count))) if callable(rate) else pull(rate)
+    return (lambda count: at(rate(count))) if callable(rate) else at(rate)
 
 
 def _balanced(

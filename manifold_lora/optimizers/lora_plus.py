@@ -6,12 +6,13 @@ from typing import Any
 import optax
 
 from manifold_lora.errors import InputError
-from manifold_lora.optimizers.specs import FactorSpec, Site
+from manifold_lora.optimizers.factor_tree import Factor, factor_tree
+from manifold_lora.optimizers.tree import check_update
 
 
 def lora_plus(
     learning_rate: optax.ScalarOrSchedule,
-    pairs: FactorSpec,
+    pairs: Any,
     *,
     ratio: float = 16.0,
     b1: float = 0.9,
@@ -38,7 +39,8 @@ def lora_plus(
 
     Args:
         learning_rate: of A and of all other leaves; a number or a schedule.
-        pairs: the names of the factors; `FactorSpec()` for this library's.
+        pairs: a `FactorTree` or a tree of `FactorDims`; `FactorSpec()` for this
+            library's factors.
         ratio: λ > 0, the rate of B divided by that of A; the paper's 16.
         b1: decay of the first moment.
         b2: decay of the second moment.
@@ -75,21 +77,19 @@ def lora_plus(
     def adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
         return optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
 
+    factors = factor_tree(pairs)
     optimizer = optax.with_extra_args_support((inner or adamw)(learning_rate))
 
     def init(params: optax.Params) -> optax.OptState:
-        pairs.pairs(params)
+        factors.pairs(params)
         return optimizer.init(params)
 
-    def scaled(site: Site, u: Any) -> Any:
-        return (ratio * u).astype(u.dtype) if site.side == "b" else u
+    def scaled(factor: Factor, u: Any) -> Any:
+        return (ratio * u).astype(u.dtype) if factor.dims.side == "b" else u
 
     def update(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(
-                "lora_plus needs the parameters: call update(grads, state, params)."
-            )
+        check_update("lora_plus", updates, params)
         updates, state = optimizer.update(updates, state, params, **extra_args)
-        return pairs.map(scaled, updates), state
+        return factors.map(scaled, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -14,6 +14,7 @@ from manifold_lora.optimizers import moments
 from manifold_lora.optimizers.tree import (
     Manifolds,
     check_points,
+    check_update,
     map_points,
     map_together,
     resolve,
@@ -108,10 +109,7 @@ def riemannian(
         return state
 
     def update(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(
-                "riemannian needs the parameters: call update(grads, state, params)."
-            )
+        check_update("riemannian", updates, params)
         tree = resolve(manifolds, params)
         if gradient == "riemannian":
             updates = map_points(_gradient, tree, params, updates)

@@ -14,12 +14,13 @@ from manifold_lora.manifolds.linalg import (
     stacked,
     times,
 )
-from manifold_lora.optimizers.specs import FactorSpec, Site
+from manifold_lora.optimizers.factor_tree import Factor, FactorTree, factor_tree
+from manifold_lora.optimizers.tree import check_update
 
 
 def scaled_gd(
     learning_rate: optax.ScalarOrSchedule,
-    pairs: FactorSpec,
+    pairs: Any,
     *,
     damping: float = 1e-2,
     b1: float = 0.9,
@@ -45,7 +46,8 @@ def scaled_gd(
 
     Args:
         learning_rate: of all leaves.
-        pairs: the names and axes of the factors; `FactorSpec()` for this library's.
+        pairs: a `FactorTree` or a tree of `FactorDims`; `FactorSpec()` for this
+            library's factors.
         damping: δ > 0; B = 0 at LoRA's start makes BᵀB singular without it.
         b1: decay of the first moment.
         b2: decay of the second moment.
@@ -85,39 +87,39 @@ def scaled_gd(
     def adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
         return optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)
 
+    factors = factor_tree(pairs)
     optimizer = optax.with_extra_args_support((inner or adamw)(learning_rate))
 
     def init(params: optax.Params) -> optax.OptState:
-        pairs.pairs(params)
+        factors.pairs(params)
         return optimizer.init(params)
 
     def update(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(
-                "scaled_gd needs the parameters: call update(grads, state, params)."
-            )
-        updates = _preconditioned(updates, params, pairs, damping)
+        check_update("scaled_gd", updates, params)
+        updates = _preconditioned(updates, params, factors, damping)
         return optimizer.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _preconditioned(updates: Any, params: Any, spec: FactorSpec, damping: Any) -> Any:
+def _preconditioned(
+    updates: Any, params: Any, factors: FactorTree, damping: Any
+) -> Any:
     """Every gradient of a factor times the inverse of its partner's Gram matrix."""
     grams = {}
 
-    def gram(site: Site, x: Any) -> None:
+    def gram(factor: Factor, x: Any) -> None:
         (x,) = at_least_float32(x)
         g = matmul(x.mT, x)
-        grams[site.pair, site.side] = g + (damping * eye_like(g)).astype(g.dtype)
+        grams[factor.key] = g + (damping * eye_like(g)).astype(g.dtype)
 
-    spec.map(gram, spec.to_tall(params))
+    factors.map(gram, factors.to_tall(params))
     # One call for all matrices of a shape.
     inverses = dict(zip(grams, stacked(inverse, list(grams.values())), strict=True))
 
-    def scaled(site: Site, g: Any) -> Any:
-        if site.partner not in inverses:
+    def scaled(factor: Factor, g: Any) -> Any:
+        if factor.partner not in inverses:
             return g
-        return times(*at_least_float32(g, inverses[site.partner])).astype(g.dtype)
+        return times(*at_least_float32(g, inverses[factor.partner])).astype(g.dtype)
 
-    return spec.from_tall(spec.map(scaled, spec.to_tall(updates)), updates)
+    return factors.from_tall(factors.map(scaled, factors.to_tall(updates)), updates)

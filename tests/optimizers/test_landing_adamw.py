@@ -55,7 +55,7 @@ def constraint(x, value, oblique):
     return projected(x, value)
 
 
-def by_hand(a, b, w, *, oblique=False, literal=False, pull=None, rate=None):
+def by_hand(a, b, w, *, oblique=False, literal=False, attraction=None, rate=None):
     """Algorithm 1 for one pair, as `landing_adamw` reads it."""
     move_a, move_b = adam(1.0), adam(1.0)
     points = []
@@ -72,7 +72,7 @@ def by_hand(a, b, w, *, oblique=False, literal=False, pull=None, rate=None):
         b = b + d
         gram = transposed(b) @ b - np.eye(b.shape[-1])
         gram = gram * np.eye(b.shape[-1]) if oblique else gram
-        b = b - (4 * lr * 0.9 if pull is None else pull) * b @ gram
+        b = b - (4 * lr * 0.9 if attraction is None else attraction) * b @ gram
         points.append({"a": a, "b": b})
     return points
 
@@ -104,17 +104,17 @@ def error(points, **options):
     )
 
 
-UNSCALED = {"attraction": 0.4, "penalty_scaled_by_learning_rate": False}
+WEIGHT = {"penalty_weight": 0.9}
 READINGS = {
-    "default": (RATE, STIEFEL, {"attraction": 0.9}, {}),
+    "default": (RATE, STIEFEL, WEIGHT, {}),
     "literal": (
         RATE,
         OBLIQUE,
-        {"attraction": 0.9, "norm_rule": "literal"},
+        {**WEIGHT, "norm_rule": "literal"},
         {"oblique": True, "literal": True},
     ),
-    "unscaled": (RATE, STIEFEL, UNSCALED, {"pull": 0.4}),
-    "schedule": (schedule, STIEFEL, {"attraction": 0.9}, {"rate": schedule}),
+    "attraction": (RATE, STIEFEL, {"attraction": 0.4}, {"attraction": 0.4}),
+    "schedule": (schedule, STIEFEL, WEIGHT, {"rate": schedule}),
 }
 
 
@@ -130,7 +130,7 @@ def test_trajectory(name):
 def test_trajectory_sees_factors_scaled_by_themselves(monkeypatch):
     module = sys.modules[landing_adamw.__module__]
     monkeypatch.setattr(module, "_partners", lambda *_: {i: i for i in range(4)})
-    assert not error(trajectory(RATE, attraction=0.9)) < 1e-3
+    assert not error(trajectory(RATE, penalty_weight=0.9)) < 1e-3
 
 
 def multiples(manifolds, params, **options):
@@ -223,7 +223,7 @@ def test_bounds_and_a_partner_at_zero():
             norm_rule=rule,
             lower=0.25,
             upper=3.0,
-            attraction=1e-9,
+            penalty_weight=1e-9,
         )
         g = {"a": jnp.ones((5, 3)), "b": 1e-3 * jnp.ones((8, 3))}
         u = jax.jit(tx.update)(g, tx.init(zero), zero)[0]
@@ -253,9 +253,7 @@ def test_the_penalty_as_printed_blows_up():
         y = y - 0.9 * 4 * y @ (y.T @ y - np.eye(3))
     assert not np.max(np.abs(y)) < 1e3
     with pytest.raises(ml.InputError, match="landing_adamw needs an attraction"):
-        landing_adamw(
-            0.1, STIEFEL, attraction=1.0, penalty_scaled_by_learning_rate=False
-        )
+        landing_adamw(0.1, STIEFEL, attraction=1.0)
     # Multiplied by the rate it lands, and by any rate: it never overshoots.
     for rate in (0.1, 10.0):
         tx = landing_adamw(rate, STIEFEL, inner=lambda _: optax.set_to_zero())
@@ -268,7 +266,8 @@ def test_bad_options():
         ({"norm_rule": "square"}, "Did you mean inverse_square"),
         ({"lower": 2.0, "upper": 0.5}, "0 < lower ≤ upper"),
         ({"lower": 0.0}, "0 < lower ≤ upper"),
-        ({"attraction": 0}, "attraction above 0"),
+        ({"penalty_weight": 0}, "penalty_weight above 0"),
+        ({"attraction": 0}, "attraction between 0 and 1"),
         ({"max_step": -1}, "max_step above 0"),
     )
     for options, message in cases:

@@ -1,4 +1,4 @@
-"""Factors of other names, containers and orientations.
+"""Factors with other names, containers and orientations.
 
 The products ΔW of the layouts are NumPy's einsum on the arrays as their owners write
 them; the tall view must give the same numbers.
@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,37 +19,8 @@ from jax.sharding import AxisType
 
 import manifold_lora as ml
 from manifold_lora import NNX_LORA, QWIX_LORA, FactorSpec
-from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, RESIDUAL
-
-scanned = functools.partial(dataclasses.replace, QWIX_LORA)
-# A spec, the two shapes, the product of the two as their owner writes it, and the
-# tall shapes.
-LAYOUTS = {
-    "ours": (FactorSpec(), (2, 5, 3), (2, 8, 3), "lir,lor->loi", (5, 8)),
-    "ours-experts": (
-        FactorSpec(), (2, 4, 5, 3), (2, 4, 8, 3), "leir,leor->leoi", (5, 8),
-    ),
-    "nnx": (NNX_LORA, (5, 3), (3, 8), "ir,ro->oi", (5, 8)),
-    "nnx-vmap": (NNX_LORA, (2, 5, 3), (2, 3, 8), "lir,lro->loi", (5, 8)),
-    "qwix-query": (QWIX_LORA, (5, 3), (3, 4, 2), "dr,rnh->nhd", (5, 8)),
-    "qwix-key-value": (QWIX_LORA, (5, 3), (3, 2, 4, 2), "dr,rckh->ckhd", (5, 16)),
-    "qwix-output": (QWIX_LORA, (4, 2, 3), (3, 9), "nhr,rd->dnh", (8, 9)),
-    "scan-0": (
-        scanned(layer_axes=(0,)), (6, 5, 3), (6, 3, 4, 2), "ldr,lrnh->lnhd", (5, 8),
-    ),
-    "scan-1": (
-        scanned(layer_axes=(1,)), (5, 6, 3), (3, 6, 4, 2), "dlr,rlnh->lnhd", (5, 8),
-    ),
-    "scan-last": (
-        scanned(layer_axes=(-1,)), (5, 3, 6), (3, 4, 2, 6), "drl,rnhl->lnhd", (5, 8),
-    ),
-    "peft": (
-        FactorSpec("lora_A/weight", "lora_B/weight", a_rank_axis=0),
-        (3, 5), (8, 3), "ri,or->oi", (5, 8),
-    ),
-}  # fmt: skip
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
-
+from tests.optimizers.factor_layouts import LAYOUTS, assert_product, layouts, scanned
+from tests.tolerances import BFLOAT16, FLOAT32, RESIDUAL
 
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=FLOAT32)
 equal = np.testing.assert_array_equal
@@ -80,27 +52,18 @@ def factor(module, name):
 
 @layouts
 def test_tall_factors_have_the_product_of_their_layout(layout):
-    spec, a_shape, _, product, rows = LAYOUTS[layout]
+    spec = LAYOUTS[layout][0]
     params = drawn(layout)
     tall = spec.to_tall(params)
     a, b = names(spec)
     assert set(spec.pairs(params)) == {(f"{p}/{a}", f"{p}/{b}") for p in ("q", "k/0")}
     for old, new in ((params["q"], tall["q"]), (params["k"][0], tall["k"][0])):
-        a, b = (np.float64(factor(old, n)) for n in names(spec))
-        tall_a, tall_b = (np.asarray(factor(new, n), np.float64) for n in names(spec))
-        assert tall_a.shape[-2:] == (rows[0], 3) and tall_b.shape[-2:] == (rows[1], 3)
-        expected = np.einsum(product, a, b)
-        layers = tall_a.shape[:-2]
-        delta = tall_b @ tall_a.swapaxes(-1, -2)
-        assert delta.shape == (*layers, rows[1], rows[0])
-        np.testing.assert_allclose(
-            delta, expected.reshape(delta.shape), rtol=0, atol=FLOAT64
-        )
+        a, b = (factor(old, n) for n in names(spec))
+        assert_product(layout, a, b, *(factor(new, n) for n in names(spec)))
         assert new["scale"] is old["scale"]
     jax.tree.map(equal, spec.from_tall(tall, params), params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    abstract = spec.to_tall(shapes)
-    jax.tree.map(lambda x, y: x.shape == y.shape or 1 / 0, abstract, tall)
+    chex.assert_trees_all_equal_shapes(spec.to_tall(shapes), tall)
 
 
 def test_the_product_sees_a_wrong_axis():
@@ -118,7 +81,7 @@ def test_the_product_sees_a_wrong_axis():
 def test_an_optimiser_within_tall_is_the_one_on_tall_arrays(layout):
     spec, *_ = LAYOUTS[layout]
     oblique, free = ml.Oblique(), ml.Euclidean()
-    params = jax.jit(lambda p: spec.start(jax.random.key(0), p, b=oblique))(
+    params = jax.jit(lambda p: spec.init(jax.random.key(0), p, b=oblique))(
         drawn(layout)
     )
     tree = {"w_lora_a": free, "w_lora_b": oblique, "scale": free}
@@ -149,7 +112,7 @@ def test_an_optimiser_within_tall_is_the_one_on_tall_arrays(layout):
 def test_start():
     spec, *_ = LAYOUTS["scan-1"]  # Stiefel b, Euclidean a
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), drawn("scan-1"))
-    start = jax.jit(lambda p: spec.start(jax.random.key(0), p))(params)
+    start = jax.jit(lambda p: spec.init(jax.random.key(0), p))(params)
     for old, new in ((params["q"], start["q"]), (params["k"][0], start["k"][0])):
         jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype) or 1 / 0,
                      old, new)  # fmt: skip
@@ -309,14 +272,14 @@ ONES = np.ones
     ("spec", "params", "messages"),
     [
         (NNX_LORA, {"w": ONES((3, 2))}, ["'lora_a' or 'lora_b'", "leaves are w"]),
-        (FactorSpec(), {"alpha": ONES((3, 2))}, ["No leaf is named 'a'"]),
+        (FactorSpec(), {"alpha": ONES((3, 2))}, ["No leaf matches 'a' or 'b'"]),
         (NNX_LORA, {"q": {"lora_a": ONES((3, 2))}}, ["q/lora_a has no partner"]),
         (QWIX_LORA, {"v_lora_a": ONES((3, 2)), "w_lora_b": ONES((2, 3))},
          ["v_lora_a has no partner", "w_lora_b has no partner", "by module"]),
         (NNX_LORA, {"q": {"lora_a": ONES((3, 2))}, "k": {"lora_b": ONES((2, 3))}},
          ["q/lora_a has", "k/lora_b has"]),
         (NNX_LORA, {"lora_a": ONES((3, 2)), "lora_b": ONES((3, 2))},
-         [r"rank 2, lora_b has \(\) and 3", "Correct the axes"]),
+         [r"rank 2, lora_b has \(\) and 3", "Correct their rank_axis"]),
         (FactorSpec(), {"a": ONES((3, 2)), "b": ONES((4, 5, 2))},
          [r"a has layers \(\) and rank 2, b has \(4,\) and 2"]),
         (FactorSpec(), {"a": ONES(3), "b": ONES((5, 2))}, [r"a of shape \(3,\)"]),
@@ -330,12 +293,12 @@ def test_trees_that_do_not_fit(spec, params, messages):
         assert error.match(message)
 
 
-def test_nothing_that_matches_is_an_error_everywhere():
+def test_a_tree_without_factors_is_refused_everywhere():
     params = {"w": jnp.ones((4, 2))}
     makers = [
         lambda: NNX_LORA.tall(optax.sgd(0.1)).init(params),
         lambda: ml.riemannian(optax.sgd(0.1), NNX_LORA.manifolds()).init(params),
-        lambda: NNX_LORA.start(jax.random.key(0), params),
+        lambda: NNX_LORA.init(jax.random.key(0), params),
     ]
     for make in makers:
         with pytest.raises(ml.InputError, match="Give a FactorSpec"):
@@ -343,8 +306,8 @@ def test_nothing_that_matches_is_an_error_everywhere():
 
 
 @pytest.mark.parametrize(("a", "b"), [("a", "a"), ("*_a", "b")])
-def test_names_that_make_no_pairs(a, b):
-    with pytest.raises(ml.InputError, match="make no pairs"):
+def test_names_that_do_not_form_pairs(a, b):
+    with pytest.raises(ml.InputError, match="do not form pairs"):
         FactorSpec(a, b)
 
 
