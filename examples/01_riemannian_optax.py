@@ -32,8 +32,8 @@ def loss(params):
 
 schedule = optax.cosine_decay_schedule(3e-2, 1000)
 tx = optax.chain(
-    optax.clip_by_global_norm(1.0),  # before the geometry
-    ml.riemannian(optax.adam(schedule), manifolds),  # the last of the chain
+    optax.clip_by_global_norm(1.0),  # before riemannian
+    ml.riemannian(optax.adam(schedule), manifolds),  # last in the chain
 )
 
 
@@ -50,7 +50,9 @@ for number in range(1000):
     params, state, value = step(params, state)
     if number % 200 == 0:
         residual = float(ml.Stiefel().residual(params["x"]))
-        print(f"step {number:4}: loss {value:9.5f}, distance from St {residual:.1e}")
+        print(
+            f"step {number:4}: loss {value:9.5f}, constraint violation {residual:.1e}"
+        )
 
 best = 0 - np.linalg.eigvalsh(np.asarray(a, np.float64))[-5:].sum()
 print(f"reached {loss(params):.5f}, the optimum is {best:.5f}")

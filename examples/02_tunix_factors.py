@@ -1,12 +1,13 @@
-"""Factors with Tunix's names and shapes: an orthonormal B in a model left as it is.
+"""Factors with Tunix's names and shapes: an orthonormal B in an unmodified model.
 
     python examples/02_tunix_factors.py
 
-Qwix, which gives Tunix its LoRA, puts two factors beside a weight w: w_lora_a,
-(in, r), and w_lora_b, (r, out), where in and out may be several axes, such as heads and
-head_dim. Here the layers are scanned over axis 0 as well. A `FactorSpec` says so once;
-the optimiser then sees every B as (layers, rows, r). The toy task, least squares, has
-a known optimum: the best approximation of rank r.
+Qwix, which gives Tunix its LoRA, puts two factors beside a weight w: w_lora_a, (in, r),
+and w_lora_b, (r, out), where in and out may be several axes, such as heads and
+head_dim. Here the layers are scanned over axis 0 as well. A `FactorSpec` describes this
+once; the optimiser then sees every B as (layers, rows, r). Where names do not tell the
+factors apart, `ml.FactorTree` takes `ml.FactorDims` leaf by leaf instead. The toy task,
+least squares, has a known optimum: the best approximation of rank r.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ o_target = jax.random.normal(o_key, (layers, heads, head_dim, width)) / width**0
 
 
 def loss(params):
-    """The distance of the updates from their targets, and of the scale from 1."""
+    """Squared errors of the updates, and of the scale from 1."""
     q, o = params["attn"]["q_einsum"], params["attn"]["attn_vec_einsum"]
     q_delta = jnp.einsum("ldr,lrnh->ldnh", q["w_lora_a"], q["w_lora_b"])
     o_delta = jnp.einsum("lnhr,lrd->lnhd", o["w_lora_a"], o["w_lora_b"])
@@ -50,7 +51,7 @@ def loss(params):
 spec = dataclasses.replace(ml.QWIX_LORA, layer_axes=(0,))
 for a, b in spec.pairs(params):
     print(f"{a} and {b}")
-# B = 0, where LoRA starts, is not orthonormal: take a random B, and A = 0.
+# B = 0, LoRA's initialisation, is not orthonormal: take a random B, and A = 0.
 params = spec.init(b_key, params, b=ml.Stiefel())
 manifolds = spec.manifolds(b=ml.Stiefel())
 schedule = optax.cosine_decay_schedule(5e-2, 300)
@@ -67,7 +68,7 @@ def step(params, state):
 
 @jax.jit
 def residual(params):
-    """How far the columns of the two B are from orthonormal, in the worst layer."""
+    """The constraint violations of the two B, in the worst layer."""
     modules = spec.to_tall(params)["attn"].values()
     return jnp.array([ml.Stiefel().residual(m["w_lora_b"]).max() for m in modules])
 
@@ -76,12 +77,14 @@ state = tx.init(params)
 for number in range(300):
     params, state, value = step(params, state)
     if number % 50 == 0:
-        distance = residual(params).max()
-        print(f"step {number:3}: loss {value:9.5f}, distance from St {distance:.1e}")
+        violation = residual(params).max()
+        print(
+            f"step {number:3}: loss {value:9.5f}, constraint violation {violation:.1e}"
+        )
 
 tails = [
     np.linalg.svd(np.float64(target).reshape(layers, 32, 32), compute_uv=False)[:, r:]
     for target in (q_target, o_target)
 ]
 least = sum(np.sum(s**2) for s in tails)
-print(f"reached {loss(params):.5f}, the least of rank {r} is {least:.5f}")
+print(f"reached {loss(params):.5f}, the optimum of rank {r} is {least:.5f}")

@@ -1,4 +1,4 @@
-"""Matrices of rank at most r, with the space that holds their rows."""
+"""Matrices of rank at most r by desingularisation, the manifold of LoRAM-BR."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -29,22 +29,22 @@ Point = Mapping[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class BoundedRank(Manifold):
-    """Rank at most r: for one update ΔW = A Vᵀ learnt as a whole, from zero on.
+    """Rank at most r: for an update ΔW = A Vᵀ optimised as one matrix, also from 0.
 
     A point is {"a": (…, m, r), "v": (…, n, r)} with V orthonormal. It stands for
     the pair (ΔW, P) = (A Vᵀ, I − VVᵀ), the desingularisation of the matrices of
     rank at most r, so (AQ, VQ) is the same point for every orthogonal Q. A may be
-    anything, zero too, where matrices of fixed rank have a boundary. A tangent
+    any matrix, including zero, where matrices of fixed rank have a boundary. A tangent
     {"a": K, "v": Vₚ} has VᵀVₚ = 0 and moves the pair by (KVᵀ + AVₚᵀ, −VₚVᵀ − VVₚᵀ).
     The metric is tr ΔẆᵀΔẆ + α tr ṖᵀṖ = tr KᵀK + tr Vₚᵀ Vₚ M, M = 2αI + AᵀA.
 
     Where the singular values stay well above zero, `FixedRank` has the simpler
-    metric; for factors with meanings of their own use `Stiefel`.
+    metric; for factors that are optimised separately use `Stiefel`.
 
     Args:
-        alpha: weight of the space against the update, > 0; the papers' ½.
+        alpha: weight of the row space relative to the update, > 0; the papers' ½.
         order: of the retraction: 1, the papers'; or 2, which follows geodesics to
-            second order for one Gram matrix and one inverse more.
+            second order at the cost of one more Gram matrix and inverse.
 
     Raises:
         InputError: unless alpha > 0 and the order is 1 or 2.
@@ -107,7 +107,7 @@ class BoundedRank(Manifold):
         return _like(x, g["a"], vp)
 
     def retract(self, x: Point, v: Point) -> dict[str, Array]:
-        """The point reached along v, right for ‖v‖₂ from 0 to 1e3.
+        """The point reached along v, accurate for ‖v‖₂ from 0 to 1e3.
 
             V⁺ = (V + VₚB) H,  A⁺ = (A + K + A N B) H,  H = (I + BᵀNB)^(−½)
 
@@ -132,7 +132,7 @@ class BoundedRank(Manifold):
         a, v, k, d = map(list, zip(*wide, strict=True))
         w = [matmul(v.mT, d) for v, d in zip(v, d, strict=True)]
         n = [matmul(d.mT, d) - matmul(w.mT, w) for d, w in zip(d, w, strict=True)]
-        b = self._bend(a, k, n)
+        b = self._corrections(a, k, n)
         nb = stacked(matmul, n, b)
         v, t = orthonormalise(
             "polar",
@@ -142,7 +142,7 @@ class BoundedRank(Manifold):
             b,
             stacked(lambda b, nb: sym(matmul(b.mT, nb)), b, nb),
         )
-        # A⁺ − A from small numbers: a small step is as accurate as the sum.
+        # A⁺ − A is formed from small numbers, so that small steps are accurate.
         h = [eye_like(t) + t for t in t]
         c = stacked(lambda nb, h, t: matmul(nb, h) + t, nb, h, t)
         a = [
@@ -151,12 +151,14 @@ class BoundedRank(Manifold):
         ]
         return [_like(x, a, v) for x, a, v in zip(xs, a, v, strict=True)]
 
-    def _bend(self, a: list[Array], k: list[Array], n: list[Array]) -> list[Array]:
-        """B of every point: it removes the acceleration −2VₚKᵀA M⁻¹ of the space."""
+    def _corrections(
+        self, a: list[Array], k: list[Array], n: list[Array]
+    ) -> list[Array]:
+        """B of every point: removes the acceleration −2VₚKᵀA M⁻¹ of the row space."""
         if self.order == 1:
             return [eye_like(n) for n in n]
 
-        def bend(gram: Array, ka: Array, n: Array) -> Array:
+        def correction(gram: Array, ka: Array, n: Array) -> Array:
             c = matmul(ka, self._inverse_metric(gram))
             # ‖VₚC‖ ≤ 1e3, or V + VₚB would lose its smallest singular value in float32.
             far = jnp.sum(c * matmul(n, c), (-2, -1), keepdims=True) / 1e6
@@ -164,7 +166,7 @@ class BoundedRank(Manifold):
 
         grams = [matmul(a.mT, a) for a in a]
         return stacked(
-            bend, grams, [matmul(k.mT, a) for a, k in zip(a, k, strict=True)], n
+            correction, grams, [matmul(k.mT, a) for a, k in zip(a, k, strict=True)], n
         )
 
     def _inverse_metric(self, gram: Array) -> Array:
@@ -179,7 +181,7 @@ class BoundedRank(Manifold):
             K⁺ = K(VᵀV⁺) + A(VₚᵀV⁺)
             Vₚ⁺ = (I − V⁺V⁺ᵀ)[V(KᵀA⁺ + 2αVₚᵀV⁺) + Vₚ(AᵀA⁺ + 2αVᵀV⁺)](2αI + A⁺ᵀA⁺)⁻¹
 
-        It never expands. LoRAM calls it parallel transport (algorithm 8), which it
+        It is non-expansive. LoRAM calls it parallel transport (algorithm 8), which it
         is to first order only.
         """
         arrays = (p[k] for p in (x, y, v) for k in self.parts)
@@ -196,7 +198,7 @@ class BoundedRank(Manifold):
         )
 
     def inner(self, x: Point, u: Point, v: Point) -> Array:
-        """Tr KᵀK′ + tr Vₚᵀ Vₚ′ (2αI + AᵀA)."""
+        """The metric tr KᵀK′ + tr Vₚᵀ Vₚ′ (2αI + AᵀA)."""
         arrays = (x["a"], u["a"], u["v"], v["a"], v["v"])
         a, k1, v1, k2, v2 = at_least_float32(*arrays)
         moved = matmul(v1.mT, v2) * matmul(a.mT, a)
@@ -210,7 +212,7 @@ class BoundedRank(Manifold):
         """The proximal step of λ‖ΔW‖₊: singular values σ become max(σ − λ, 0).
 
         Nuclear norm decay that cannot overshoot, unlike the papers' step along the
-        subgradient, which turns σ < λ into λ − σ. V stays as it is.
+        subgradient, which turns σ < λ into λ − σ. V does not change.
 
         Args:
             x: point.
@@ -227,7 +229,8 @@ class BoundedRank(Manifold):
         """A point of shape (…, m, n, r): A normal with variance 1/m, V uniform."""
         if len(shape) < 3:
             raise InputError(
-                f"{self} makes points of shape (…, m, n, r), got {tuple(shape)}."
+                f"{self} needs a shape (…, m, n, r) to draw a point, got "
+                f"{tuple(shape)}."
             )
         *batch, m, n, r = shape
         self.check_shape({"a": (*batch, m, r), "v": (*batch, n, r)})
@@ -247,7 +250,7 @@ class BoundedRank(Manifold):
         return _like(y, times(a, matmul(v.mT, q)), q)
 
     def residual(self, x: Point) -> Array:
-        """Max |VᵀV − I|, in at least float32, of shape (…)."""
+        """The constraint violation max |VᵀV − I|, in at least float32, of shape (…)."""
         return Stiefel().residual(x["v"])
 
     def check_shape(self, shape: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,4 +1,4 @@
-"""The flat space of all arrays: what free parameters live in."""
+"""The Euclidean space of all arrays, for unconstrained parameters."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from manifold_lora.manifolds.manifold import Manifold
 
 @dataclasses.dataclass(frozen=True)
 class Euclidean(Manifold):
-    """No constraint. Points may have any shape; every map is the obvious one.
+    """No constraint. Points may have any shape; every operation is trivial.
 
     The optimisers pass Euclidean leaves straight through, so that with this
     manifold everywhere they are the plain Optax optimiser bit for bit.
@@ -25,26 +25,26 @@ class Euclidean(Manifold):
     """
 
     def project(self, x: Array, v: Array) -> Array:
-        """V itself."""
+        """Return v itself."""
         del x
         return v
 
     def riemannian_gradient(self, x: Array, g: Array) -> Array:
-        """G itself."""
+        """Return g itself."""
         del x
         return g
 
     def retract(self, x: Array, v: Array) -> Array:
-        """X + v."""
+        """The sum x + v."""
         return x + v
 
     def transport(self, x: Array, y: Array, v: Array) -> Array:
-        """V itself."""
+        """Return v itself."""
         del x, y
         return v
 
     def inner(self, x: Array, u: Array, v: Array) -> Array:
-        """Tr uᵀv over the last two axes."""
+        """The metric tr uᵀv, over the last two axes."""
         del x
         return jnp.sum(u * v, axis=tuple(range(max(u.ndim - 2, 0), u.ndim)))
 
@@ -55,9 +55,9 @@ class Euclidean(Manifold):
         return jax.random.normal(key, shape, dtype)
 
     def residual(self, x: Array) -> Array:
-        """Zero: there is nothing to violate."""
+        """Zero: there is no constraint."""
         return jnp.zeros(jnp.shape(x)[:-2], jnp.float32)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Any shape will do."""
+        """Accept any shape."""
         del shape

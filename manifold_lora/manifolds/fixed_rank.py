@@ -29,17 +29,17 @@ Triple = tuple[Array, Array, Array]
 
 @dataclasses.dataclass(frozen=True)
 class FixedRank(Manifold):
-    """Matrices of rank r as U S Vᵀ: for an update that moves as one matrix.
+    """Matrices of rank r as U S Vᵀ: for an update that is optimised as one matrix.
 
-    A point is a dict of u (…, m, r) and v (…, n, r) with orthonormal columns and a
-    regular s (…, r, r), which need not be diagonal. A tangent has the same keys,
+    A point is a dict of u (…, m, r) and v (…, n, r) with orthonormal columns and an
+    invertible s (…, r, r), which need not be diagonal. A tangent has the same keys,
     (Uₚ, M, Vₚ), and stands for the m×n matrix
 
         U M Vᵀ + Uₚ Vᵀ + U Vₚᵀ,     UᵀUₚ = 0,  VᵀVₚ = 0
 
     with its Euclidean metric. No m×n matrix is ever formed. The manifold ends where
-    S becomes singular: to start from the zero matrix use `BoundedRank`, or S = s₀I.
-    Where the three factors are to be free of each other, as in StelLA, use
+    S becomes singular: to initialise at the zero matrix use `BoundedRank`, or S = s₀I.
+    Where the three factors are optimised separately, as in StelLA, use
     `Stiefel` on u and v. Weight decay belongs on s alone, as `loram` has it: on u
     and v it would be folded into M.
 
@@ -47,7 +47,7 @@ class FixedRank(Manifold):
         retraction: "truncation" (the default), the best approximation of rank r to
             W + Z, the paper's; it calls LAPACK and may hang on small CPUs, see
             `retract`. "orthographic", by products only: the one for training
-            steps, as long as S + M is well conditioned. Both are second order.
+            steps as long as S + M is well conditioned. Both are second order.
 
     Raises:
         InputError: for an unknown retraction.
@@ -84,7 +84,7 @@ class FixedRank(Manifold):
         The matrix that any triple stands for is tangent already, so this is the
         orthogonal projection of the embedding.
         """
-        return _like(x, _normal(_wide(x), _wide(v)))
+        return _like(x, _normal_form(_wide(x), _wide(v)))
 
     def riemannian_gradient(self, x: Any, g: Any) -> dict[str, Array]:
         """P_W(G) of G = ∂f/∂(U S Vᵀ), from the pair G V and GᵀU.
@@ -95,15 +95,15 @@ class FixedRank(Manifold):
             x: point.
             g: {"u": G V, "s": UᵀG V, "v": GᵀU}. These are **not** the gradients of
                 f with respect to u, s and v, which are G V Sᵀ, UᵀG V and GᵀU S:
-                those carry a factor S that would have to be divided out, and vanish
-                with it. An adapter returns the pair from its own derivative rule.
+                those contain a factor S that would have to be divided out, and vanish
+                where it does. An adapter returns the pair from its own derivative rule.
                 g["s"] follows from the others and is not read.
 
         Returns:
             The gradient, a tangent in normal form.
         """
         (u, _, v), (gv, _, gtu) = _wide(x), _wide(g)
-        # Mᵀ in Vₚ is taken from GᵀU itself: horizontal whatever rounded the pair.
+        # Mᵀ in Vₚ comes from GᵀU itself: horizontal whatever the rounding of the pair.
         m, mt = matmul(u.mT, gv), matmul(v.mT, gtu)
         return _like(x, (gv - times(u, m), m, gtu - times(v, mt)))
 
@@ -118,11 +118,12 @@ class FixedRank(Manifold):
         V is repaired, but not for v = 0: R(x, 0) = x exactly.
 
         "truncation" runs QR and SVD of LAPACK, which in a jitted program with other
-        such calls can hang for ever on a CPU of few cores, and gather on a TPU pod:
-        use "orthographic" in training steps. It accepts S = 0, where it returns the
-        best rank r of the step, of rank 2r, and so is no retraction. "orthographic"
-        needs a regular C, in float32 of condition number below about 1e3: steps of
-        spectral norm below σ_min(S)/2 are safe, and any ‖UₚC⁻¹‖₂ up to 1e3 is right.
+        such calls can hang indefinitely on a CPU with few cores, and all-gathers on a
+        TPU pod: use "orthographic" in training steps. It accepts S = 0, where it
+        returns the best rank r of the step, of rank 2r, and so is not a retraction.
+        "orthographic" needs an invertible C, in float32 of condition number below about
+        1e3: steps of spectral norm below σ_min(S)/2 are safe, and it is accurate for
+        ‖UₚC⁻¹‖₂ up to 1e3.
 
         Args:
             x: point.
@@ -134,7 +135,7 @@ class FixedRank(Manifold):
         return self.step([x], [v])[0]
 
     def step(self, xs: Sequence[Any], ds: Sequence[Any]) -> list[dict[str, Array]]:
-        """R(x, P_x(d)) of several points; no projected factor is ever formed.
+        """R(x, P_x(d)) of several points; no projected factor is formed.
 
         Both retractions depend on the matrix of a triple alone, and so need no
         projection. Orthographic reads the tall factors of d twice; truncation makes
@@ -155,7 +156,7 @@ class FixedRank(Manifold):
             Z V⁺ = U(M VᵀV⁺ + VₚᵀV⁺) + Uₚ VᵀV⁺,   M⁺ = U⁺ᵀZ V⁺
             Uₚ⁺ = Z V⁺ − U⁺M⁺,                     Vₚ⁺ = ZᵀU⁺ − V⁺M⁺ᵀ
 
-        Between any two points; no isometry, though it never expands.
+        Between any two points. It is non-expansive but not an isometry.
         """
         (u, _, v_), (up, m, vp), (uy, _, vy) = _wide(x), _wide(v), _wide(y)
         a, b = matmul(v_.mT, vy), matmul(vp.mT, vy)
@@ -174,14 +175,16 @@ class FixedRank(Manifold):
     def inner(self, x: Any, u: Any, v: Any) -> Array:
         """The inner product of the two m×n matrices, from their normal forms."""
         point = _wide(x)
-        pairs = zip(_normal(point, _wide(u)), _normal(point, _wide(v)), strict=True)
+        pairs = zip(
+            _normal_form(point, _wide(u)), _normal_form(point, _wide(v)), strict=True
+        )
         first, *rest = [jnp.sum(a * b, axis=(-2, -1)) for a, b in pairs]
         return sum(rest, first)
 
     def random_point(
         self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> dict[str, Array]:
-        """A random point with well conditioned S.
+        """A random point with a well conditioned S.
 
         Args:
             key: random key.
@@ -214,7 +217,7 @@ class FixedRank(Manifold):
         return _like(y, (qu, s, qv))
 
     def residual(self, x: Any) -> Array:
-        """Max |UᵀU − I| and |VᵀV − I|, of shape (…). S is not looked at."""
+        """The larger of max |UᵀU − I| and max |VᵀV − I|, of shape (…); S is free."""
         return jnp.maximum(Stiefel().residual(x["u"]), Stiefel().residual(x["v"]))
 
     def check_shape(self, shape: Mapping[str, tuple[int, ...]]) -> None:
@@ -249,7 +252,7 @@ def _like(x: Any, triple: Triple) -> dict[str, Array]:
     }
 
 
-def _normal(x: Triple, d: Triple) -> Triple:
+def _normal_form(x: Triple, d: Triple) -> Triple:
     """The triple of the same matrix with UᵀUₚ = 0 and VᵀVₚ = 0."""
     (u, _, v), (du, m, dv) = x, d
     a, b = matmul(u.mT, du), matmul(v.mT, dv)
@@ -260,15 +263,15 @@ def _orthographic(xs: Sequence[Triple], ds: Sequence[Triple]) -> list[Triple]:
     """U⁺ = polar(Y) of Y = U + UₚC⁻¹, V⁺ likewise, and S⁺ = H_u C H_vᵀ.
 
     With W = UᵀD and Uₚ = D − UW, Y = U(I − WC⁻¹) + DC⁻¹ has the Gram matrix
-    I + E, E = C⁻ᵀ(DᵀD − WᵀW)C⁻¹. Where U⁺ = YT, Y = U⁺H with H = T⁻¹, inverted as
-    it is: what is wrong in E where C is badly conditioned, or in a U that has
-    drifted, then changes the factors and not the matrix.
+    I + E, E = C⁻ᵀ(DᵀD − WᵀW)C⁻¹. From U⁺ = YT follows Y = U⁺H with H the
+    inverse of that same T: errors in E where C is badly conditioned, or in a U that has
+    drifted, then change the factors and not the matrix.
     """
     k = len(xs)
     tall = [x[0] for x in xs] + [x[2] for x in xs]  # all u, then all v
-    thick = [d[0] for d in ds] + [d[2] for d in ds]
-    ws = [matmul(x.mT, d) for x, d in zip(tall, thick, strict=True)]
-    grams = [matmul(d.mT, d) for d in thick]
+    directions = [d[0] for d in ds] + [d[2] for d in ds]
+    ws = [matmul(x.mT, d) for x, d in zip(tall, directions, strict=True)]
+    grams = [matmul(d.mT, d) for d in directions]
     cs = [
         x[1] + (d[1] + a + b.mT)
         for x, d, a, b in zip(xs, ds, ws[:k], ws[k:], strict=True)
@@ -287,7 +290,7 @@ def _orthographic(xs: Sequence[Triple], ds: Sequence[Triple]) -> list[Triple]:
         lambda g, w, q: sym(matmul(matmul(q.mT, g - matmul(w.mT, w)), q)), grams, ws, qs
     )
     shifts = stacked(lambda w, q: -matmul(w, q), ws, qs)
-    points, ts = orthonormalise("polar", tall, shifts, thick, qs, es)
+    points, ts = orthonormalise("polar", tall, shifts, directions, qs, es)
     hs = stacked(lambda t: inverse(eye_like(t) + t), ts)
     ss = stacked(lambda h, c, k: matmul(matmul(h, c), k.mT), hs[:k], cs, hs[k:])
     return list(zip(points[:k], ss, points[k:], strict=True))
@@ -301,7 +304,7 @@ def _truncate(u: Array, s: Array, v: Array, du: Array, m: Array, dv: Array) -> A
     let one QR serve both sides.
 
     Returns:
-        The rows of U⁺, S⁺ and V⁺, below one another.
+        The rows of U⁺, S⁺ and V⁺, concatenated.
     """
     r, rows = s.shape[-1], (u.shape[-2], v.shape[-2])
     frames = [jnp.concatenate(pair, axis=-1) for pair in ((u, du), (v, dv))]

@@ -1,9 +1,9 @@
-"""Small-matrix kernels of the geometry: products only, batched, no LAPACK call.
+"""Small-matrix kernels of the geometry: products only, batched, without LAPACK.
 
 Two reasons for products only: a jitted program with several independent LAPACK
-calls can hang on a small CPU, and on a TPU pod products of sharded factors need
-no gather. Two reasons for one helper: JAX multiplies float32 in TF32 on NVIDIA
-and in bfloat16 on TPU by default, 2e-4 off the manifold instead of 2e-7.
+calls can hang on a CPU with few cores, and on a TPU pod products of sharded factors
+need no all-gather. Two reasons for one helper: JAX multiplies float32 in TF32 on NVIDIA
+and in bfloat16 on TPU by default: a constraint violation of 2e-4 instead of 2e-7.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def _is_sharded(x: Array, axis: int) -> bool:
 
 
 def _may_be_sharded() -> bool:
-    """True on a mesh with automatic axes, where no type says how arrays are placed."""
+    """True on a mesh with automatic axes, where types do not show the sharding."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.size > 1 and AxisType.Auto in mesh.axis_types
 
@@ -37,9 +37,9 @@ def _may_be_sharded() -> bool:
 def times(x: Array, s: Array) -> Array:
     """XS of a tall X, (…, rows, r), and a small S, (…, r, columns).
 
-    A CPU gets it as a sum of r scaled columns, which the compiler fuses with
-    what is done before and after: a third of the time of a product that reads
-    and writes memory for itself.
+    On CPU it is a sum of r scaled columns, which the compiler fuses with the
+    operations before and after: a third of the time of a separate product with
+    its own passes over memory.
     """
     r = s.shape[-2]
     if r > 32:  # a longer sum takes too long to compile
@@ -71,7 +71,7 @@ def at_least_float32(*arrays: Array) -> tuple[Array, ...]:
 
 
 def stacked(kernel: Callable[..., Array], *lists: Sequence[Array]) -> list[Array]:
-    """Map a kernel over lists of small matrices, in one call for each shape.
+    """Map a kernel over lists of small matrices, in one call per shape.
 
     The small matrices of all factors of one rank have one shape, whatever their
     rows: on a GPU one sequence of launches serves them all.
@@ -93,14 +93,14 @@ def stacked(kernel: Callable[..., Array], *lists: Sequence[Array]) -> list[Array
 def deviation(x: Array) -> Array:
     """XᵀX − I, shape (…, r, r): zero when the columns of X are orthonormal.
 
-    A retraction is no more orthonormal than the Gram matrix it was made from. The
-    running sums of the diagonal grow to 1 and lose ε√n on the way, 4e-7 at 4096
+    A retraction is only as orthonormal as the Gram matrix it is computed from. The
+    running sums of the diagonal grow to 1 and lose ε√n to rounding, 4e-7 at 4096
     rows; summed again in blocks of 64 rows they lose 6e-8.
     """
     n, r = x.shape[-2:]
     blocks, product = n // 64, matmul(x.mT, x)
     eye = jnp.eye(r, dtype=x.dtype)
-    # On a mesh every device sums its own rows.
+    # On a mesh each device sums its own rows.
     if blocks < 2 or _is_sharded(x, -2) or _may_be_sharded():
         return product - eye
     head = x[..., : blocks * 64, :].reshape(*x.shape[:-2], blocks, 64, r)
@@ -128,8 +128,8 @@ def inverse_root(e: Array, steps: int | None = None) -> Array:
 
     Args:
         e: (…, r, r), symmetric, eigenvalues above −1 and below about 1e7.
-        steps: iterations; by default as many as the largest E needs. Fewer give
-            another function of E, which commutes with it all the same.
+        steps: iterations; by default as many as the largest E needs. With fewer
+            the result is another function of E, which still commutes with it.
 
     Returns:
         F of the shape of e: I + F is the inverse square root of I + E.
@@ -160,8 +160,8 @@ def inverse_cholesky(e: Array) -> Array:
     """R⁻¹ − I, where I + E = RᵀR with R upper triangular, positive diagonal.
 
     Gram–Schmidt on the columns w_k of W = R⁻¹ in the inner product of I + E,
-    one rank-one update a column on all matrices of the batch at once. Pivots
-    are kept above ε times the largest diagonal entry: a later pass with the
+    one rank-one update per column, on all matrices of the batch at once. Pivots
+    are clamped to ε times the largest diagonal entry: a later pass with the
     true Gram matrix then corrects them.
 
     Args:
@@ -197,7 +197,7 @@ def inverse(a: Array) -> Array:
     """A⁻¹ by Gauss–Jordan elimination with row pivoting, one column at a time.
 
     Args:
-        a: (…, r, r), regular.
+        a: (…, r, r), invertible.
 
     Returns:
         The inverse, of the shape of a; exactly I for A = I.
@@ -210,13 +210,13 @@ def inverse(a: Array) -> Array:
         col = jax.lax.dynamic_index_in_dim(a, k, -1, keepdims=False)  # (…, r)
         size = jnp.where(free, jnp.abs(col), -1)
         chosen = index == jnp.argmax(size, axis=-1, keepdims=True)
-        pick = chosen.astype(a.dtype)[..., None]
-        pivot = jnp.sum(pick[..., 0] * col, axis=-1)[..., None, None]
+        one_hot = chosen.astype(a.dtype)[..., None]
+        pivot = jnp.sum(one_hot[..., 0] * col, axis=-1)[..., None, None]
         # Every other row loses its multiple of the pivot row, which is scaled.
         factor = jnp.where(chosen, 0, col)[..., None]
-        rows = [jnp.sum(pick * m, axis=-2, keepdims=True) / pivot for m in (a, b)]
+        rows = [jnp.sum(one_hot * m, axis=-2, keepdims=True) / pivot for m in (a, b)]
         a, b = (
-            jnp.where(pick > 0, row, m - factor * row)
+            jnp.where(one_hot > 0, row, m - factor * row)
             for m, row in zip((a, b), rows, strict=True)
         )
         return a, b, free & ~chosen
@@ -231,7 +231,7 @@ def inverse(a: Array) -> Array:
 def lyapunov(a: Array, q: Array) -> Array:
     """The solution X of AX + XAᵀ = Q, for A with eigenvalues of positive real part.
 
-    Newton's iteration for the sign of A, with its determinant scaling left out:
+    Newton's iteration for the sign of A, without determinant scaling:
     A ← ½(A + A⁻¹), Q ← ½(Q + A⁻¹QA⁻ᵀ), X = Q/2 (Roberts 1980, "Linear model
     reduction and solution of the algebraic Riccati equation"). Both matrices of
     shape (…, r, r), eigenvalues of A between about 1e-3 and 1e3.

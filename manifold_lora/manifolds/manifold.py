@@ -1,4 +1,4 @@
-"""What every manifold offers, in the order the optimisers use it."""
+"""The interface of a manifold, in the order in which the optimisers use it."""
 
 import abc
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Manifold(abc.ABC):
 
     @abc.abstractmethod
     def project(self, x: Any, v: Any) -> Any:
-        """The ambient v orthogonally projected to the tangent space at x."""
+        """The ambient v, orthogonally projected to the tangent space at x."""
 
     @abc.abstractmethod
     def riemannian_gradient(self, x: Any, g: Any) -> Any:
@@ -52,10 +52,10 @@ class Manifold(abc.ABC):
 
     @abc.abstractmethod
     def inner(self, x: Any, u: Any, v: Any) -> Array:
-        """The metric ⟨u, v⟩ at x, one number for each batch entry."""
+        """The metric ⟨u, v⟩ at x, one number per batch entry."""
 
     def norm(self, x: Any, v: Any) -> Array:
-        """The length √⟨v, v⟩ of the tangent v at x, one number a batch entry."""
+        """The length √⟨v, v⟩ of the tangent v at x, one number per batch entry."""
         return jnp.sqrt(self.inner(x, v, v))
 
     @abc.abstractmethod
@@ -76,10 +76,10 @@ class Manifold(abc.ABC):
 
     @abc.abstractmethod
     def residual(self, x: Any) -> Array:
-        """The largest violation of the constraint, one number a batch entry."""
+        """The constraint violation, its largest entry: one number per batch entry."""
 
     def is_point(self, node: Any) -> bool:
-        """True for a dict with the parts of a point, of a manifold that has parts."""
+        """True for a mapping with the keys of a point, where points have parts."""
         return (
             bool(self.parts)
             and isinstance(node, Mapping)
@@ -87,9 +87,9 @@ class Manifold(abc.ABC):
         )
 
     def check_shape(self, shape: Any) -> None:
-        """Raise `InputError` if no point of this manifold has that shape.
+        """Raise `InputError` if points of this manifold cannot have that shape.
 
-        A point with parts has a dict of shapes.
+        For a point with parts it is a dict of shapes.
         """
         if len(shape) < 2:
             raise InputError(

@@ -20,12 +20,12 @@ from manifold_lora.manifolds.linalg import (
 def shrink(a: Array, threshold: Any) -> Array:
     """A with every singular value σ replaced by max(σ − λ, 0).
 
-    The result is A less the nearest matrix of spectral norm at most λ,
+    The result is A minus the nearest matrix of spectral norm at most λ,
 
         A − Q clip(R),  clip(R) = U · ½(P + λI − |P − λI|),
 
     for A = QR with orthonormal Q and the polar factors R = UP. Q comes from tall
-    products, for AᵀA squares the condition number; U and the sign of P − λI come
+    products, since AᵀA squares the condition number; U and the sign of P − λI come
     from r×r products. No step divides by a singular value, so A may be of any
     rank, or zero. The result is within about 10ε‖A‖ of the exact one, ε that of
     the dtype, whether σ is above, below or equal to λ: 1e-6 of the largest
@@ -33,7 +33,7 @@ def shrink(a: Array, threshold: Any) -> Array:
 
     Args:
         a: (…, m, r).
-        threshold: λ ≥ 0, a number, a traced scalar, or one number a batch entry.
+        threshold: λ ≥ 0, a number, a traced scalar, or one number per batch entry.
 
     Returns:
         The shrunken matrix, of the shape and dtype of a.
@@ -44,7 +44,7 @@ def shrink(a: Array, threshold: Any) -> Array:
     scale = jnp.linalg.norm(a, axis=(-2, -1), keepdims=True)
     scale = jnp.where(scale > 0, scale, 1)
     a = a / scale
-    # Beyond ‖A‖ every λ does the same, and a large one would drown A in rounding.
+    # Every λ ≥ ‖A‖ gives zero, and a very large one would lose A to rounding.
     level = jnp.minimum(level / scale, 1)
     q = _basis(a)
     rest = times(q, _clip(matmul(q.mT, a), level))
@@ -55,8 +55,8 @@ def _basis(y: Array) -> Array:
     """Orthonormal columns that span the columns of Y, for ‖Y‖ ≤ 1.
 
     Gram–Schmidt of (1 − δ)YᵀY + δI leaves a singular value 1, brings σ ≫ √δ to 1
-    and enlarges the small ones by 1/√δ, of which only those near ε never arrive.
-    Errors of the Gram matrix stay below δ.
+    and enlarges the small ones by 1/√δ, of which only those near ε do not converge to
+    1. Errors of the Gram matrix stay below δ.
     """
     damping = 1 - 100 * float(jnp.finfo(y.dtype).eps)
 
@@ -80,8 +80,8 @@ def _unitary(x: Array) -> Array:
     """The orthogonal polar factor of a square X; of a symmetric one, its sign.
 
     Scaled Newton–Schulz, X ← ½μX(3I − μ²XᵀX), with the scaling for singular values
-    in [ℓ, 1] capped where it would lose the largest (Chen & Chow 2014, "A stable
-    scaling of Newton–Schulz"). Singular values near ε‖X‖ do not arrive at 1.
+    in [ℓ, 1] capped where it would diverge for the largest (Chen & Chow 2014, "A stable
+    scaling of Newton–Schulz"). Singular values near ε‖X‖ do not converge to 1.
     """
     eye = eye_like(x)
     norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)

@@ -1,7 +1,7 @@
 """Matrices with columns of unit length, Ob(n, r) = {X : diag(XᵀX) = 1}.
 
-The simplest manifold with a constraint, and the first to read: what each map is
-for stands in `manifold.py`, how matrices that need more work do it in `stiefel.py`.
+The simplest manifold with a constraint, and the first to read: `manifold.py` says what
+each operation is for, and `stiefel.py` is the same with more algebra.
 """
 
 import dataclasses
@@ -20,18 +20,17 @@ Retraction = Literal["normalise", "exp"]
 
 @dataclasses.dataclass(frozen=True)
 class Oblique(Manifold):
-    """Columns of unit length: fixes the scale of a factor, not its angles.
+    """Columns of unit length: fixes the scale of the columns, not their angles.
 
-    A product of r spheres, one for each column xⱼ. Choose it where only the size
-    of a factor should be fixed; where columns must stay orthogonal as well, and
-    the effective rank full, use `Stiefel`. Points are (…, rows, r) of any rows and
+    A product of r spheres, one for each column xⱼ. Choose it where only the
+    column norms should be fixed; where columns must also stay orthogonal, and the
+    effective rank full, use `Stiefel`. Points are (…, rows, r) of any rows and
     r; the metric is tr uᵀv.
 
     Args:
         retraction: "normalise", X + v with every column scaled to length 1 (the
             default, second order), with transport by projection; or "exp", great
-            circles, with parallel transport along them, which keeps all lengths
-            and angles.
+            circles, with parallel transport along them, which is an isometry.
 
     Raises:
         InputError: for an unknown retraction.
@@ -58,23 +57,23 @@ class Oblique(Manifold):
         check_choice("Oblique", "retraction", self.retraction, Retraction)
 
     def project(self, x: Array, v: Array) -> Array:
-        """P(V) = V − X diag(XᵀV): every column loses its part along xⱼ."""
+        """P(V) = V − X diag(XᵀV): removes the component of every column along xⱼ."""
         dtype = x.dtype
         x, v = at_least_float32(x, v)
         return (v - x * _dot(x, v)).astype(dtype)
 
     def riemannian_gradient(self, x: Array, g: Array) -> Array:
-        """P(G), for the metric is that of the surrounding space."""
+        """P(G), since the metric is that of the embedding space."""
         return self.project(x, g)
 
     def retract(self, x: Array, v: Array) -> Array:
-        """The point reached along v, right for columns of v of any length to 1e3.
+        """The point reached along v, accurate for columns of v of length up to 1e3.
 
             normalise    yⱼ/‖yⱼ‖ of yⱼ = xⱼ + vⱼ
             exp          xⱼ cos‖vⱼ‖ + vⱼ sin‖vⱼ‖/‖vⱼ‖
 
         Drift of a column off its sphere is repaired wherever it moves; where
-        vⱼ = 0 it stays exactly as it is.
+        vⱼ = 0 it does not change at all.
 
         Args:
             x: point, (…, rows, r).
@@ -98,7 +97,7 @@ class Oblique(Manifold):
         """P_y(v), or by "exp" parallel transport along the shorter great circle.
 
         That is vⱼ − (yⱼᵀvⱼ)/(1 + xⱼᵀyⱼ) wⱼ of w = x + y. As 1 + xⱼᵀyⱼ = ½‖wⱼ‖² it is
-        a reflection, an isometry up to yⱼ = −xⱼ, where it leaves vⱼ as it is.
+        a reflection, an isometry up to yⱼ = −xⱼ, where it does not change vⱼ.
         """
         if self.retraction == "normalise":
             return self.project(y, v)
@@ -110,7 +109,7 @@ class Oblique(Manifold):
         return (v - w * (_dot(w, v) / half)).astype(dtype)
 
     def inner(self, x: Array, u: Array, v: Array) -> Array:
-        """Tr uᵀv."""
+        """The metric tr uᵀv."""
         _, u, v = at_least_float32(x, u, v)
         return jnp.sum(u * v, axis=(-2, -1))
 
@@ -129,13 +128,13 @@ class Oblique(Manifold):
         return (y / jnp.sqrt(_dot(y, y))).astype(dtype)
 
     def penalty_gradient(self, x: Array) -> Array:
-        """X diag(diag(XᵀX) − 1), the gradient of ¼Σ(‖xⱼ‖² − 1)²: landing's pull."""
+        """X diag(diag(XᵀX) − 1), the gradient of ¼Σ(‖xⱼ‖² − 1)², for `landing`."""
         dtype = x.dtype
         (x,) = at_least_float32(x)
         return (x * (_dot(x, x) - 1)).astype(dtype)
 
     def residual(self, x: Array) -> Array:
-        """Max |‖xⱼ‖² − 1|, in at least float32, of shape (…)."""
+        """The constraint violation max |‖xⱼ‖² − 1|, at least float32, of shape (…)."""
         (x,) = at_least_float32(x)
         return jnp.max(jnp.abs(_dot(x, x) - 1), axis=(-2, -1))
 

@@ -1,4 +1,4 @@
-"""Orthonormal columns, made again after every step: what all retractions share."""
+"""Re-orthonormalisation of columns after a step, shared by the retractions."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -29,13 +29,13 @@ def orthonormalise(
     qs: Sequence[Array],
     es: Sequence[Array],
 ) -> tuple[list[Array], list[Array]]:
-    """X⁺ = Y T with orthonormal columns, for Y = X(I + C) + DQ of every list entry.
+    """X⁺ = Y T with orthonormal columns, for Y = X(I + C) + DQ for every list entry.
 
-    The first pass takes T from E = YᵀY − I as the caller knows it, from small
-    matrices. Where the step is large E is wrong by ε‖YᵀY‖, and X itself may have
+    The first pass takes T from E = YᵀY − I as given, computed from small matrices.
+    Where the step is large E has an error of ε‖YᵀY‖, and X itself may have
     drifted: the second pass takes the true Gram matrix of the first's result,
     near the identity, and is cheap. Iterations that have not converged in the
-    first pass go on in the second, for they are functions of YᵀY.
+    first pass continue in the second, since they are functions of YᵀY.
 
     Args:
         kernel: "polar", T = (YᵀY)^(−½), or "qr", T = R⁻¹ of Y's QR factors.

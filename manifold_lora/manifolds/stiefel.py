@@ -41,15 +41,15 @@ class Stiefel(Manifold):
 
     Args:
         retraction: "polar", X + v to the nearest orthonormal matrix (the default);
-            "qr", Gram–Schmidt from the first column on, the one of Stiefel-LoRA;
+            "qr", Gram–Schmidt from the first column on, as in Stiefel-LoRA;
             "cayley"; or "exp", the geodesic of the metric. Polar is second order in
             the Euclidean metric, Cayley in the canonical one, and both are first
             order in the other; QR is first order.
         metric: "canonical", tr uᵀ(I − ½XXᵀ)v (the default, StelLA's); or
             "euclidean", tr uᵀv.
-        vector_transport: "projection" (the default), which never expands; or
+        vector_transport: "projection" (the default), which is non-expansive; or
             "differentiated", the derivative of the retraction, for "polar" and
-            "qr". It costs some r×r inverses more.
+            "qr". It costs a few more r×r inverses.
 
     Raises:
         InputError: for an unknown retraction, metric or vector transport, or a
@@ -105,7 +105,7 @@ class Stiefel(Manifold):
         return (g - times(x, matmul(g.mT, x))).astype(dtype)
 
     def retract(self, x: Array, v: Array) -> Array:
-        """The point reached along v, right for ‖v‖₂ from 0 to 1e3.
+        """The point reached along v, accurate for ‖v‖₂ from 0 to 1e3.
 
             polar    Y (YᵀY)^(−½) of Y = X + v
             qr       Y R⁻¹ of Y = X + v = QR, R upper with positive diagonal
@@ -113,7 +113,7 @@ class Stiefel(Manifold):
             exp      the geodesic of the metric, by exponentials of 2r×2r matrices
 
         with A = Xᵀv and N = v⊥ᵀv⊥ of v⊥ = v − XA. A small step is as accurate as
-        the sum x + u itself, and drift of X off the manifold is repaired, but not
+        the sum x + u itself, and drift of X off the manifold is repaired, except
         for v = 0: R(X, 0) = X exactly. Orthonormal to 1e-6 in float32 at any size;
         the distance to the exact point is below 1e-6 up to ‖v‖₂ = 10 for polar, QR and
         Cayley (exp: 1e-5), and for polar 5e-5 at 100 and 1e-3 at 1e3.
@@ -147,7 +147,7 @@ class Stiefel(Manifold):
         return times(v, b) - times(x, matmul(n, b) / 2)
 
     def _exp(self, x: Array, v: Array) -> Array:
-        """X⁺ − X; the lower blocks carry a scale τ = ‖·‖^½ that balances the norms."""
+        """X⁺ − X; scaling the lower blocks by τ = ‖·‖^½ balances the norms."""
         a = matmul(x.mT, v)
         eye = eye_like(a)
         if self.metric == "canonical":  # [X v⊥] exp([[A, −N], [I, 0]]) [I; 0]
@@ -165,26 +165,26 @@ class Stiefel(Manifold):
         return times(x, upper - eye) + times(w, lower / tau)
 
     def step(self, xs: Sequence[Array], ds: Sequence[Array]) -> list[Array]:
-        """R(x, P_x(d)) of several points: two readings of d, the rest is r×r.
+        """R(x, P_x(d)) of several points: reads d twice, all else is r×r.
 
-        With W = Xᵀd and S = sym(W) the projection is v = d − XS, so that
-        Y = X(I − S) + d has the Gram matrix I + dᵀd − 2 sym(SW) + S².
+        With W = Xᵀd and Z = sym(W) the projection is v = d − XZ, so that
+        Y = X(I − Z) + d has the Gram matrix I + dᵀd − 2 sym(ZW) + Z².
         """
         if self.retraction not in ("polar", "qr"):
             return super().step(xs, ds)
         dtypes = [x.dtype for x in xs]
         pairs = [at_least_float32(x, d) for x, d in zip(xs, ds, strict=True)]
         ws = [matmul(x.mT, d) for x, d in pairs]
-        ss = [sym(w) for w in ws]
+        zs = [sym(w) for w in ws]
         es = [
-            matmul(d.mT, d) - 2 * sym(matmul(s, w)) + matmul(s, s)
-            for (_, d), s, w in zip(pairs, ss, ws, strict=True)
+            matmul(d.mT, d) - 2 * sym(matmul(z, w)) + matmul(z, z)
+            for (_, d), z, w in zip(pairs, zs, ws, strict=True)
         ]
-        eyes = [eye_like(s) for s in ss]
+        eyes = [eye_like(z) for z in zs]
         points, _ = orthonormalise(
             self.retraction,
             [x for x, _ in pairs],
-            [-s for s in ss],
+            [-z for z in zs],
             [d for _, d in pairs],
             eyes,
             es,
@@ -201,7 +201,7 @@ class Stiefel(Manifold):
         return transport(x, y, v).astype(dtype)
 
     def inner(self, x: Array, u: Array, v: Array) -> Array:
-        """Tr uᵀ(I − ½XXᵀ)v in the canonical metric, tr uᵀv in the Euclidean."""
+        """The metric: tr uᵀ(I − ½XXᵀ)v if canonical, tr uᵀv if Euclidean."""
         x, u, v = at_least_float32(x, u, v)
         product = jnp.sum(u * v, axis=(-2, -1))
         if self.metric == "euclidean":
@@ -228,22 +228,22 @@ class Stiefel(Manifold):
         dtype = y.dtype
         (y,) = at_least_float32(y)
         y = y / jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
-        # Each pass grows the small singular values, the last ones polish.
+        # Each pass increases the small singular values; the last ones polish.
         return _repeat(3, inverse_root, y).astype(dtype)
 
     def penalty_gradient(self, x: Array) -> Array:
-        """X(XᵀX − I), the gradient of φ(X) = ¼‖XᵀX − I‖²: the pull of landing."""
+        """X(XᵀX − I), the gradient of φ(X) = ¼‖XᵀX − I‖², for `landing`."""
         dtype = x.dtype
         (x,) = at_least_float32(x)
         return times(x, deviation(x)).astype(dtype)
 
     def residual(self, x: Array) -> Array:
-        """Max |XᵀX − I|, in at least float32, of shape (…)."""
+        """The constraint violation max |XᵀX − I|, at least float32, of shape (…)."""
         (x,) = at_least_float32(x)
         return jnp.max(jnp.abs(deviation(x)), axis=(-2, -1))
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Points need rows ≥ columns."""
+        """Require rows ≥ columns."""
         super().check_shape(shape)
         if shape[-2] < shape[-1]:
             raise InputError(

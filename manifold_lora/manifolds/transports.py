@@ -1,7 +1,7 @@
 """Vector transports of the Stiefel manifold by differentiated retractions.
 
 The derivative of ξ ↦ R(X, η + tξ) at t = 0, where R(X, η) = Y. The step η is not
-asked for: it follows from X and Y, in r×r matrices.
+an argument: it follows from X and Y, in r×r matrices.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Lower the rank of a trained update, outside of any training step."""
+"""Rank truncation of a trained update, outside of training steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +16,13 @@ PARTS = ({"u", "s", "v"}, {"a", "v"})
 def truncate(
     point: Mapping[str, Array], threshold: float
 ) -> tuple[dict[str, Array], Array]:
-    """Drop the singular values below a threshold, and say what that discards.
+    """Drop the singular values below a threshold, and return the discarded energy.
 
-    For an update that has been learnt, before it is exported: the nearest matrix of
-    lower rank is kept, with its factors in the order of their singular values. The
-    new rank is the largest number kept in any batch entry, at least 1; entries that
-    keep fewer are padded with exact zeros in A or S, while U and V stay orthonormal.
-    Within training use `BoundedRank.shrink`, which lowers singular values instead.
+    For a trained update, before it is exported. The result is the nearest matrix of
+    lower rank, with columns in the order of the singular values. The new rank is the
+    largest number retained in any batch entry, at least 1; entries that retain fewer
+    are padded with exact zeros in A or S, while U and V stay orthonormal.
+    During training use `BoundedRank.shrink`, which lowers singular values instead.
 
     Args:
         point: of FixedRank, {"u": (…, m, r), "s": (…, r, r), "v": (…, n, r)}, or of
@@ -35,8 +35,8 @@ def truncate(
         what was dropped, of shape (…): ‖ΔW − ΔW⁺‖².
 
     Raises:
-        InputError: for another kind of point, one that is not finite, a negative
-            threshold, or a call under `jit`, where ranks cannot change.
+        InputError: for another kind of point, one that is NaN or infinite, a
+            negative threshold, or a call under `jit`, where ranks cannot change.
 
     Examples:
         >>> import jax
@@ -49,10 +49,10 @@ def truncate(
     """
     wide = _checked(point, threshold)
     left, s, right = np.linalg.svd(wide["s" if "s" in wide else "a"], False)
-    keep = s >= threshold
-    rank = max(int(keep.sum(-1).max(initial=0)), 1)
-    energy = jnp.asarray(np.where(keep, 0, s**2).sum(-1), point["v"].dtype)
-    s = np.where(keep, s, 0)[..., :rank]
+    retained = s >= threshold
+    rank = max(int(retained.sum(-1).max(initial=0)), 1)
+    energy = jnp.asarray(np.where(retained, 0, s**2).sum(-1), point["v"].dtype)
+    s = np.where(retained, s, 0)[..., :rank]
     left, right = left[..., :rank], right.swapaxes(-1, -2)[..., :rank]
     new = {"v": np.matmul(wide["v"], right)}
     if "s" in wide:
@@ -63,7 +63,7 @@ def truncate(
 
 
 def _checked(point: Any, threshold: Any) -> dict[str, np.ndarray]:
-    """The parts in float64, or the reason why they cannot be truncated."""
+    """The parts in float64; raises `InputError` where they cannot be truncated."""
     if not isinstance(point, Mapping) or set(point) not in PARTS:
         got = sorted(point) if isinstance(point, Mapping) else type(point).__name__
         raise InputError(
@@ -72,15 +72,15 @@ def _checked(point: Any, threshold: Any) -> dict[str, np.ndarray]:
         )
     if any(isinstance(x, Tracer) for x in (*point.values(), threshold)):
         raise InputError(
-            "truncate changes shapes, which no traced function can. Call it outside "
-            "of jit, vmap and grad."
+            "truncate changes shapes, which is not possible in a traced function. Call "
+            "it outside of jit, vmap and grad."
         )
     if not threshold >= 0:
         raise InputError(f"truncate needs a threshold ≥ 0, got {threshold!r}.")
     wide = {k: np.asarray(x, np.float64) for k, x in point.items()}
     if bad := [k for k, x in wide.items() if not np.isfinite(x).all()]:
         raise InputError(
-            f"truncate needs finite parts; not so: {', '.join(bad)}. Take the point of "
-            "an earlier checkpoint."
+            f"truncate got NaN or infinite numbers in {', '.join(bad)}. Take the point "
+            "of an earlier checkpoint."
         )
     return wide

@@ -1,4 +1,4 @@
-"""Any Optax optimiser, pulled back to the manifold instead of retracted to it."""
+"""Any Optax optimiser, attracted to the manifold instead of retracted to it."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from jax import Array
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Euclidean, Manifold, Oblique, Stiefel
 from manifold_lora.manifolds.linalg import matmul, stacked
-from manifold_lora.optimizers.riemannian import like, wide
+from manifold_lora.optimizers.riemannian import cast_like, promoted
 from manifold_lora.optimizers.tree import (
     Manifolds,
     check_points,
@@ -23,11 +23,11 @@ from manifold_lora.optimizers.tree import (
     resolve,
 )
 
-# A point may start this far off: the paper's ⅛, here of the largest entry of XᵀX − I.
+# The constraint violation allowed at init: the paper's ⅛, here of max |XᵀX − I|.
 _REGION = 1 / 8
 _TOO_FAR = (
-    f"It would have to be within {_REGION} to land, and from zero, where LoRA starts, "
-    "it never does: the pull vanishes there. Its partner may start at zero."
+    f"Landing needs at most {_REGION}. It never leaves zero, LoRA's initialisation, "
+    "where the gradient of the penalty vanishes: initialise the other factor as zero."
 )
 
 
@@ -39,28 +39,28 @@ def landing(
     simultaneous: bool = False,
     max_step: float | None = 0.5,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Let parameters land on their manifolds while any Optax optimiser moves them.
+    r"""Let parameters land on their manifolds while any Optax optimiser updates them.
 
     For every parameter X on `Stiefel` with Euclidean gradient G:
 
         g ← G − X sym(XᵀG)         the projected gradient
         d ← inner(g)               the optimiser's displacement, learning rate included
-        v ← d − X sym(Xᵀd)         projected, and shortened to ‖v‖₂ ≤ max_step
+        v ← d − X sym(Xᵀd)         projected, and rescaled to ‖v‖₂ ≤ max_step
         Y ← X + v
-        X ← Y − μ Y(YᵀY − I)       pulled: the gradient of φ = ¼‖YᵀY − I‖²
+        X ← Y − μ Y(YᵀY − I)       attracted: the gradient of φ = ¼‖YᵀY − I‖²
 
     and on `Oblique` the same with diag(·) in place of sym(·) and of the Gram matrix,
-    column by column. The pull takes what is off the manifold times 1 − 2μ. With
-    μ = ½ that is 0: a step equals the polar retraction to fourth order in ‖v‖₂, and
-    ends ¾‖v‖₂⁴ off. With `simultaneous=True` the pull is taken at X, as in equation 3
-    of the paper: X ← X + v − μ X(XᵀX − I), which ends ‖v‖₂² off.
+    column by column. The attraction multiplies the constraint violation by 1 − 2μ.
+    With μ = ½ that is 0: a step equals the polar retraction to fourth order in ‖v‖₂,
+    with a violation of ¾‖v‖₂⁴. With `simultaneous=True` the penalty is that at X, as in
+    equation 3 of the paper: X ← X + v − μ X(XᵀX − I), with a violation of ‖v‖₂².
 
-    It costs products only: no inverse root and no factorisation. On a CPU that is no
-    less time than `riemannian` takes with the polar retraction of this library.
-    To be on the manifold after every step use `riemannian`. Euclidean leaves get d
+    It needs matrix products only: no inverse root and no factorisation. On CPU that is
+    not faster than `riemannian` with the polar retraction of this library. To be on
+    the manifold after every step use `riemannian`. Euclidean leaves get d
     itself: with `Euclidean()` everywhere this is `inner` bit for bit. It must be the
     last member of a chain: clip before it, and give the learning rate to `inner`.
-    Weight decay in `inner` all but vanishes: it is projected away.
+    Weight decay in `inner` has next to no effect: it is projected away.
 
     Args:
         inner: any transformation whose output is meant to be added to the
@@ -71,10 +71,10 @@ def landing(
             such a tree. Retraction and metric of `Stiefel` are not used.
         attraction: μ, between 0 and 1, or a schedule of it; by default ½, and the
             paper's ⅓ with `simultaneous`.
-        simultaneous: pull at X instead of at the new point.
-        max_step: the largest ‖v‖₂, of every column on `Oblique`. Half is as far as
-            the pull reaches well: it ends 4e-2 off there, and diverges from 2 on.
-            None: no limit.
+        simultaneous: take the penalty at X instead of at the new point.
+        max_step: the largest ‖v‖₂, of every column on `Oblique`. At the default ½ the
+            violation after a step is 4e-2 at most; from 2 on it diverges. None: no
+            limit.
 
     Returns:
         A transformation whose `update` needs `params`, with updates in the dtype of
@@ -83,8 +83,8 @@ def landing(
     Raises:
         InputError: for an attraction or a largest step out of range; at `init`, for
             another manifold, a tree that does not fit, a point of impossible shape,
-            or one with an entry of XᵀX − I above ⅛. LoRA's start at zero never lands,
-            for the pull vanishes there.
+            or a constraint violation above ⅛. LoRA's initialisation B = 0 never
+            lands, since the gradient of the penalty vanishes there.
 
     References:
         "Retraction-free optimization over the Stiefel manifold with application to
@@ -118,12 +118,12 @@ def landing(
 
 
 def check_attraction(owner: str, attraction: Any) -> None:
-    """Raise `InputError` unless a number μ is between 0 and 1."""
+    """Raise `InputError` for a number μ that is not between 0 and 1."""
     if isinstance(attraction, int | float) and not 0 < attraction < 1:
         raise InputError(
             f"{owner} needs an attraction between 0 and 1, got {attraction}. A step "
-            "takes the distance from the manifold times 1 − 2·attraction, which "
-            "diverges from 1 on; ½ lands fastest."
+            "multiplies the constraint violation by 1 − 2·attraction, which diverges "
+            "from 1 on; ½ lands fastest."
         )
 
 
@@ -137,7 +137,7 @@ def projected(owner: str, manifolds: Manifolds) -> optax.GradientTransformation:
     """Every gradient G − X sym(XᵀG), for points near their manifolds."""
 
     def project(manifold: Manifold, x: Any, g: Any) -> Any:
-        return like(g, manifold.project(x, g))
+        return cast_like(g, manifold.project(x, g))
 
     def init(params: optax.Params) -> optax.EmptyState:
         _check(owner, resolve(manifolds, params), params)
@@ -158,9 +158,9 @@ def land(
     simultaneous: bool,
     max_step: float | None,
 ) -> optax.GradientTransformation:
-    """Displacements d, projected, shortened, and pulled to the manifold.
+    """Displacements d, projected, rescaled, and attracted to the manifold.
 
-    The last of a chain: what it returns are the additive updates.
+    The last of a chain: it returns the additive updates.
     """
 
     def init(params: optax.Params) -> Any:
@@ -194,33 +194,33 @@ def _land(
 ) -> list[Array]:
     if isinstance(manifold, Euclidean):
         return ds
-    olds, xs = xs, [wide(x) for x in xs]
+    olds, xs = xs, [promoted(x) for x in xs]
     vs = [manifold.project(x, d) for x, d in zip(xs, ds, strict=True)]
     if max_step is not None:
         sizes = _sizes(manifold, vs)
-        # Not a quotient of the two, which is NaN for no step at all.
+        # Not max_step/size, which is NaN for a zero step.
         vs = [
             v * (max_step / jnp.maximum(size, max_step))
             for v, size in zip(vs, sizes, strict=True)
         ]
     ys = [x + v for x, v in zip(xs, vs, strict=True)]
-    pulls = [manifold.penalty_gradient(p) for p in (xs if simultaneous else ys)]
-    # Rounded to the dtype of x first, as what will be stored.
+    penalties = [manifold.penalty_gradient(p) for p in (xs if simultaneous else ys)]
+    # Rounded to the dtype of x first, in which the point is stored.
     return [
-        (y - mu * pull).astype(x.dtype) - x
-        for x, y, pull in zip(olds, ys, pulls, strict=True)
+        (y - mu * penalty).astype(x.dtype) - x
+        for x, y, penalty in zip(olds, ys, penalties, strict=True)
     ]
 
 
 def _sizes(manifold: Manifold, vs: list[Array]) -> list[Array]:
-    """What `max_step` limits: ‖v‖₂, or the length of every column on `Oblique`."""
+    """The norms that `max_step` limits: ‖v‖₂, or those of the columns on `Oblique`."""
     if isinstance(manifold, Oblique):
         return [jnp.linalg.norm(v, axis=-2, keepdims=True) for v in vs]
     return spectral_norms(vs)
 
 
 def spectral_norms(xs: list[Array]) -> list[Array]:
-    """‖X‖₂ of tall matrices, (…, 1, 1), from above and by at most 1 in 1000 too large.
+    """‖X‖₂ of tall matrices, (…, 1, 1): an upper bound, at most 0.1 % too large.
 
     With G = XᵀX that is ‖G^(2^k)‖^(1/2^(k+1)) in the Frobenius norm, from k = 10
     squarings, where it is too large by at most the factor r^(1/2^(k+2)).
@@ -247,7 +247,7 @@ def spectral_norms(xs: list[Array]) -> list[Array]:
 
 
 def _check(owner: str, manifolds: Any, params: Any) -> None:
-    """Raise `InputError` for manifolds without a pull, and points it cannot reach."""
+    """Raise `InputError` for manifolds without a penalty and points too far off."""
     unknown = [
         m
         for m in jax.tree.leaves(manifolds, is_leaf=is_manifold)
@@ -256,11 +256,11 @@ def _check(owner: str, manifolds: Any, params: Any) -> None:
     if unknown:
         names = ", ".join(sorted({str(m) for m in unknown}))
         raise InputError(
-            f"{owner} knows Stiefel, Oblique and Euclidean, got {names}. These have "
+            f"{owner} needs Stiefel, Oblique or Euclidean, got {names}. These have "
             "retractions: use riemannian."
         )
     near, far = (_problems(manifolds, params, r) for r in (_REGION, math.inf))
-    if near:  # what only the distance rules out gets a word more
+    if near:  # explain those that only the violation rules out
         raise InputError("\n".join(p if p in far else f"{p} {_TOO_FAR}" for p in near))
 
 

@@ -1,4 +1,4 @@
-"""The optimiser of Manifold-LoRA: AdamW that lands."""
+"""The optimiser of Manifold-LoRA: AdamW with landing instead of retraction."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from manifold_lora.optimizers.landing import (
     projected,
     spectral_norms,
 )
-from manifold_lora.optimizers.riemannian import wide
+from manifold_lora.optimizers.riemannian import promoted
 from manifold_lora.optimizers.tree import Manifolds, map_points, resolve
 
 NormRule = Literal["inverse_square", "literal"]
@@ -41,18 +41,18 @@ def landing_adamw(
     inner: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
     | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW that lands, with rates balanced between the two factors of a pair.
+    r"""Landing AdamW, with rates balanced between the two factors of a pair.
 
     For ΔW = s·B Aᵀ with B on `Stiefel()` or `Oblique()` and A free:
 
         g ← G − B sym(BᵀG)                      for B; A's gradient as it is
         d ← AdamW(g) · clip(1/‖other‖₂², lower, upper)
         A ← A + d
-        B ← B + v,   v = d − B sym(Bᵀd)         shortened to ‖v‖₂ ≤ max_step
+        B ← B + v,   v = d − B sym(Bᵀd)         rescaled to ‖v‖₂ ≤ max_step
         B ← B − lr·ω·4 B(BᵀB − I)               the gradient of ω‖BᵀB − I‖²
 
-    Use it where the paper's numbers are wanted; `landing` with μ = ½ stays closer to
-    the manifold, and `stiefel_lora` on it. The steps of each factor shrink as the
+    Use it to reproduce the paper's numbers; `landing` with μ = ½ stays closer to the
+    manifold, and `stiefel_lora` on it. The steps of each factor shrink as the
     other grows, as the Lipschitz constants of the two gradients do. Two leaves are a
     pair where they are siblings: the only constrained leaf of a node of the tree, and
     the only Euclidean one there of the same rank and layers. All others get AdamW
@@ -63,10 +63,11 @@ def landing_adamw(
     - clips in the order (norm, upper, lower), steps by η = clip(norm) without a
       learning rate, and does not say that a larger partner needs smaller steps. Here
       the clipped inverse square multiplies the learning rate;
-    - pulls by μ∇‖BᵀB − I‖² with μ near 1, which multiplies the distance by 1 − 8μ
-      and diverges. Here the learning rate multiplies the pull;
-    - adds Adam's direction as it is, whose normal part leaves B some ten times as far
-      off (3e-2 against 2e-3 at a rate of 3e-3). Here it is projected, as in `landing`;
+    - steps by ω∇‖BᵀB − I‖² with ω near 1, which multiplies the constraint violation
+      by 1 − 8ω and diverges. Here the learning rate multiplies this step;
+    - adds Adam's direction as it is, whose normal part makes the violation some ten
+      times larger (3e-2 against 2e-3 at a rate of 3e-3). Here it is projected, as in
+      `landing`;
     - decays both factors by λ, not by lr·λ. Here AdamW decays the free leaves, at
       their own rate; on B the decay would be projected away.
 
@@ -95,8 +96,8 @@ def landing_adamw(
         A transformation; see `landing` for its place in a chain.
 
     Raises:
-        InputError: for an unknown `norm_rule`, an attraction, bounds or a largest
-            step out of range; at `init` as `landing`.
+        InputError: for an unknown `norm_rule`, a weight, an attraction, bounds or a
+            largest step out of range; at `init` as `landing`.
 
     References:
         "Retraction-free optimization over the Stiefel manifold with application to
@@ -154,7 +155,7 @@ def _attraction_of_penalty(weight: Any, rate: optax.ScalarOrSchedule) -> Any:
 def _balanced(
     manifolds: Manifolds, rule: NormRule, lower: Any, upper: Any
 ) -> optax.GradientTransformation:
-    """Displacements of paired leaves, multiplied by the rule of their partners."""
+    """Displacements of paired leaves, multiplied by the rule for their partners."""
 
     def multiple(norm: Array) -> Array:
         if rule == "literal":
@@ -165,7 +166,7 @@ def _balanced(
         leaves, structure = jax.tree.flatten(params)
         ds = structure.flatten_up_to(updates)
         partners = _partners(resolve(manifolds, params), params)
-        norms = spectral_norms([wide(leaves[j]) for j in partners.values()])
+        norms = spectral_norms([promoted(leaves[j]) for j in partners.values()])
         for i, norm in zip(partners, norms, strict=True):
             ds[i] = (ds[i] * multiple(norm)).astype(ds[i].dtype)
         return structure.unflatten(ds), state
@@ -174,22 +175,22 @@ def _balanced(
 
 
 def _partners(manifolds: Any, params: Any) -> dict[int, int]:
-    """The place of a leaf among the leaves, and that of its partner; both ways."""
+    """The index of each leaf that has a partner, and the index of the partner."""
     tree = map_points(
         lambda m, x: jax.tree.map(lambda _: isinstance(m, Euclidean), x),
         manifolds,
         params,
     )
-    families: dict[tuple, list[tuple[int, bool, Any]]] = {}
+    siblings: dict[tuple, list[tuple[int, bool, Any]]] = {}
     places = tree_flatten_with_path(params)[0]
     for i, ((path, x), free) in enumerate(
         zip(places, jax.tree.leaves(tree), strict=True)
     ):
         # The leaf of a flax variable is its value.
         name = path[:-1] if path[-1:] == (GetAttrKey("value"),) else path
-        families.setdefault(name[:-1], []).append((i, free, x))
+        siblings.setdefault(name[:-1], []).append((i, free, x))
     partners = {}
-    for family in families.values():
+    for family in siblings.values():
         constrained = [(i, x) for i, free, x in family if not free]
         if len(constrained) != 1:
             continue

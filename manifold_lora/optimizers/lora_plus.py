@@ -29,7 +29,7 @@ def lora_plus(
         A ← A − lr·AdamW(g_A)
         B ← B − λ·lr·AdamW(g_B)
 
-    Leaves that are no factor get AdamW itself: with λ = 1 this is `optax.adamw` bit
+    Leaves that are not factors get AdamW itself: with λ = 1 this is `optax.adamw` bit
     for bit. Use it to compare with plain LoRA at no cost; `scaled_gd` adapts the
     balance to the factors, `stiefel_lora` fixes the scale of B altogether.
 
@@ -54,8 +54,8 @@ def lora_plus(
         the gradients.
 
     Raises:
-        InputError: for a ratio that is not positive; at `init`, if nothing matches
-            `pairs`, a partner is missing, or a pair differs in rank or layers.
+        InputError: for a ratio that is not positive; at `init`, if there are no
+            factors, a partner is missing, or a pair differs in rank or layers.
 
     References:
         Hayou, Ghosh & Yu, "LoRA+: Efficient low rank adaptation of large models",

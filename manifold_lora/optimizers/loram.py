@@ -10,7 +10,7 @@ from jax import Array
 
 from manifold_lora.errors import InputError, check_choice
 from manifold_lora.manifolds import BoundedRank, Euclidean, Manifold
-from manifold_lora.optimizers.riemannian import riemannian, wide
+from manifold_lora.optimizers.riemannian import promoted, riemannian
 from manifold_lora.optimizers.tree import Manifolds, is_manifold, map_points, resolve
 
 SecondMoment = Literal["row", "coordinate", "scalar"]
@@ -37,7 +37,7 @@ def loram(
         m ← β₁ m + (1 − β₁) g
         v ← β₂ v + (1 − β₂) g²          g² averaged as `second_moment` says
         x⁺ ← R(x, −lr·m/(√v + ε))       projected to the tangent space first
-        m ← T_{x→x⁺}(m)                 transported; v never is
+        m ← T_{x→x⁺}(m)                 transported, unlike v
         σ(x⁺) ← max(σ(x⁺) − λ, 0)       nuclear decay, `BoundedRank` only
 
     Other leaves get plain AdamW. At fixed rank the gradients are the pair
@@ -49,16 +49,16 @@ def loram(
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the root of the second moment.
-        second_moment: "row", one number a row of a tall factor and one for the whole
-            of s: n floats in place of n·r, and the same trajectory whatever
-            rotation of its columns stores a point (the default); "coordinate", the
-            paper's; "scalar", one number a matrix.
+        second_moment: "row", one number per row of a tall factor and one for the whole
+            of s: n floats instead of n·r, and the same trajectory whatever
+            rotation of the columns represents the point (the default); "coordinate",
+            the paper's; "scalar", one number per matrix.
         bias_correction: divide m and v by 1 − βᵗ as Adam does. The paper does not.
         weight_decay: decoupled, times the learning rate, of ΔW itself: on a and s.
         nuclear_decay: λ, taken off every singular value after each step.
         nuclear_decay_scaled_by_learning_rate: take off λ times the learning rate.
-            The paper's algorithm 7 takes λ, and only so has its 1e-3 an effect of
-            the reported size.
+            The paper's algorithm 7 takes off λ, and only then does its 1e-3 have an
+            effect of the reported size.
 
     Returns:
         A transformation; see `riemannian` for its place in a chain and its errors.
@@ -118,12 +118,12 @@ def loram(
 def scale_by_mean_adam(
     b1: float, b2: float, eps: float, second_moment: SecondMoment, *, bias_correction
 ) -> optax.GradientTransformation:
-    """m/(√v + ε), where v is a mean of squares over rows, matrices or nothing."""
+    """m/(√v + ε), with v averaged over rows or matrices, or per coordinate."""
 
     def mean_square(g: Array) -> Array:
         if second_moment == "coordinate":
             return g**2
-        # Of FixedRank's square s only the whole is the same in every gauge.
+        # For FixedRank's square s only the mean of all entries is gauge-invariant.
         by_row = second_moment == "row" and g.shape[-2] > g.shape[-1]
         return jnp.mean(g**2, -1 if by_row else (-2, -1), keepdims=True)
 
@@ -178,7 +178,7 @@ def _shrink(
         def shrink(manifold: Manifold, x: Any, u: Any) -> Any:
             if not isinstance(manifold, BoundedRank):
                 return u
-            y = manifold.shrink(jax.tree.map(jnp.add, wide(x), wide(u)), value)
+            y = manifold.shrink(jax.tree.map(jnp.add, promoted(x), promoted(u)), value)
             return jax.tree.map(lambda y, x: y.astype(x.dtype) - x, y, x)
 
         updates = map_points(shrink, resolve(manifolds, params), params, updates)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 # The fields in which Optax keeps running means of gradients or displacements. The
-# second moments (nu, v, n, …) are no tangent vectors: nothing may carry them.
+# second moments (nu, v, n, …) are not tangent vectors and must not be transported.
 NAMES = ("mu", "trace", "m", "m1", "m2", "ema")
 
 
@@ -28,8 +28,8 @@ def replace(f: Callable[[Any], Any], state: Any) -> Any:
     return state
 
 
-def found(state: Any) -> bool:
-    """True where the state holds a first moment."""
-    seen = []
-    replace(lambda moment: seen.append(1) or moment, state)
-    return bool(seen)
+def has_any(state: Any) -> bool:
+    """True if the state holds a first moment."""
+    moments = []
+    replace(moments.append, state)
+    return bool(moments)

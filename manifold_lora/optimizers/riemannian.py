@@ -47,7 +47,7 @@ def riemannian(
 
     This must be the last member of a chain: scaling, weight decay, clipping or
     averaging after it leaves the manifold. Clip before it; give the learning rate
-    and decay to `inner`. For the method of a paper use its recipe, for example
+    and decay to `inner`. For the method of a paper use its recipe, such as
     `stiefel_lora`.
 
     Args:
@@ -59,9 +59,9 @@ def riemannian(
         gradient: "riemannian" feeds `inner` the Riemannian gradient (StelLA, LoRAM);
             "euclidean" feeds it the plain one, so that the moments are Euclidean
             and only the displacement is projected (Stiefel-LoRA).
-        transport: carry the first moments along with the points (LoRAM). They are
-            the fields named mu, trace, m, m1, m2 or ema of any state within the
-            inner state; second moments are no tangents and stay.
+        transport: transport the first moments along with the points (LoRAM). They
+            are the fields named mu, trace, m, m1, m2 or ema of any state within
+            the inner state; second moments are not tangents and do not change.
         update_scale: factor on the displacement of a constrained point, as a
             function of the point, for example StelLA's √(d/rows). Euclidean leaves
             are never scaled.
@@ -72,8 +72,8 @@ def riemannian(
 
     Raises:
         InputError: for an unknown `gradient`; at `init`, for a tree that does not
-            fit, a point of impossible shape, or one that is off its manifold, and
-            for `transport` where the inner state has no first moment.
+            fit, a point of impossible shape, or one that is not on its manifold,
+            and for `transport` where the inner state has no first moment.
 
     References:
         Absil, Mahony & Sepulchre, "Optimization Algorithms on Matrix Manifolds",
@@ -100,11 +100,11 @@ def riemannian(
     def init(params: optax.Params) -> optax.OptState:
         check_points(resolve(manifolds, params), params)
         state = inner.init(params)
-        if transport and jax.tree.leaves(params) and not moments.found(state):
+        if transport and jax.tree.leaves(params) and not moments.has_any(state):
             raise InputError(
                 "transport=True, but the inner state has no first moment: no field "
-                f"named {', '.join(moments.NAMES)}. Leave transport out, or give the "
-                "moment one of these names."
+                f"named {', '.join(moments.NAMES)}. Leave transport out, or rename "
+                "the field of the moment."
             )
         return state
 
@@ -119,28 +119,30 @@ def riemannian(
             updates = map_points(scale, tree, params, updates)
         updates = map_together(displacements, tree, params, updates)
         if transport:
-            carry = functools.partial(map_points, _transport, tree, params, updates)
-            state = moments.replace(carry, state)
+            transport_all = functools.partial(
+                map_points, _transport, tree, params, updates
+            )
+            state = moments.replace(transport_all, state)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _gradient(manifold: Manifold, x: Any, g: Any) -> Any:
-    return like(g, manifold.riemannian_gradient(x, g))
+    return cast_like(g, manifold.riemannian_gradient(x, g))
 
 
 def _scaled(update_scale: Callable[[Any], Any], manifold: Manifold, x: Any, d: Any):
     if isinstance(manifold, Euclidean):
         return d
-    return like(d, jax.tree.map(lambda leaf: update_scale(x) * leaf, d))
+    return cast_like(d, jax.tree.map(lambda leaf: update_scale(x) * leaf, d))
 
 
 def displacements(manifold: Manifold, xs: list[Any], ds: list[Any]) -> list[Any]:
     """The additive updates R(x, P_x(d)) − x, rounded to the dtype of x first."""
     if isinstance(manifold, Euclidean):
         return ds
-    ys = manifold.step([wide(x) for x in xs], [wide(d) for d in ds])
+    ys = manifold.step([promoted(x) for x in xs], [promoted(d) for d in ds])
     return [
         jax.tree.map(lambda y, x: y.astype(x.dtype) - x, y, x)
         for y, x in zip(ys, xs, strict=True)
@@ -149,14 +151,14 @@ def displacements(manifold: Manifold, xs: list[Any], ds: list[Any]) -> list[Any]
 
 def _transport(manifold: Manifold, x: Any, u: Any, m: Any) -> Any:
     y = jax.tree.map(lambda x, u: x + u, x, u)
-    return like(m, manifold.transport(wide(x), wide(y), wide(m)))
+    return cast_like(m, manifold.transport(promoted(x), promoted(y), promoted(m)))
 
 
-def wide(tree: Any) -> Any:
+def promoted(tree: Any) -> Any:
     """The arrays in at least float32."""
     return jax.tree.map(lambda x: at_least_float32(x)[0], tree)
 
 
-def like(old: Any, new: Any) -> Any:
-    """The new arrays in the dtypes of the old ones."""
+def cast_like(old: Any, new: Any) -> Any:
+    """The new arrays, in the dtypes of the old ones."""
     return jax.tree.map(lambda o, n: n.astype(o.dtype), old, new)

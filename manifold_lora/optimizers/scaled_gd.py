@@ -37,10 +37,10 @@ def scaled_gd(
         g_A ← g_A (BᵀB + δI)⁻¹
         g_B ← g_B (AᵀA + δI)⁻¹
 
-    and then AdamW on these. Up to δ a plain gradient step now moves ΔW the same however
-    it is split into factors, so that both can share one learning rate; but the factors
-    are free and may lose rank. To keep it use `stiefel_lora` or `stella`. Leaves that
-    are no factor get AdamW itself. Numerically this is PEFT's
+    and then AdamW on these. Up to δ a plain gradient step now changes ΔW in the same
+    way however it is split into factors, so that both can share one learning rate; but
+    the factors are free and may lose rank. To preserve it use `stiefel_lora` or
+    `stella`. Leaves that are not factors get AdamW itself. Numerically this is PEFT's
     `create_riemannian_optimizer` around `torch.optim.AdamW`, with its δ; PyTorch's
     weight decay is 0.01 by default.
 
@@ -48,7 +48,7 @@ def scaled_gd(
         learning_rate: of all leaves.
         pairs: a `FactorTree` or a tree of `FactorDims`; `FactorSpec()` for this
             library's factors.
-        damping: δ > 0; B = 0 at LoRA's start makes BᵀB singular without it.
+        damping: δ > 0; without it BᵀB is singular at LoRA's initialisation B = 0.
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the root of the second moment.
@@ -62,8 +62,8 @@ def scaled_gd(
         the gradients. The preconditioner is computed in at least float32.
 
     Raises:
-        InputError: for a damping that is not positive; at `init`, if nothing matches
-            `pairs`, a partner is missing, or a pair differs in rank or layers.
+        InputError: for a damping that is not positive; at `init`, if there are no
+            factors, a partner is missing, or a pair differs in rank or layers.
 
     References:
         Zhang & Pilanci, "Riemannian preconditioned LoRA for fine-tuning foundation
@@ -81,7 +81,7 @@ def scaled_gd(
     if isinstance(damping, int | float) and not damping > 0:
         raise InputError(
             f"scaled_gd needs a damping above 0, got {damping}: BᵀB is singular where "
-            "B = 0, at LoRA's start. The default is 0.01."
+            "B = 0, at LoRA's initialisation. The default is 0.01."
         )
 
     def adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -114,7 +114,7 @@ def _preconditioned(
         grams[factor.key] = g + (damping * eye_like(g)).astype(g.dtype)
 
     factors.map(gram, factors.to_tall(params))
-    # One call for all matrices of a shape.
+    # One call for all matrices of one shape.
     inverses = dict(zip(grams, stacked(inverse, list(grams.values())), strict=True))
 
     def scaled(factor: Factor, g: Any) -> Any:

@@ -21,7 +21,7 @@ def stella(
     inner: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
     | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW on the factors of U S Vᵀ, with U and V kept orthonormal.
+    """AdamW on the factors of ΔW = s U S Vᵀ, with U and V orthonormal.
 
     For X = U and X = V on `Stiefel()`, with Euclidean gradient G:
 
@@ -31,15 +31,16 @@ def stella(
         D ← D − X sym(XᵀD)          projected to the tangent space
         X ← polar(X + D)
 
-    S and every other Euclidean leaf get AdamW itself. The scale lets factors of
-    different heights turn by the same angle. The paper clips the gradients of U, S
-    and V together at norm 1 before this: chain `optax.clip_by_global_norm(1.0)`.
-    For ΔW = B Aᵀ with one orthonormal factor use `stiefel_lora`.
+    S and every other Euclidean leaf get AdamW itself. The scale makes factors
+    with different numbers of rows turn by the same angle. The paper clips the gradients
+    of U, S and V together at norm 1 before this: chain
+    `optax.clip_by_global_norm(1.0)`. For ΔW = s B Aᵀ with one orthonormal factor use
+    `stiefel_lora`.
 
     Args:
         learning_rate: of all factors; the paper's 5e-4 for LLaMA.
         manifolds: prefix tree of the parameters, or a function to one.
-        hidden_size: the model's width d; None leaves the displacement as it is.
+        hidden_size: the model's width d; None: no update scale.
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the root of the second moment.

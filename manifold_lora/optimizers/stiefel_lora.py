@@ -31,15 +31,15 @@ def stiefel_lora(
         B ← qr(B − lr·ξ)          when its manifold is `Stiefel("qr")`, as in the paper
 
     It is meant for a B whose partner A is free: only then are its fixed points
-    stationary, since A's gradient is GᵀB. For a factor that stands alone use
-    `riemannian` with the Riemannian gradient.
+    stationary, since A's gradient is GᵀB. For a factor without a partner
+    use `riemannian` with the Riemannian gradient.
 
     Free factors get plain Adam at their own rate. Weight decay does nothing to B,
     where it is normal to the manifold and projected away.
 
     Args:
         learning_rate: rate of the constrained factors; the paper's 0.1 to 0.3
-            (an orthonormal factor moves by whole angles, not by small numbers).
+            (an orthonormal factor has to turn by angles of order 1).
         manifolds: prefix tree of the parameters, or a function to one.
         free_learning_rate: rate of all Euclidean leaves, as for AdamW.
         b1: decay of the first moment.

@@ -22,9 +22,9 @@ from manifold_lora.manifolds import Euclidean, Manifold
 # the parameters to such a tree (it may look at structure and shapes only).
 Manifolds = Any | Callable[[Any], Any]
 
-# A float32 point further off than this was never put on its manifold; bfloat16
-# storage alone is 4e-3 off.
-_ON_MANIFOLD = {"float64": 1e-5, "float32": 1e-4}
+# A larger constraint violation is not one of rounding; bfloat16 storage alone has
+# 4e-3.
+_ROUNDING = {"float64": 1e-5, "float32": 1e-4}
 
 
 def is_manifold(node: Any) -> bool:
@@ -151,11 +151,11 @@ def map_together(
 
 
 def check_points(manifolds: Any, params: Any, within: float = 0.0) -> None:
-    """Raise one `InputError` for every point that its manifold cannot hold.
+    """Raise one `InputError` that names every leaf that is not a point.
 
-    Shapes are always checked; the distance from the manifold only for concrete
-    arrays of this process, not for tracers, abstract shapes or placeholders. It
-    may be as large as `within`, and as the rounding of the dtype in any case.
+    Shapes are always checked; the constraint violation only for concrete arrays of
+    this process, not for tracers, abstract shapes or placeholders. It may be as
+    large as `within`, and as the rounding of the dtype in any case.
     """
     problems = []
     for path, manifold, subtree in flatten_prefix(
@@ -171,7 +171,7 @@ def check_points(manifolds: Any, params: Any, within: float = 0.0) -> None:
 
 
 def _problem(manifold: Any, x: Any, within: float) -> str | None:
-    """Why x cannot be a point of the manifold, or None."""
+    """Why x is not a point of the manifold, or None."""
     if not is_manifold(manifold):
         return (
             f"{manifold!r} is not a manifold. Give an instance such as Stiefel() or "
@@ -186,7 +186,7 @@ def _problem(manifold: Any, x: Any, within: float) -> str | None:
     elif manifold.parts:
         return (
             f"{manifold} needs a dict of {', '.join(manifold.parts)}, got an array of "
-            f"shape {np.shape(x)}. Place it on the sub-tree that holds them."
+            f"shape {np.shape(x)}. Put it on the sub-tree that holds them."
         )
     else:
         shape = tuple(np.shape(x))
@@ -194,15 +194,16 @@ def _problem(manifold: Any, x: Any, within: float) -> str | None:
         manifold.check_shape(shape)
     except InputError as error:
         return str(error)
-    if isinstance(manifold, Euclidean) or not all(map(_is_known, leaves)):
+    if isinstance(manifold, Euclidean) or not all(map(_is_concrete, leaves)):
         return None
-    with jax.ensure_compile_time_eval():  # a constant may be met under jit, too
-        distance = float(manifold.residual(x).max(initial=0))
-    rounding = max(_ON_MANIFOLD.get(leaf.dtype.name, 3e-2) for leaf in leaves)
-    if not distance <= max(within, rounding):
+    with jax.ensure_compile_time_eval():  # x may be a constant under jit
+        violation = float(manifold.residual(x).max(initial=0))
+    rounding = max(_ROUNDING.get(leaf.dtype.name, 3e-2) for leaf in leaves)
+    if not violation <= max(within, rounding):
         return (
-            f"the point is {distance:.2g} off {manifold}. Start from "
-            "random_point(key, shape), or repair it with nearest_point(x)."
+            f"the point has a constraint violation of {violation:.2g} on {manifold}. "
+            "Initialise it with random_point(key, shape), or repair it with "
+            "nearest_point(x)."
         )
     return None
 
@@ -224,8 +225,8 @@ def leaf_name(tree: Any, path: tuple) -> str:
     return "/".join(map(str, parts))
 
 
-def _is_known(x: Any) -> bool:
-    """True for an array whose values this process can read now."""
+def _is_concrete(x: Any) -> bool:
+    """True for an array whose values this process can read."""
     if isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray):
         return False
     return not isinstance(x, jax.Array) or x.is_fully_addressable

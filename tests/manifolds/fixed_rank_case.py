@@ -1,4 +1,4 @@
-"""Points of fixed rank, and one compiled program a shape for all their tests."""
+"""Points of fixed rank, and one compiled program per shape for all their tests."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ TOLERANCE = {"float32": FLOAT32, "float64": FLOAT64}
 TRUNCATION, ORTHOGRAPHIC = FixedRank(), FixedRank("orthographic")
 BOTH = {"truncation": TRUNCATION, "orthographic": ORTHOGRAPHIC}
 both = pytest.mark.parametrize("name", BOTH)
-# One program for each shape serves all tests: few shapes.
+# One program per shape serves all tests, so there are few shapes.
 RETRACT = {name: jax.jit(manifold.retract) for name, manifold in BOTH.items()}
 PROJECT, GRADIENT, TRANSPORT, INNER = map(
     jax.jit,
@@ -84,7 +84,7 @@ def pair(x, g):
 
 @functools.cache
 def everything(shape, dtype):
-    """Inputs and results of all maps at one point."""
+    """Inputs and results of all operations at one point."""
     x, d, e = draw(shape)
     a = RNG(1).normal(size=dense(x).shape)
     with precision(dtype) as tolerance:

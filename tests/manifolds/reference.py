@@ -1,4 +1,4 @@
-"""The geometry restated in float64 NumPy and SciPy, from the definitions."""
+"""NumPy and SciPy reference of the geometry in float64, from the definitions."""
 
 import numpy as np
 import scipy.linalg

@@ -1,4 +1,4 @@
-"""Fixed rank restated with dense m×n matrices in float64 NumPy."""
+"""NumPy reference of FixedRank: dense m×n matrices in float64."""
 
 import numpy as np
 from scipy.integrate import solve_ivp

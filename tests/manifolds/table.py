@@ -1,6 +1,6 @@
-"""One table of manifolds: how to draw from each, and what it must agree with.
+"""One table of manifolds: how to draw points, and the reference to agree with.
 
-Everything here is float64 NumPy, batched over leading axes, and knows nothing of
+Everything here is float64 NumPy, batched over leading axes, and independent of
 the code under test. A point is an array, or a dict of arrays.
 """
 
@@ -32,7 +32,7 @@ SIZES = (0, 1e-6, 1e-3, 0.3, 0.6, 1.0, 10.0, 100.0, 1e3)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
-    """A manifold and its restatement.
+    """A manifold and its NumPy reference.
 
     The embedding maps a point to an array, and a tangent to the velocity of that
     array, so that its Frobenius norm is a length; by default it is the point.
@@ -165,7 +165,7 @@ def fixed_rank(retraction):
         ref.projection,
         lambda x, u, v: trace(x, ref.dense_tangent(x, u), ref.dense_tangent(x, v)),
         shapes=PRODUCTS,
-        sizes=tuple(min(size, 0.4) for size in SIZES),  # S + M must stay regular
+        sizes=tuple(min(size, 0.4) for size in SIZES),  # S + M must stay invertible
         retraction=getattr(ref, f"retract_{retraction}"),
         embed=ref.dense,
         velocity=ref.dense_tangent,
@@ -228,7 +228,7 @@ ROWS = {
     "bounded_rank-1": bounded_rank(1),
     "bounded_rank-2": bounded_rank(2),
 }
-# The metric enters no retraction but exp, nor the retraction a projection.
+# The metric affects only the retraction exp, and the retraction no projection.
 SAME_RETRACTION = {f"stiefel-{name}-euclidean" for name in ("polar", "qr", "cayley")}
 RETRACTIONS = [name for name in ROWS if name not in SAME_RETRACTION]
 PRODUCTS_ONLY = [name for name in RETRACTIONS if not ROWS[name].lapack]
@@ -270,7 +270,7 @@ def precision(dtype):
         yield TOLERANCE[dtype]
 
 
-def wide(tree):
+def float64(tree):
     return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 
 
@@ -279,7 +279,7 @@ def cast(tree, dtype):
 
 
 def close(a, b, tolerance, scale=1.0):
-    a, b = np.broadcast_arrays(wide(a), wide(b))
+    a, b = np.broadcast_arrays(float64(a), float64(b))
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(scale, 1))
 
 

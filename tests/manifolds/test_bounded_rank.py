@@ -34,7 +34,7 @@ def like(p, dtype="float64"):
     return {k: jnp.asarray(x, dtype) for k, x in p.items()}
 
 
-def wide(p):
+def float64(p):
     return {k: np.asarray(x, np.float64) for k, x in p.items()}
 
 
@@ -50,7 +50,7 @@ def times(c, p):
 
 
 def both(f, *points):
-    return jax.tree.map(f, *map(wide, points))
+    return jax.tree.map(f, *map(float64, points))
 
 
 def case(shape=(7, 6, 3), seed=0):
@@ -88,10 +88,10 @@ def test_projection_and_metric(shape, dtype):
 
         p, again, zero, products, squares = maps(x, z, v, normal)
         tolerance, scale = 4 * TOLERANCE[dtype], 10 * shape[-2] * shape[-1]
-        close(p, reference.projection(wide(x), wide(z)), tolerance)
+        close(p, reference.projection(float64(x), float64(z)), tolerance)
         close(again, p, tolerance)
         close(zero, both(np.zeros_like, zero), tolerance)
-        expected = reference.inner(wide(x), wide(p), wide(v))
+        expected = reference.inner(float64(x), float64(p), float64(v))
         close(products[:2], (expected, expected), tolerance, scale)
         close(products[2], products[3], tolerance, scale)  # self-adjoint
         close(squares[0], squares[1], tolerance, scale)
@@ -120,9 +120,9 @@ def law_gradient(manifold, shape):
         k, vp = reference.algorithm_6(u, s, basis, ambient, manifold.alpha)
         expected = {"a": k @ reference.t(turn), "v": vp @ reference.t(turn)}
         close(gradient, expected, scale=100)
-    inner = reference.inner(x, wide(gradient), v, manifold.alpha)
+    inner = reference.inner(x, float64(gradient), v, manifold.alpha)
     close(inner, differential, scale=100)
-    inside = reference.t(x["v"]) @ wide(gradient)["v"]
+    inside = reference.t(x["v"]) @ float64(gradient)["v"]
     close(inside, np.zeros_like(inside), scale=100)
 
 
@@ -140,7 +140,7 @@ def law_retraction(manifold, x, v):
     xs, vs = repeat(x, n), times(SIZES, v)
     y = jitted(manifold, "retract")(like(xs), like(vs))
     close([y[k][0] for k in y], [x[k] for k in y], 0)  # R(x, 0) = x
-    w, p = reference.dense(wide(y))
+    w, p = reference.dense(float64(y))
     eye = np.eye(len(x["v"]))
     if manifold.order == 1:
         u, s, basis, _ = reference.paper(xs)
@@ -165,7 +165,7 @@ def law_retraction(manifold, x, v):
     # The first-order defect has slope 2 on both sides of zero.
     for sign in (1, -1):
         vs = times(sign * np.geomspace(1e-4, 1e-1, n), v)
-        y = wide(jitted(manifold, "retract")(like(xs), like(vs)))
+        y = float64(jitted(manifold, "retract")(like(xs), like(vs)))
         ends = reference.dense(y), reference.dense(xs), reference.dense_tangent(xs, vs)
         for a, b, c in zip(*ends, strict=True):
             errors = np.linalg.norm(a - b - c, axis=(-2, -1))
@@ -178,7 +178,7 @@ def law_retraction(manifold, x, v):
 def test_retraction(manifold, rank):
     with jax.enable_x64(True):
         x, _, v = case()
-        x["a"] = x["a"][:, :rank] @ x["a"][:rank]  # at A = 0 and beside it
+        x["a"] = x["a"][:, :rank] @ x["a"][:rank]  # at A = 0 and near it
         law_retraction(manifold, x, v)
 
 
@@ -187,7 +187,7 @@ def test_retraction_of_other_shapes_in_float32(shape):
     x, _, v = (like(p, "float32") for p in case(shape))
     v = {"a": v["a"], "v": 3 * v["v"]}
     y = jitted(BoundedRank(), "retract")(x, v)
-    x, v, y = wide(x), wide(v), wide(y)
+    x, v, y = float64(x), float64(v), float64(y)
     moved = reference.dense(x)[0] + reference.dense_tangent(x, v)[0]
     q, _ = np.linalg.qr(x["v"] + v["v"])
     close(reference.dense(y)[0], moved @ q @ reference.t(q), FLOAT32, scale=30)
@@ -200,7 +200,7 @@ def law_order(manifold):
     exact = reference.geodesic(x, v, STEPS, manifold.alpha)
     xs = repeat(x, len(STEPS))
     y = jitted(manifold, "retract")(like(xs), like(times(STEPS, v)))
-    w, p = reference.dense(wide(y))
+    w, p = reference.dense(float64(y))
     errors = [
         np.linalg.norm(reference.flat(w, p, manifold.alpha) - c)
         for w, p, c in zip(w, p, exact, strict=True)
@@ -216,12 +216,12 @@ def test_order_of_the_retraction(manifold):
 
 
 def law_transport(manifold, shape=(2, 7, 6, 3)):
-    """Algorithm 8, tangent, linear, the identity at home, never expanding."""
+    """Algorithm 8; tangent, linear, the identity from x to x, non-expansive."""
     x, z, v = case(shape)
     y, along = case(shape, seed=1)[0], reference.projection(x, z)
 
     def f(x, y, w):
-        return wide(jitted(manifold, "transport")(like(x), like(y), like(w)))
+        return float64(jitted(manifold, "transport")(like(x), like(y), like(w)))
 
     moved = f(x, y, along)
     (*old, turn), (*new, _) = reference.paper(x), reference.paper(y)
@@ -313,7 +313,7 @@ def law_step(manifold):
         manifold.step(*lists), Manifold.step(manifold, *lists)
     ))(xs, ds)  # fmt: skip
     close(fused, plain, scale=100)
-    for y in map(wide, fused):
+    for y in map(float64, fused):
         close(reference.dense(y)[1] @ y["v"], np.zeros_like(y["v"]), scale=10)
 
 
@@ -326,7 +326,7 @@ def test_bfloat16_is_computed_in_float32():
     close(y, {k: p.astype("bfloat16") for k, p in exact.items()}, 0)
 
 
-def test_products_only_at_full_precision():
+def test_only_products_and_at_full_precision():
     manifold = BoundedRank(order=2)
     x, z, v = (like(p, "float32") for p in case())
 
@@ -358,7 +358,7 @@ def test_momentum_follows_algorithm_5():
         y, state = like(x), jax.jit(tx.init)(like(x))
         for pair in reference.algorithm_5(x, lambda w: w - target, 0.1, 20):
             y, state = step(y, state)
-            close(reference.dense(wide(y)), pair, scale=1e3)
+            close(reference.dense(float64(y)), pair, scale=1e3)
 
 
 def test_random_points():
@@ -373,7 +373,7 @@ def test_random_points():
     assert x["a"].shape == (2, 300, 4) and x["v"].shape == (2, 20, 4)
     assert residual.shape == (2,) and (residual < RESIDUAL).all()
     close(np.linalg.norm(x["a"], axis=-2), np.ones((2, 4)), 0.2)
-    close(v["v"], reference.projection(wide(x), wide(v))["v"], FLOAT32, 4)
+    close(v["v"], reference.projection(float64(x), float64(v))["v"], FLOAT32, 4)
     assert np.abs(np.linalg.norm(v["a"]) - 2400**0.5) < 3
 
 

@@ -133,20 +133,20 @@ def test_order_of_the_retraction(name):
 
 
 @both
-def test_no_map_depends_on_how_a_point_is_stored(name):
+def test_no_operation_depends_on_the_representation(name):
     x, d, e = draw(ONE)
     rng, g = RNG(3), RNG(4).normal(size=(9, 7))
     q, r, p = (np.linalg.qr(rng.normal(size=(k, k)))[0] for k in (3, 3, 9))
 
-    def turned(v):  # the same tangent at (UQ, QᵀSR, VR), and one turned by P
+    def rotated(v):  # the same tangent at (UQ, QᵀSR, VR), and one rotated by P
         other = {"u": v["u"] @ r, "s": q.T @ v["s"] @ r, "v": v["v"] @ q}
         return stack(*[v, other, v | {"u": p @ v["u"]}] * 4)
 
     other = {"u": x["u"] @ q, "s": q.T @ x["s"] @ r, "v": x["v"] @ r}
     xs, ds, es = (
         stack(*[x, other, x | {"u": p @ x["u"]}] * 4),
-        scaled(0.2, turned(d)),
-        turned(e),
+        scaled(0.2, rotated(d)),
+        rotated(e),
     )
     with precision("float64"):
         y = RETRACT[name](xs, ds)
@@ -157,7 +157,7 @@ def test_no_map_depends_on_how_a_point_is_stored(name):
         close(out[2], p @ out[0], FLOAT64, 20)
 
 
-def test_columns_keep_their_places():
+def test_columns_keep_their_order():
     """Singular values that are equal, or cross: LAPACK alone would swap columns."""
     x = spread(reference.draw(RNG(0), ONE))
     x["s"] = np.stack([np.eye(3), np.diag([1, 1.001, -1.002])] * 6)
@@ -182,13 +182,13 @@ def test_truncation_from_the_zero_matrix(shape, rank):
         assert reference.residual(y) < FLOAT64
     z = dense_tangent(x, v)
     close(dense(y), reference.best(z, shape[-1]), FLOAT64, 20)
-    kept = np.linalg.norm(y["s"]) ** 2 / np.linalg.norm(z) ** 2
-    # No retraction: rank 2r cut to r.
-    assert 0.5 < kept < 0.95 if rank == 3 else kept == pytest.approx(1)
+    energy = np.linalg.norm(y["s"]) ** 2 / np.linalg.norm(z) ** 2
+    # Not a retraction: rank 2r is truncated to r.
+    assert 0.5 < energy < 0.95 if rank == 3 else energy == pytest.approx(1)
 
 
 @both
-def test_nothing_moves_at_the_zero_matrix_without_a_step(name):
+def test_a_zero_step_at_the_zero_matrix_is_exact(name):
     x = reference.draw(RNG(0), WIDE) | {"s": np.zeros((3, 3))}
     with precision("float64"):
         y = RETRACT[name](x, scaled(0.0, x))
@@ -274,17 +274,20 @@ def test_derivative_of_the_orthographic_retraction():
 def test_bfloat16_points_are_computed_in_float32(name):
     r, _ = everything(*CASES[-1])
     x, d = (cast(r[key], jnp.bfloat16) for key in ("x", "step"))
-    y, wide = RETRACT[name](x, d), RETRACT[name](cast(x, "float32"), cast(d, "float32"))
+    y, expected = (
+        RETRACT[name](x, d),
+        RETRACT[name](cast(x, "float32"), cast(d, "float32")),
+    )
     for key in reference.PARTS:
         assert y[key].dtype == jnp.bfloat16
-        np.testing.assert_array_equal(y[key], wide[key].astype(jnp.bfloat16))
+        np.testing.assert_array_equal(y[key], expected[key].astype(jnp.bfloat16))
 
 
 def lowered(f, *args):
     return jax.jit(f).lower(*args).as_text()
 
 
-def test_lapack_is_called_in_truncation_alone():
+def test_only_truncation_calls_lapack():
     x, d, _ = (cast(t, "float32") for t in draw((9, 7, 3)))
     f = ORTHOGRAPHIC
     for text in (
@@ -299,7 +302,7 @@ def test_lapack_is_called_in_truncation_alone():
         lowered(TRUNCATION.step, [x] * k, [d] * k).count("custom_call @")
         for k in (1, 5)
     ]
-    assert calls[0] == calls[1] > 0  # one sequence for all points of a shape
+    assert calls[0] == calls[1] > 0  # one sequence for all points of one shape
 
 
 def test_random_points():
@@ -323,7 +326,7 @@ def test_random_points():
     assert hash(manifold) == hash(FixedRank("truncation")) != hash(ORTHOGRAPHIC)
 
 
-def test_residual_is_the_worse_of_the_two_sides():
+def test_residual_is_the_larger_of_the_two_sides():
     x = spread(reference.draw(RNG(0), ONE), 3)
     for i, key in enumerate(("u", "v")):
         x[key] = x[key] * np.where(np.arange(3) == i, 1.1, 1)[:, None, None]

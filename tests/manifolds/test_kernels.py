@@ -94,7 +94,7 @@ def test_inverse_root_and_inverse_cholesky(dtype):
     got, e64 = run(linalg.inverse_root, dtype, e)
     values, q = np.linalg.eigh(eye + e64)
     want = (q / np.sqrt(values)[:, None, :]) @ q.mT - eye
-    scale = np.linalg.cond(eye + e64)  # what rounding E alone does
+    scale = np.linalg.cond(eye + e64)  # the effect of rounding E alone
     errors = np.linalg.norm(got - want, axis=(1, 2)) / scale
     assert errors.max() < TOLERANCE[dtype]
     np.testing.assert_array_equal(got[0], 0 * eye)
@@ -124,7 +124,7 @@ def test_times_is_the_product(r):
     np.testing.assert_allclose(got, run(linalg.matmul, "float32", x, s)[0], atol=1e-4)
 
 
-def test_stacked_keeps_the_order_and_calls_once_a_shape():
+def test_stacked_preserves_order_and_calls_once_per_shape():
     calls = []
 
     def kernel(a, b):

@@ -1,7 +1,7 @@
 """The laws of geometry, each once, over the table of manifolds.
 
 References are float64 NumPy and SciPy (table.py, reference.py), never the code
-under test. One jitted call gives all that a law needs, for compiling takes the time.
+under test. One jitted call per law, since compilation takes most of the time.
 """
 
 import functools
@@ -21,6 +21,7 @@ from tests.manifolds.table import (
     close,
     combine,
     equal,
+    float64,
     norms,
     over,
     over_shapes,
@@ -29,7 +30,6 @@ from tests.manifolds.table import (
     scaled,
     shapes,
     unit,
-    wide,
 )
 from tests.tolerances import FLOAT32, FLOAT64, RESIDUAL, SLOPE
 
@@ -50,7 +50,7 @@ def retracted(row, x, v, dtype):
 
 @functools.cache
 def geometry(manifold):
-    """All maps but the retraction, in one program."""
+    """All operations but the retraction, in one program."""
 
     def maps(x, y, z1, z2, u, v, g, normal):
         project, inner = manifold.project, manifold.inner
@@ -88,10 +88,10 @@ def test_projection_metric_gradient_and_transport(row, shape, dtype):
         normal = row.normal(rng, x) if row.normal else scaled(0, z1)
         w = rng.normal(size=row.embed(x).shape)
         g = jax.grad(lambda e: jnp.sum(jnp.sin(e * w) + e * w))(row.embed(x))
-        arguments = (x, y, z1, z2, u, v, row.pull(x, wide(g)), normal)
+        arguments = (x, y, z1, z2, u, v, row.pull(x, float64(g)), normal)
         arguments = cast(arguments, dtype)
-        out = wide(geometry(row.manifold)(*arguments))
-        x, y, z1, z2, u, v, _, normal = wide(arguments)
+        out = float64(geometry(row.manifold)(*arguments))
+        x, y, z1, z2, u, v, _, normal = float64(arguments)
         scale = 4 * np.prod(jax.tree.leaves(x)[-1].shape[-2:])
         assert shapes(out["p1"]) == shapes(out["Tu"]) == shapes(x)
         assert out["residual"].shape == out["⟨u, v⟩"].shape
@@ -116,7 +116,7 @@ def test_projection_metric_gradient_and_transport(row, shape, dtype):
         assert (out["⟨u, u⟩"] > 0).all()
         gradient = out["gradient"]
         batch = out["residual"].ndim
-        moves = row.velocity(x, u) * wide(g)
+        moves = row.velocity(x, u) * float64(g)
         differential = moves.sum(axis=tuple(range(batch, moves.ndim)))
         close(row.inner(x, gradient, u), differential, tolerance, 10 * scale)
         close(row.velocity(x, gradient), row.projection(x, gradient), tolerance, 30)
@@ -142,7 +142,7 @@ def steps_of(row, shape, rng):
     z = row.ambient(rng, x)
     flat = jax.tree.map(lambda a: a[..., :1] @ a[..., :1, :], z)  # rank one
     tangent = row.manifold.project(cast(x, "float64"), cast(flat, "float64"))
-    last = scaled(row.sizes[4], unit(wide(tangent)))
+    last = scaled(row.sizes[4], unit(float64(tangent)))
     xs = jax.tree.map(lambda a: np.concatenate([a, a[:1]]), xs)
     return xs, jax.tree.map(lambda a, b: np.concatenate([a, b[None]]), vs, last)
 
@@ -161,10 +161,10 @@ def test_retraction_reaches_the_right_point(row, shape, dtype):
         equal(pick(y, 0), pick(x, 0))
         if row.retraction is None:
             return
-        expected = row.retraction(wide(x), wide(v))
+        expected = row.retraction(float64(x), float64(v))
         sizes = [*row.sizes, row.sizes[4]]
         # X + v is known to ε‖v‖ only.
-        for got, want, size in zip(row.embed(wide(y)), expected, sizes, strict=True):
+        for got, want, size in zip(row.embed(float64(y)), expected, sizes, strict=True):
             close(got, want, tolerance, 4 * size)
 
 
@@ -177,7 +177,7 @@ def curve(row, sign=1):
     rng = np.random.default_rng(2)
     x = row.draw(rng, row.stacked)
     v = unit(row.tangent(rng, x))
-    return x, v, wide(retracted(row, *along(x, v, sign * STEPS), "float64"))
+    return x, v, float64(retracted(row, *along(x, v, sign * STEPS), "float64"))
 
 
 @over(RETRACTIONS)
@@ -228,7 +228,7 @@ def test_transport_is_parallel_to_first_order(row):
         if isinstance(x, dict):  # a transport by projection, there and back
             back = jax.jit(jax.vmap(row.manifold.transport, in_axes=(0, None, 0)))
             moved = back(cast(y, "float64"), cast(x, "float64"), moved)
-        start, moved = row.velocity(x, w), wide(moved)
+        start, moved = row.velocity(x, w), float64(moved)
         ends = [row.projection(x, pick(moved, i)) for i in range(len(STEPS))]
         errors = norms(np.stack(ends) - start, 1)
         if row.manifold == ROWS["euclidean"].manifold:
@@ -248,7 +248,7 @@ def test_derivative_of_the_retraction(row):
         points, _ = along(x, v, STEPS)
         hs = np.resize([h, -h], len(STEPS))  # as many as in the other laws
         ends = jax.tree.map(lambda v, w: np.stack([v + h * w for h in hs]), v, w)
-        ends = wide(retracted(row, points, ends, "float64"))
+        ends = float64(retracted(row, points, ends, "float64"))
         x, v, w = cast((x, v, w), "float64")
 
         @jax.jit
@@ -258,7 +258,7 @@ def test_derivative_of_the_retraction(row):
         forward = derivative(v)
         difference = jax.tree.map(lambda a: (a[0] - a[1]) / (2 * h), ends)
         jax.tree.map(lambda a, b: close(a, b, DIFFERENCE), forward, difference)
-        at_zero, x, w = wide((derivative(scaled(0.0, v)), x, w))
+        at_zero, x, w = float64((derivative(scaled(0.0, v)), x, w))
         ends = [row.embed(combine(t, at_zero, x)) for t in (h, -h)]
         close((ends[0] - ends[1]) / (2 * h), row.velocity(x, w), DIFFERENCE)
 
@@ -294,7 +294,7 @@ def test_batch_is_a_loop_and_vmap_and_step(row):
     small = cast((pick(x, 1), pick(v, 1)), "bfloat16")
     x, v = jax.tree.map(lambda a, b: a.at[1].set(b), (x, v), small)
     reached = retract(manifold)(x, v)
-    expected = row.embed(wide(reached))
+    expected = row.embed(float64(reached))
 
     @jax.jit
     def ways(x, v, xs, ds, small):
@@ -303,12 +303,12 @@ def test_batch_is_a_loop_and_vmap_and_step(row):
 
     x, v, d = pick((x, v, d), 0)
     mapped, steps, rounded = ways(x, v, [x, other], [d, e], small)
-    close(row.embed(wide(mapped)), expected[0], FLOAT32)
-    close(row.embed(wide(steps[0])), expected[0], FLOAT32, 2)
+    close(row.embed(float64(mapped)), expected[0], FLOAT32)
+    close(row.embed(float64(steps[0])), expected[0], FLOAT32, 2)
     if row.retraction:  # at fixed rank of any triple, elsewhere of tangents
-        other, e = wide((other, e))
+        other, e = float64((other, e))
         tangent = e if isinstance(e, dict) else row.projection(other, e)
-        close(row.embed(wide(steps[1])), row.retraction(other, tangent), FLOAT32, 2)
+        close(row.embed(float64(steps[1])), row.retraction(other, tangent), FLOAT32, 2)
     # In bfloat16 only storage is rounded.
     equal(rounded, cast(pick(reached, 1), "bfloat16"))
     assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(rounded))
@@ -380,6 +380,6 @@ def test_random_point_and_tangent(row):
     )
     assert all(a.dtype == jnp.float32 for a in jax.tree.leaves((x, v)))
     assert (manifold.residual(x) < RESIDUAL).all()
-    x, v = wide((x, v))
+    x, v = float64((x, v))
     close(row.velocity(x, v), row.projection(x, v), FLOAT32, 4)
     assert norms(row.velocity(x, v), 2).min() > 0.1

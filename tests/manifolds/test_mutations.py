@@ -1,4 +1,4 @@
-"""Known mistakes, one at a time: each must break the law that looks for it."""
+"""Mutations of manifolds, each of which must violate a law."""
 
 import dataclasses
 
@@ -39,11 +39,11 @@ class Cayley(ml.Stiefel):
         return x + (v + three * x @ n / 2) @ b
 
 
-class CayleyTurnsBack(Cayley):
+class CayleyWrongRotation(Cayley):
     signs = (1, 1, -1)
 
 
-class CayleyLeaves(Cayley):
+class CayleyOffManifold(Cayley):
     signs = (-1, 1, 1)
 
 
@@ -81,35 +81,35 @@ SQUARE, STACKED = (5, 5), (2, 3, 10, 3)
         (reaches, mutant("oblique-normalise", MovesAtZero()), (STACKED, "float32")),
         (
             reaches,
-            mutant("stiefel-cayley-canonical", CayleyTurnsBack()),
+            mutant("stiefel-cayley-canonical", CayleyWrongRotation()),
             (STACKED, "float64"),
         ),
         (
             reaches,
-            mutant("stiefel-cayley-canonical", CayleyLeaves()),
+            mutant("stiefel-cayley-canonical", CayleyOffManifold()),
             (STACKED, "float64"),
         ),
     ],
     ids=lambda value: type(value.manifold).__name__ if hasattr(value, "draw") else "",
 )
-def test_the_law_fails(law, row, arguments):
+def test_laws_reject_mutants(law, row, arguments):
     with pytest.raises(AssertionError):
         law(row, *arguments)
 
 
-def test_the_right_cayley_passes():
+def test_laws_accept_the_correct_cayley():
     row = mutant("stiefel-cayley-canonical", Cayley())
     reaches(dataclasses.replace(row, sizes=row.sizes[:6] * 2), STACKED, "float64")
 
 
 @pytest.mark.parametrize("name", ["stiefel-qr-canonical", "stiefel-polar-canonical"])
-def test_a_first_order_retraction_labelled_second_fails(name):
+def test_a_first_order_retraction_labelled_second_is_rejected(name):
     laws.test_order_of_the_retraction(ROWS[name])
     with pytest.raises(AssertionError):
         laws.test_order_of_the_retraction(dataclasses.replace(ROWS[name], order=3))
 
 
-def test_a_second_order_retraction_labelled_first_fails():
+def test_a_second_order_retraction_labelled_first_is_rejected():
     row = dataclasses.replace(ROWS["oblique-normalise"], order=2)
     with pytest.raises(AssertionError):
         laws.test_order_of_the_retraction(row)

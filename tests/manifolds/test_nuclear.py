@@ -74,22 +74,22 @@ def test_shrink_never_overshoots():
         assert np.linalg.norm(a, 2) < 1e-14
 
 
-def test_mutants_are_caught(monkeypatch):
+def test_law_rejects_mutants(monkeypatch):
     def subgradient(a, level):
         u, s, vt = np.linalg.svd(a, full_matrices=False)
         return u * np.abs(s - np.asarray(level)[:, None])[..., None, :] @ vt
 
-    def gram(a, level):  # what a root of the float32 AᵀA can tell
+    def gram(a, level):  # from the eigenvalues of the float32 AᵀA
         s, v = np.linalg.eigh(reference.t(a) @ a)
         s = np.sqrt(np.maximum(s, 1e-30))
-        keep = np.maximum(1 - np.asarray(level)[:, None] / s, 0)
-        return a @ (v * keep[..., None, :] @ reference.t(v))
+        shrinkage = np.maximum(1 - np.asarray(level)[:, None] / s, 0)
+        return a @ (v * shrinkage[..., None, :] @ reference.t(v))
 
     a, levels = (np.asarray(p) for p in matrices(dtype="float32"))
-    for wrong in (subgradient, gram):
+    for mutant in (subgradient, gram):
         with pytest.raises(AssertionError):
-            law(a, levels, wrong(a, levels), TOLERANCE["float32"])
-    # The columns of A itself are no orthonormal basis.
+            law(a, levels, mutant(a, levels), TOLERANCE["float32"])
+    # The columns of A itself are not an orthonormal basis.
     monkeypatch.setattr(nuclear, "_basis", lambda y: y)
     shrunk = jax.jit(lambda *args: nuclear.shrink(*args))(a, levels)
     with pytest.raises(AssertionError):

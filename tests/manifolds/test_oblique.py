@@ -1,4 +1,4 @@
-"""What is Oblique's own."""
+"""Tests specific to Oblique."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def test_random_columns_are_uniform():
 
 
 @pytest.mark.parametrize("retraction", ["normalise", "exp"])
-def test_columns_that_do_not_move_stay_exactly(retraction):
+def test_columns_without_a_step_are_unchanged(retraction):
     manifold = Oblique(retraction)
     x = manifold.random_point(jax.random.key(0), (50, 4)) * 1.001
     v = manifold.random_tangent(jax.random.key(1), x).at[:, 2].set(0)
@@ -59,8 +59,8 @@ def test_one_row(retraction):
     np.testing.assert_array_equal(manifold.retract(x, v), x)
 
 
-def test_parallel_transport_is_the_turn_of_the_great_circle():
-    # Up to nearly opposite points: y = exp(W)x, and exp(W)ξ is ξ carried along.
+def test_parallel_transport_is_the_rotation_of_the_great_circle():
+    # Up to nearly opposite points: y = exp(W)x, and exp(W)ξ is the transported ξ.
     manifold = Oblique("exp")
     with jax.enable_x64(True):
         rng = np.random.default_rng(2)

@@ -1,4 +1,4 @@
-"""What is asked of the compiler, for what a CPU cannot show in numbers."""
+"""Lowered programs, for properties that numbers on a CPU cannot show."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from tests.manifolds.table import PRODUCTS_ONLY, RETRACTIONS, ROWS, cast, over
 
 
 def program(row, platform):
-    """The lowered text of all maps."""
+    """The lowered text of all operations."""
     rng = np.random.default_rng(8)
     x = row.draw(rng, row.stacked)
     x, v = cast((x, row.tangent(rng, x)), "float32")
@@ -24,15 +24,15 @@ def program(row, platform):
 
 
 @over(PRODUCTS_ONLY)
-def test_no_map_calls_lapack(row):
+def test_no_operation_calls_lapack(row):
     assert "custom_call" not in program(row, "cpu")
 
 
 @pytest.mark.parametrize(
     ("default", "platform"), [("bfloat16", "tpu"), ("tensorfloat32", "cuda")]
 )
-def test_precision_is_high_whatever_the_default(default, platform):
-    # A CPU runs everything in float32, so look at what is asked of the compiler.
+def test_precision_is_highest_whatever_the_default(default, platform):
+    # A CPU computes everything in float32, so inspect the lowered program.
     with jax.default_matmul_precision(default):
         texts = [program(ROWS[name], platform) for name in RETRACTIONS]
     lines = [line for text in texts for line in text.splitlines()]

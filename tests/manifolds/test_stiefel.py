@@ -1,4 +1,4 @@
-"""What is Stiefel's own: identities between formulas, transports, random points."""
+"""Tests specific to Stiefel: equivalent formulas, transports, random points."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""One table of optimisers, and the problem that every contract is tried on."""
+"""One table of optimisers, and the problem on which contracts are checked."""
 
 import functools
 from collections.abc import Callable
@@ -22,9 +22,9 @@ class Row(NamedTuple):
 
     manifold: ml.Manifold
     make: Callable[..., optax.GradientTransformationExtraArgs]  # (rate, manifolds)
-    # None: the optimiser knows no manifolds
+    # None: the optimiser takes no manifolds
     free: Callable[[float], optax.GradientTransformation] | None
-    within: float = RESIDUAL  # how far from the manifold a step may end
+    within: float = RESIDUAL  # constraint violation allowed after a step
 
     @property
     def manifolds(self):
@@ -73,7 +73,7 @@ def landing_row(wrapper, manifold):
 
 
 def baseline(recipe):
-    """An optimiser of pairs of factors, which knows no manifolds."""
+    """An optimiser of pairs of factors, which takes no manifolds."""
 
     def make(learning_rate, manifolds):
         del manifolds
@@ -117,7 +117,7 @@ each_on_manifolds = over(*(name for name, row in OPTIMIZERS.items() if row.free)
 
 
 @functools.cache
-@jax.enable_x64(False)  # whichever test asks first
+@jax.enable_x64(False)  # whichever test calls it first
 def problem(manifold, layers=2):
     """A free matrix, stacked points and a free vector, with two gradients."""
     rng = np.random.default_rng(0)
@@ -167,7 +167,7 @@ def run(tx, params, gradients):
 
 @functools.cache
 def plain(row):
-    """The points that every wrapping of the optimiser should reach."""
+    """The points of the unwrapped optimiser."""
     return run(row.tx, *row.problem())
 
 

@@ -1,4 +1,4 @@
-"""Every mistake a user can make is named when the optimiser is made or initialised."""
+"""Mistakes of users raise an error when the optimiser is created or initialised."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ BOUNDED = ml.BoundedRank()
         ({"x": BOUNDED}, {"x": {"a": point(5, 2), "v": point(4, 3)}},
          [r"\['x'\]", "one rank", r"\(5, 2\)", r"\(4, 3\)"]),
         ({"x": BOUNDED}, {"x": {"a": point(5, 2), "v": 2 * point(4, 2)}},
-         [r"\['x'\]", "3 off BoundedRank"]),
+         [r"\['x'\]", "violation of 3 on BoundedRank"]),
         ({"x": STIEFEL}, {"x": {"a": point(5, 2), "v": np.ones((2, 4))}},
          [r"\['x'\]\['v'\]", "rows ≥"]),
         ({"x": ml.FixedRank("orthographic")},
@@ -100,13 +100,13 @@ def test_a_drifted_coupled_point_is_repaired_as_the_message_says(manifold):
 
 
 @pytest.mark.parametrize("kind", [jnp.asarray, np.asarray], ids=["jax", "numpy"])
-def test_a_point_off_its_manifold(kind):
+def test_a_point_that_is_not_on_its_manifold(kind):
     good, bad = point(8, 3), kind(2 * point(2, 8, 3))
     tx = ml.stiefel_lora(0.1, {"layers": STIEFEL, "a": FREE})
     params = {"layers": {"q": good, "k": bad}, "a": np.ones((4, 3), "float32")}
     with pytest.raises(ml.InputError) as error:
         tx.init(params)
-    assert error.match(r"\['layers'\]\['k'\]: the point is 3 off Stiefel")
+    assert error.match(r"\['layers'\]\['k'\]: .* constraint violation of 3 on Stiefel")
     assert error.match("random_point") and error.match("nearest_point")
     assert "['q']" not in str(error.value) and "['a']" not in str(error.value)
     params["layers"]["k"] = jax.jit(STIEFEL.nearest_point)(bad)
@@ -115,7 +115,7 @@ def test_a_point_off_its_manifold(kind):
 
 
 @each
-def test_all_problems_are_named_at_once(make):
+def test_all_problems_are_reported_at_once(make):
     params = {"p": np.ones(3), "q": np.ones((2, 3)), "r": np.ones((3, 2))}
     with pytest.raises(ml.InputError) as error:
         make(STIEFEL).init(params)
@@ -136,13 +136,13 @@ def test_all_problems_are_named_at_once(make):
         ("float32", np.nan, False),
     ],
 )
-def test_how_far_off_is_too_far(dtype, noise, accepted):
+def test_tolerated_constraint_violation(dtype, noise, accepted):
     x = jnp.asarray(point(16, 3) * (1 + noise), dtype)
     tx = ml.riemannian(optax.sgd(0.1), STIEFEL)
     if accepted:
         tx.init(x)
     else:
-        with pytest.raises(ml.InputError, match="off Stiefel"):
+        with pytest.raises(ml.InputError, match="on Stiefel"):
             tx.init(x)
 
 
@@ -156,9 +156,9 @@ def test_init_under_jit_and_eval_shape(make):
     for trace in (jax.jit(tx.init), lambda x: jax.eval_shape(tx.init, x)):
         with pytest.raises(ml.InputError, match="rows ≥ columns"):
             trace(jnp.ones((2, 5)))
-    # A constant met while tracing is known.
+    # The values of a constant are known while tracing.
     jax.eval_shape(lambda: tx.init(jnp.asarray(point(5, 2))))
-    with pytest.raises(ml.InputError, match="off Stiefel"):
+    with pytest.raises(ml.InputError, match="on Stiefel"):
         jax.eval_shape(lambda: tx.init(off))
 
 

@@ -1,4 +1,4 @@
-"""The baselines against float64 NumPy, and what Optax asks of them."""
+"""The baselines against float64 NumPy, and Optax's contract for them."""
 
 import functools
 import importlib
@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 
 import manifold_lora as ml
 from manifold_lora import NNX_LORA, FactorSpec, lora_plus, scaled_gd
-from tests.optimizers.by_hand import (
+from tests.optimizers.numpy_reference import (
     STEPS,
     TRAJECTORY,
     adam,
@@ -32,7 +32,7 @@ RATE = 0.05
 OURS = FactorSpec()
 
 
-def by_hand(inner, damping=None, ratio=1.0, decay=0.0):
+def reference_trajectory(inner, damping=None, ratio=1.0, decay=0.0):
     """One step after another with NumPy's inverse; no damping: no preconditioner."""
     a, b, w = least_squares()
     move_a, move_b = inner(RATE), inner(RATE * ratio)
@@ -53,7 +53,7 @@ def by_hand(inner, damping=None, ratio=1.0, decay=0.0):
 def drift(tx, **expected):
     with jax.enable_x64(True):
         points = trained(tx)
-    return distance(points, by_hand(**expected))
+    return distance(points, reference_trajectory(**expected))
 
 
 def test_scaled_gd_trajectory():
@@ -82,12 +82,12 @@ def undamped(updates, params, spec, damping):
 
 
 @pytest.mark.parametrize("mutant", [own_gram, undamped])
-def test_trajectory_sees_a_mutation(monkeypatch, mutant):
+def test_trajectory_detects_a_mutation(monkeypatch, mutant):
     monkeypatch.setattr(MODULE, "_preconditioned", mutant)
     assert drift(scaled_gd(RATE, OURS), inner=adam, damping=1e-2) > 1e-5
 
 
-def test_trajectory_sees_preconditioned_moments():
+def test_trajectory_detects_preconditioned_moments():
     """Adam before the preconditioner, in the order of other optimisers."""
 
     def update(updates, state, params=None):
@@ -98,7 +98,7 @@ def test_trajectory_sees_preconditioned_moments():
     assert drift(tx, inner=adam, damping=1e-2) > 1e-3
 
 
-def test_trajectory_sees_the_ratio_on_the_other_factor():
+def test_trajectory_detects_the_ratio_on_the_other_factor():
     tx = lora_plus(RATE, FactorSpec("b", "a"), ratio=4.0)
     assert drift(tx, inner=adam, ratio=4.0) > 1e-2
 
@@ -123,7 +123,7 @@ def test_the_direction_does_not_depend_on_how_the_product_is_split():
     np.testing.assert_allclose(*split, rtol=0, atol=TRAJECTORY)
 
 
-# What Optax asks, on a tree of nnx.LoRA's orientation.
+# Optax's contract, on a tree of nnx.LoRA's orientation.
 MAKERS = {
     "scaled_gd": scaled_gd,
     "lora_plus": functools.partial(lora_plus, ratio=2.0),
@@ -185,7 +185,7 @@ def test_jit_traces_once_and_takes_unknown_arguments(make):
 
 @each
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_types_are_kept_also_by_scan(make, dtype):
+def test_types_are_preserved_under_scan(make, dtype):
     with jax.enable_x64(dtype == "float64"):
         params, _ = problem(dtype)
         tx = make(RATE, NNX_LORA)

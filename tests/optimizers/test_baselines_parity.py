@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from manifold_lora import FactorSpec, lora_plus, scaled_gd
-from tests.optimizers.by_hand import STEPS, TRAJECTORY
+from tests.optimizers.numpy_reference import STEPS, TRAJECTORY
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -21,7 +21,7 @@ PEFT = FactorSpec("lora_A/default/weight", "lora_B/default/weight", a_rank_axis=
 RATE, DECAY = 0.05, 0.1
 
 
-def by_peft(make, **options):
+def peft_trajectory(make, **options):
     """The input, the target and the factors after every step of PEFT's optimiser."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 5))
@@ -50,7 +50,7 @@ def by_peft(make, **options):
     return base, x.numpy(), y.numpy(), points
 
 
-def by_us(tx, base, x, y, start):
+def our_trajectory(tx, base, x, y, start):
     """The same network in JAX, with factors under the same names."""
 
     def loss(params):
@@ -89,12 +89,14 @@ CASES = {
 
 def difference(tx, maker, **options):
     """The largest difference of the two trajectories, and how far PEFT's went."""
-    base, x, y, points = by_peft(getattr(optimizers, maker), **options)
+    base, x, y, points = peft_trajectory(getattr(optimizers, maker), **options)
     with jax.enable_x64(True):
-        ours = by_us(tx, base, x, y, points[0])
-    theirs = {k: np.stack([p[k] for p in points[1:]]) for k in points[0]}
-    largest = max(np.max(np.abs(ours[k] - theirs[k])) for k in theirs)
-    return largest, min(np.max(np.abs(x[-1] - points[0][k])) for k, x in theirs.items())
+        ours = our_trajectory(tx, base, x, y, points[0])
+    expected = {k: np.stack([p[k] for p in points[1:]]) for k in points[0]}
+    largest = max(np.max(np.abs(ours[k] - expected[k])) for k in expected)
+    return largest, min(
+        np.max(np.abs(x[-1] - points[0][k])) for k, x in expected.items()
+    )
 
 
 @pytest.mark.parametrize(("maker", "options", "tx"), CASES.values(), ids=CASES)

@@ -1,4 +1,4 @@
-"""The optimisers on trees that are not ours: prefix trees, classes, flax.nnx."""
+"""The optimisers on other trees: prefix trees, classes, flax.nnx."""
 
 import dataclasses
 from typing import Any, NamedTuple

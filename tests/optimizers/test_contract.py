@@ -1,4 +1,4 @@
-"""What Optax asks of a transformation, as one table over every optimiser.
+"""Optax's contract for a transformation, as one table over every optimiser.
 
 Values are compared op by op, without jit: nothing is fused, so that two optimisers
 that are the same agree to the last bit. Types and shapes are compared on the trace.
@@ -81,7 +81,7 @@ def test_update_without_parameters_raises(row):
 
 @each
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_types_are_kept_also_by_scan(row, dtype):
+def test_types_are_preserved_under_scan(row, dtype):
     with jax.enable_x64(dtype == "float64"):
         params = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, dtype), row.problem()[0]
@@ -261,14 +261,14 @@ EACH_MODE = pytest.mark.parametrize(
 
 @SHARDED
 @EACH_MODE
-def test_sharded_layers_exchange_nothing(row, axis_type):
+def test_sharded_layers_need_no_communication(row, axis_type):
     program = sharded_update(row, 0, axis_type)
     assert "all-" not in program and "collective" not in program
 
 
 @SHARDED
 @EACH_MODE
-def test_sharded_rows_exchange_small_sums(row, axis_type):
+def test_sharded_rows_all_reduce_small_matrices_only(row, axis_type):
     program = sharded_update(row, 1, axis_type)
     assert "all-gather" not in program and "collective" not in program
     shapes = re.findall(r"= (\S+) all-reduce\(", program)

@@ -1,4 +1,4 @@
-"""Landing against float64 NumPy, and what its theory promises."""
+"""Landing against float64 NumPy, and the guarantees of its theory."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 import manifold_lora as ml
 from manifold_lora.optimizers.landing import landing, spectral_norms
 from tests.manifolds import reference
-from tests.optimizers.by_hand import (
+from tests.optimizers.numpy_reference import (
     STEPS,
     TRAJECTORY,
     adam,
@@ -37,13 +37,13 @@ def residual(x):
     return np.max(np.abs(gram_error(np.float64(x))))
 
 
-def off(x):
-    """The distance ‖X − P(X)‖ of stacked points from the Stiefel manifold."""
+def distance_to_stiefel(x):
+    """‖X − P(X)‖ of stacked points."""
     return np.linalg.norm(x - reference.each(reference.polar, x), axis=(-2, -1))
 
 
 def near(rng, shape, distance):
-    """Points UΣVᵀ as far off as that, by random singular values."""
+    """Points UΣVᵀ at that distance from the manifold, by random singular values."""
     q = reference.each(reference.qr, rng.normal(size=shape))
     square = (*shape[:-2], shape[-1], shape[-1])
     v = reference.each(reference.qr, rng.normal(size=square))
@@ -72,18 +72,18 @@ def test_penalty_gradient(manifold):
 
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 3)))
-        ours, theirs = jax.jit(
+        gradient, expected = jax.jit(
             lambda x: (manifold.penalty_gradient(x), jax.grad(penalty)(x))
         )(x)
-    np.testing.assert_allclose(ours, theirs, atol=100 * FLOAT64)
+    np.testing.assert_allclose(gradient, expected, atol=100 * FLOAT64)
 
 
 def tangent(x, z, oblique):
     return z - x * np.sum(x * z, -2, keepdims=True) if oblique else projected(x, z)
 
 
-def by_hand(inner, oblique, simultaneous):
-    """Equation 3 of the paper, or the same with the pull at the new point."""
+def reference_trajectory(inner, oblique, simultaneous):
+    """Equation 3 of the paper, or the same with the penalty at the new point."""
     a, b, w = least_squares()
     inner_a, inner_b = inner(RATE), inner(RATE)
     mu = 1 / 3 if simultaneous else 1 / 2
@@ -118,9 +118,10 @@ def trajectory(inner=optax.sgd, simultaneous=False, **options):
 
 
 def errors(points, inner=sgd, simultaneous=False):
-    """How far each manifold's trajectory is from that by hand."""
+    """The distance of each manifold's trajectory from the NumPy reference."""
     return [
-        distance(points[k], by_hand(inner, k == "o", simultaneous)) for k in ("s", "o")
+        distance(points[k], reference_trajectory(inner, k == "o", simultaneous))
+        for k in ("s", "o")
     ]
 
 
@@ -130,26 +131,26 @@ INNER = {"sgd": (optax.sgd, sgd), "adam": (optax.adam, adam)}
 @pytest.mark.parametrize("simultaneous", [False, True])
 @pytest.mark.parametrize("inner", INNER)
 def test_trajectory(inner, simultaneous):
-    theirs, ours = INNER[inner]
-    points = trajectory(theirs, simultaneous)
-    assert max(errors(points, ours, simultaneous)) < TRAJECTORY
+    optax_inner, numpy_inner = INNER[inner]
+    points = trajectory(optax_inner, simultaneous)
+    assert max(errors(points, numpy_inner, simultaneous)) < TRAJECTORY
 
 
-def pushed_away(manifold, x, gradient=ml.Stiefel.penalty_gradient):
+def repelled(manifold, x, gradient=ml.Stiefel.penalty_gradient):
     return -gradient(manifold, x)
 
 
-def test_trajectory_sees_a_pull_of_the_wrong_sign(monkeypatch):
-    monkeypatch.setattr(ml.Stiefel, "penalty_gradient", pushed_away)
+def test_trajectory_detects_an_attraction_of_the_wrong_sign(monkeypatch):
+    monkeypatch.setattr(ml.Stiefel, "penalty_gradient", repelled)
     assert not errors(trajectory())[0] < 1e-3
 
 
-def test_trajectory_sees_a_projection_without_sym(monkeypatch):
+def test_trajectory_detects_a_projection_without_sym(monkeypatch):
     monkeypatch.setattr("manifold_lora.manifolds.stiefel.sym", lambda a: a)
     assert not errors(trajectory())[0] < 1e-3
 
 
-def test_trajectory_sees_the_pull_at_the_old_point():
+def test_trajectory_detects_the_penalty_at_the_old_point():
     points = trajectory(simultaneous=True, attraction=0.5)
     assert min(errors(points)) > 1e-3
 
@@ -163,10 +164,12 @@ def test_lemmas_2_and_4():
     def slack(**options):
         y = moved(x, rests, simultaneous=True, max_step=None, **options)
         lengths = np.linalg.norm(projected(x, rests), axis=(-2, -1))
-        return np.min(np.sqrt(2 / 3) * off(x) + lengths - off(y))
+        return np.min(
+            np.sqrt(2 / 3) * distance_to_stiefel(x) + lengths - distance_to_stiefel(y)
+        )
 
     assert slack() > -FLOAT64
-    assert slack(attraction=0.05) < -1e-3  # the lemma is no triviality
+    assert slack(attraction=0.05) < -1e-3  # the lemma is not trivial
 
 
 def test_linear_factor():
@@ -198,7 +201,7 @@ def slope(steps, values):
 
 
 @pytest.mark.parametrize(("simultaneous", "order"), [(False, 4), (True, 2)])
-def test_half_a_pull_is_the_polar_retraction(simultaneous, order):
+def test_attraction_of_one_half_is_the_polar_retraction(simultaneous, order):
     rng, steps = np.random.default_rng(2), np.geomspace(0.01, 0.1, 8)
     x = reference.qr(rng.normal(size=(9, 3)))
     v = projected(x, rng.normal(size=x.shape))
@@ -214,7 +217,7 @@ def test_half_a_pull_is_the_polar_retraction(simultaneous, order):
 
 
 def noisy(scale, steps, quiet=0, **options):
-    """Points of steps as large as `scale` for each layer, then of `quiet` no steps."""
+    """Points after steps of size `scale` for each layer, then `quiet` zero steps."""
     rng = np.random.default_rng(3)
     x = reference.each(reference.qr, rng.normal(size=(len(scale), 9, 3)))
     signs = np.sign(rng.normal(size=(steps + quiet, *x.shape)))
@@ -243,7 +246,7 @@ def test_steady_residual(simultaneous, order):
     assert abs(slope(rates, steady) - order) < SLOPE
 
 
-def test_huge_steps_are_shortened_and_land():
+def test_huge_steps_are_rescaled_and_land():
     for simultaneous, most in ((False, 0.1), (True, 0.5)):
         points = noisy(
             [0.5, 10.0, 1e6], 40, quiet=15, simultaneous=simultaneous, max_step=0.5
@@ -260,8 +263,8 @@ def test_the_largest_step():
     g = 5 * rng.normal(size=x.shape)
     v = -projected(x, g)
     y = x + 0.3 * v / np.linalg.norm(v, 2)
-    by_hand = y - y @ gram_error(y) / 2
-    np.testing.assert_allclose(moved(x, g, max_step=0.3), by_hand, atol=NORM)
+    expected = y - y @ gram_error(y) / 2
+    np.testing.assert_allclose(moved(x, g, max_step=0.3), expected, atol=NORM)
     with jax.enable_x64(True):  # on Oblique exactly, and for every column by itself
         tx, g = landing(optax.sgd(1.0), OBLIQUE, max_step=0.3), g * [1e-2, 1, 1e3]
         start = jnp.asarray(x)
@@ -272,14 +275,14 @@ def test_the_largest_step():
     np.testing.assert_allclose(x + u, expected, atol=FLOAT64)
 
 
-def test_spectral_norms_come_from_above():
+def test_spectral_norms_are_upper_bounds():
     rng = np.random.default_rng(5)
     q = reference.qr(rng.normal(size=(40, 16)))
     flat = np.stack([q, 1e3 * q, 1e-6 * q * np.linspace(1, 2, 16), 0 * q])
     wide = rng.normal(size=(4, 30, 16))
     xs = [flat, wide, rng.normal(size=(7, 1))]
-    ours = jax.jit(spectral_norms)([jnp.asarray(x, "float32") for x in xs])
-    for x, norm in zip(xs, ours, strict=True):
+    norms = jax.jit(spectral_norms)([jnp.asarray(x, "float32") for x in xs])
+    for x, norm in zip(xs, norms, strict=True):
         exact = np.linalg.norm(x, 2, axis=(-2, -1), keepdims=True)
         assert norm.shape == exact.shape
         assert (norm >= exact * (1 - 1e-5)).all() and (norm <= exact * (1 + NORM)).all()
@@ -336,21 +339,22 @@ def test_known_optima_are_reached():
     assert OBLIQUE.residual(last["columns"]) < RESIDUAL
 
 
-def test_starts_too_far_off_are_refused():
+def test_points_far_from_their_manifolds_are_refused():
     x = reference.qr(np.random.default_rng(8).normal(size=(8, 3))).astype("float32")
     tx = landing(optax.sgd(0.1), {"a": ml.Euclidean(), "b": STIEFEL, "c": OBLIQUE})
-    tx.init({"a": 0 * x, "b": 1.03 * x, "c": 0.97 * x})  # saved while on its way
+    tx.init({"a": 0 * x, "b": 1.03 * x, "c": 0.97 * x})  # as saved during a run
     with pytest.raises(ml.InputError) as error:
         tx.init({"a": 0 * x, "b": 0 * x, "c": 2 * x})
     lines = str(error.value).splitlines()
-    assert [line[:32] for line in lines] == [
-        "['b']: the point is 1 off Stiefe",
-        "['c']: the point is 3 off Obliqu",
+    violations = [line.split("(")[0] for line in lines]
+    assert violations == [
+        "['b']: the point has a constraint violation of 1 on Stiefel",
+        "['c']: the point has a constraint violation of 3 on Oblique",
     ]
-    assert all("random_point" in line and "from zero" in line for line in lines)
+    assert all("random_point" in line and "leaves zero" in line for line in lines)
     with pytest.raises(ml.InputError, match="rows ≥ columns") as error:
         tx.init({"a": x, "b": x.T, "c": x})
-    assert "from zero" not in str(error.value)
+    assert "leaves zero" not in str(error.value)
 
 
 def test_other_manifolds_are_refused():

@@ -1,4 +1,4 @@
-"""Manifold-LoRA's algorithm 1 against float64 NumPy, and the readings of it."""
+"""Manifold-LoRA's algorithm 1 against float64 NumPy, in each of its readings."""
 
 import sys
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from flax import nnx
 import manifold_lora as ml
 from manifold_lora.optimizers.landing_adamw import landing_adamw
 from tests.manifolds import reference
-from tests.optimizers.by_hand import (
+from tests.optimizers.numpy_reference import (
     STEPS,
     TRAJECTORY,
     adam,
@@ -55,7 +55,9 @@ def constraint(x, value, oblique):
     return projected(x, value)
 
 
-def by_hand(a, b, w, *, oblique=False, literal=False, attraction=None, rate=None):
+def reference_trajectory(
+    a, b, w, *, oblique=False, literal=False, attraction=None, rate=None
+):
     """Algorithm 1 for one pair, as `landing_adamw` reads it."""
     move_a, move_b = adam(1.0), adam(1.0)
     points = []
@@ -99,7 +101,7 @@ def trajectory(rate, manifold=STIEFEL, **options):
 def error(points, **options):
     params, targets = pairs()
     return max(
-        distance(points[k], by_hand(**params[k], w=targets[k], **options))
+        distance(points[k], reference_trajectory(**params[k], w=targets[k], **options))
         for k in points
     )
 
@@ -120,14 +122,14 @@ READINGS = {
 
 @pytest.mark.parametrize("name", READINGS)
 def test_trajectory(name):
-    rate, manifold, options, ours = READINGS[name]
+    rate, manifold, options, reading = READINGS[name]
     points = trajectory(rate, manifold, **options)
-    assert error(points, **ours) < TRAJECTORY
-    if name != "default":  # and every reading is seen
+    assert error(points, **reading) < TRAJECTORY
+    if name != "default":  # and the readings differ
         assert error(points) > 1e-4
 
 
-def test_trajectory_sees_factors_scaled_by_themselves(monkeypatch):
+def test_trajectory_detects_factors_scaled_by_themselves(monkeypatch):
     module = sys.modules[landing_adamw.__module__]
     monkeypatch.setattr(module, "_partners", lambda *_: {i: i for i in range(4)})
     assert not error(trajectory(RATE, penalty_weight=0.9)) < 1e-3
@@ -165,10 +167,12 @@ def test_partners_are_siblings_of_one_rank():
         "alone": {"a": free(5, 3)},
     }
     manifolds = jax.tree.map(lambda x: STIEFEL if x.shape[0] == 8 else FREE, tree)
-    found = multiples({"deep": [manifolds]}, {"deep": [tree]})["deep"][0]
-    assert abs(found.pop("pair")["a"] - 1.05**-2) < 1e-3
-    assert abs(found["others"].pop("a") - 1.05**-2) < 1e-3
-    alone = {k: {n: v for n, v in f.items() if v is not None} for k, f in found.items()}
+    result = multiples({"deep": [manifolds]}, {"deep": [tree]})["deep"][0]
+    assert abs(result.pop("pair")["a"] - 1.05**-2) < 1e-3
+    assert abs(result["others"].pop("a") - 1.05**-2) < 1e-3
+    alone = {
+        k: {n: v for n, v in f.items() if v is not None} for k, f in result.items()
+    }
     assert alone == {
         "others": {"m": 1, "head": 1},
         "two": {"a": 1, "c": 1},
@@ -187,8 +191,8 @@ def test_layers_have_their_own_norms():
     )
     ones = jax.tree.map(jnp.ones_like, params)
     u = jax.jit(tx.update)(ones, tx.init(params), params)[0]
-    found = [-float(x) for i in (2, 1) for x in u[i]["a"][:, 0, 0]]
-    np.testing.assert_allclose(found, [1, 1.04**-2, 1], atol=1e-3)
+    factors = [-float(x) for i in (2, 1) for x in u[i]["a"][:, 0, 0]]
+    np.testing.assert_allclose(factors, [1, 1.04**-2, 1], atol=1e-3)
 
 
 class Factors(NamedTuple):
@@ -246,7 +250,7 @@ def test_decay_acts_on_free_leaves_only():
     assert np.max(np.abs(u["b"])) < FLOAT64
 
 
-def test_the_penalty_as_printed_blows_up():
+def test_the_penalty_as_printed_diverges():
     x = reference.qr(np.random.default_rng(1).normal(size=(8, 3))) * 1.001
     y = x
     for _ in range(8):  # the gradient of ‖BᵀB − I‖² and μ = 0.9, unscaled
@@ -254,7 +258,7 @@ def test_the_penalty_as_printed_blows_up():
     assert not np.max(np.abs(y)) < 1e3
     with pytest.raises(ml.InputError, match="landing_adamw needs an attraction"):
         landing_adamw(0.1, STIEFEL, attraction=1.0)
-    # Multiplied by the rate it lands, and by any rate: it never overshoots.
+    # Multiplied by any learning rate it lands: it never overshoots.
     for rate in (0.1, 10.0):
         tx = landing_adamw(rate, STIEFEL, inner=lambda _: optax.set_to_zero())
         points = train(tx, jnp.asarray(x, "float32"), lambda x: jnp.sum(x), 30)
@@ -273,12 +277,12 @@ def test_bad_options():
     for options, message in cases:
         with pytest.raises(ml.InputError, match=message):
             landing_adamw(1e-3, STIEFEL, **options)
-    with pytest.raises(ml.InputError, match="from zero, where LoRA starts"):
+    with pytest.raises(ml.InputError, match="never leaves zero"):
         tx = landing_adamw(1e-3, {"a": FREE, "b": STIEFEL})
         tx.init({"a": orthonormal(5, 3), "b": jnp.zeros((8, 3))})
 
 
-def test_it_finds_the_best_low_rank_approximation():
+def test_landing_adamw_finds_the_best_low_rank_approximation():
     rate = optax.cosine_decay_schedule(0.1, 400)
     manifolds = {"a": FREE, "b": STIEFEL}
     points = trained(landing_adamw(rate, manifolds), dtype="float32", steps=400)

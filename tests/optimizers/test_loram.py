@@ -1,4 +1,4 @@
-"""LoRAM's trajectories against dense float64 NumPy, and what its options promise."""
+"""LoRAM's trajectories against dense float64 NumPy, and the effect of its options."""
 
 import functools
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 
 import manifold_lora as ml
 from tests.manifolds import reference
-from tests.optimizers.by_hand import STEPS, TRAJECTORY
+from tests.optimizers.numpy_reference import STEPS, TRAJECTORY
 from tests.tolerances import CONVERGENCE, FLOAT64
 
 RATE, ALPHA = 0.05, 0.5
@@ -20,7 +20,7 @@ ROWS, COLUMNS, RANK = 9, 7, 3
 
 
 def start(seed=0):
-    """A point of either manifold, as (U, S, V), and a target."""
+    """An initial point of either manifold, as (U, S, V), and a target."""
     rng = np.random.default_rng(seed)
     u, v = (reference.qr(rng.normal(size=(n, RANK))) for n in (ROWS, COLUMNS))
     s = 3 * np.eye(RANK) + rng.normal(size=(RANK, RANK)) / 3
@@ -55,7 +55,7 @@ def outside(basis, x):
     return x - basis @ (basis.T @ x)
 
 
-def bounded_by_hand(second_moment, nuclear_decay=0.0, rotation=None):
+def bounded_reference(second_moment, nuclear_decay=0.0, rotation=None):
     """Algorithm 5: W = A Vᵀ, its retraction and transport as dense matrices."""
     u, s, v, w = start()
     a = u @ s
@@ -86,7 +86,7 @@ def bounded_by_hand(second_moment, nuclear_decay=0.0, rotation=None):
     return points
 
 
-def fixed_by_hand(second_moment):
+def fixed_reference(second_moment):
     """Algorithm 1 with the orthographic retraction, gradients and transport dense."""
     u, s, v, w = start()
     moves = [Adam(second_moment) for _ in range(3)]
@@ -148,23 +148,23 @@ def point(manifold, rotation=None):
     return {"u": u @ q, "s": q.T @ s @ q, "v": v @ q}
 
 
-def distance(points, by_hand):
+def distance(points, expected):
     return max(
-        np.max(np.abs(points[k] - np.stack([p[k] for p in by_hand]))) for k in points
+        np.max(np.abs(points[k] - np.stack([p[k] for p in expected]))) for k in points
     )
 
 
 W = start()[-1]
-BY_HAND = {BOUNDED: bounded_by_hand, FIXED: fixed_by_hand}
+REFERENCES = {BOUNDED: bounded_reference, FIXED: fixed_reference}
 
 
-@pytest.mark.parametrize("manifold", BY_HAND, ids=str)
+@pytest.mark.parametrize("manifold", REFERENCES, ids=str)
 @pytest.mark.parametrize("second_moment", ["row", "coordinate", "scalar"])
 def test_trajectory(manifold, second_moment):
     with jax.enable_x64(True):
         tx = ml.loram(RATE, manifold, second_moment=second_moment)
         points, _ = solve(tx, manifold, point(manifold), W)
-    assert distance(points, BY_HAND[manifold](second_moment)) < TRAJECTORY
+    assert distance(points, REFERENCES[manifold](second_moment)) < TRAJECTORY
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -177,11 +177,11 @@ def test_trajectory_with_nuclear_decay(scaled):
             nuclear_decay_scaled_by_learning_rate=scaled,
         )
         points, _ = solve(tx, BOUNDED, point(BOUNDED), W)
-    assert distance(points, bounded_by_hand("row", 0.3)) < TRAJECTORY
-    assert distance(points, bounded_by_hand("row")) > 1e-2
+    assert distance(points, bounded_reference("row", 0.3)) < TRAJECTORY
+    assert distance(points, bounded_reference("row")) > 1e-2
 
 
-@pytest.mark.parametrize("manifold", BY_HAND, ids=str)
+@pytest.mark.parametrize("manifold", REFERENCES, ids=str)
 def test_momentum_is_tangent_and_the_second_moment_positive(manifold):
     with jax.enable_x64(True):
         tx = ml.loram(RATE, manifold, second_moment="coordinate")
@@ -199,7 +199,7 @@ def dense(x):
     return middle @ x["v"].swapaxes(-1, -2)
 
 
-@pytest.mark.parametrize("manifold", BY_HAND, ids=str)
+@pytest.mark.parametrize("manifold", REFERENCES, ids=str)
 def test_only_coordinates_depend_on_the_gauge(manifold):
     q = reference.qr(np.random.default_rng(5).normal(size=(RANK, RANK)))
     with jax.enable_x64(True):
@@ -239,14 +239,14 @@ def test_free_leaves_get_adamw_bit_for_bit():
     tx = ml.loram(RATE, {"point": BOUNDED, "free": ml.Euclidean()}, weight_decay=0.1)
     alone = optax.adamw(RATE, weight_decay=0.1)
     with jax.disable_jit():
-        ours: Any = tx.update(grads, tx.init(params), params)[0]
-        theirs, _ = alone.update(
+        updates: Any = tx.update(grads, tx.init(params), params)[0]
+        expected, _ = alone.update(
             grads["free"], alone.init(params["free"]), params["free"]
         )
-    np.testing.assert_array_equal(ours["free"], theirs)
+    np.testing.assert_array_equal(updates["free"], expected)
 
 
-@pytest.mark.parametrize("manifold", BY_HAND, ids=str)
+@pytest.mark.parametrize("manifold", REFERENCES, ids=str)
 def test_weight_decay_shrinks_the_matrix_alone(manifold):
     with jax.enable_x64(True):
         x = jax.tree.map(jnp.asarray, point(manifold))
@@ -298,10 +298,10 @@ def test_fixed_rank_completes_a_matrix():
 def test_bounded_rank_finds_the_true_rank_with_nuclear_decay():
     truth, mask = completion(2, density=0.8)
     with jax.enable_x64(True):
-        # Begins at zero, where no matrix of fixed rank can.
+        # Initialised at zero, which is not on the manifold of fixed rank.
         v = reference.qr(np.random.default_rng(0).normal(size=(24, 8)))
         x = {"a": jnp.zeros((30, 8)), "v": jnp.asarray(v)}
-        found = {}
+        spectra = {}
         for decay in (1.0, 0.0):
             rate = optax.cosine_decay_schedule(0.1, 600)
             tx = ml.loram(
@@ -312,11 +312,11 @@ def test_bounded_rank_finds_the_true_rank_with_nuclear_decay():
                 nuclear_decay_scaled_by_learning_rate=True,
             )
             (end, _), _ = complete(tx, BOUNDED, 600, x, truth, mask)
-            found[decay] = np.linalg.svd(dense(end), compute_uv=False)
+            spectra[decay] = np.linalg.svd(dense(end), compute_uv=False)
     true = np.linalg.svd(truth, compute_uv=False)[:2]
-    assert np.all(found[1.0][2:] < CONVERGENCE)
-    np.testing.assert_allclose(found[1.0][:2], true, rtol=0.05)
-    assert found[0.0][2] > 1e-2
+    assert np.all(spectra[1.0][2:] < CONVERGENCE)
+    np.testing.assert_allclose(spectra[1.0][:2], true, rtol=0.05)
+    assert spectra[0.0][2] > 1e-2
 
 
 def test_bad_input():

@@ -1,4 +1,4 @@
-"""Trajectories against float64 NumPy, and what the methods promise.
+"""Trajectories against float64 NumPy, and convergence to known optima.
 
 The references are loops over the printed formulas, never the code under test.
 """
@@ -14,7 +14,7 @@ import pytest
 import manifold_lora as ml
 from manifold_lora.manifolds.stiefel import Retraction
 from tests.manifolds import reference
-from tests.optimizers.by_hand import (
+from tests.optimizers.numpy_reference import (
     STEPS,
     TRAJECTORY,
     adam,
@@ -37,7 +37,7 @@ from tests.tolerances import (
 RATE, FREE_RATE = 0.2, 1e-2
 
 
-def riemannian_by_hand(inner, retraction, gradient):
+def riemannian_reference(inner, retraction, gradient):
     a, b, w = least_squares()
     inner_a, inner_b = inner(RATE), inner(RATE)
     points = []
@@ -55,7 +55,7 @@ def riemannian_by_hand(inner, retraction, gradient):
     return points
 
 
-def stiefel_lora_by_hand():
+def stiefel_lora_reference():
     """Algorithm 1 of arXiv:2508.17901."""
     a, b, w = least_squares()
     move_a = adam(FREE_RATE)
@@ -91,15 +91,16 @@ INNER = {"sgd": (optax.sgd, sgd), "adam": (optax.adam, adam)}
 def test_riemannian_trajectory(inner, retraction, gradient):
     ambient = gradient == "ambient"
     metric = "canonical" if ambient else gradient
-    theirs, ours = INNER[inner]
+    optax_inner, numpy_inner = INNER[inner]
     with jax.enable_x64(True):
         tx = ml.riemannian(
-            theirs(RATE),
+            optax_inner(RATE),
             {"a": ml.Euclidean(), "b": ml.Stiefel(retraction, metric)},
             gradient="euclidean" if ambient else "riemannian",
         )
         points = trained(tx)
-    assert distance(points, riemannian_by_hand(ours, retraction, gradient)) < TRAJECTORY
+    expected = riemannian_reference(numpy_inner, retraction, gradient)
+    assert distance(points, expected) < TRAJECTORY
 
 
 QR = {"a": ml.Euclidean(), "b": ml.Stiefel("qr")}
@@ -112,7 +113,7 @@ def stiefel_lora(**options):
 def test_stiefel_lora_trajectory():
     with jax.enable_x64(True):
         points = trained(stiefel_lora())
-    assert distance(points, stiefel_lora_by_hand()) < TRAJECTORY
+    assert distance(points, stiefel_lora_reference()) < TRAJECTORY
 
 
 def qr_without_signs(manifold, x, v):
@@ -131,29 +132,29 @@ def step_backwards(manifold, x, v, retract=ml.Stiefel.retract):
         ("retract", step_backwards),
     ],
 )
-def test_trajectory_sees_a_mutation(monkeypatch, method, mutant):
+def test_trajectory_detects_a_mutation(monkeypatch, method, mutant):
     monkeypatch.setattr(ml.Stiefel, "step", ml.Manifold.step)
     monkeypatch.setattr(ml.Stiefel, method, mutant)
     with jax.enable_x64(True):
         points = trained(stiefel_lora())
-    assert distance(points, stiefel_lora_by_hand()) > 1e-3
+    assert distance(points, stiefel_lora_reference()) > 1e-3
 
 
-def test_trajectory_sees_a_projection_without_half(monkeypatch):
+def test_trajectory_detects_a_projection_without_half(monkeypatch):
     monkeypatch.setattr("manifold_lora.manifolds.stiefel.sym", lambda a: a + a.mT)
     with jax.enable_x64(True):
         points = trained(stiefel_lora())
-    assert distance(points, stiefel_lora_by_hand()) > 1e-3
+    assert distance(points, stiefel_lora_reference()) > 1e-3
 
 
-def test_trajectory_sees_moments_of_the_wrong_gradient():
+def test_trajectory_detects_moments_of_the_wrong_gradient():
     with jax.enable_x64(True):
         points = trained(ml.riemannian(optax.adam(RATE), QR))
-    by_hand = riemannian_by_hand(adam, "qr", "ambient")
-    assert distance(points, by_hand) > 1e-3
+    expected = riemannian_reference(adam, "qr", "ambient")
+    assert distance(points, expected) > 1e-3
 
 
-def test_weight_decay_does_nothing_to_a_stiefel_factor():
+def test_weight_decay_has_no_effect_on_a_stiefel_factor():
     manifolds = {"b": ml.Stiefel("qr")}
     decayed = ml.stiefel_lora(RATE, manifolds, weight_decay=0.3)
     plain = ml.riemannian(optax.adam(RATE), manifolds, gradient="euclidean")
@@ -186,7 +187,7 @@ def effective_rank(b):
     return np.exp(-np.sum(p * np.log(p), -1))
 
 
-def test_thousand_float32_steps_keep_the_rank():
+def test_a_thousand_float32_steps_preserve_the_rank():
     _, b, w = (jnp.asarray(x, "float32") for x in least_squares(32, 8, 4))
     params = {"a": jnp.zeros((2, 8, 4)), "b": b}
 
@@ -218,14 +219,14 @@ decaying = optax.cosine_decay_schedule(0.1, LONG)
 
 
 def gains(p, matrix, target):
-    """What the problems maximise: tr XᵀAX and tr YᵀB."""
+    """The objectives, to be maximised: tr XᵀAX and tr YᵀB."""
     return jnp.sum(p["eigenspace"] * (matrix @ p["eigenspace"])), jnp.sum(
         p["procrustes"] * target
     )
 
 
 def two_problems(dtype):
-    """A symmetric matrix with its eigenvalues, a target, and a start for both."""
+    """A symmetric matrix and its eigenvalues, a target, and two initial points."""
     rng = np.random.default_rng(1)
     basis = reference.qr(rng.normal(size=(12, 12)))
     values = np.linspace(3, 0.1, 12)

@@ -8,7 +8,7 @@ import pytest
 
 import manifold_lora as ml
 from tests.manifolds import reference
-from tests.optimizers.by_hand import STEPS, TRAJECTORY, adam, distance, train
+from tests.optimizers.numpy_reference import STEPS, TRAJECTORY, adam, distance, train
 from tests.tolerances import FLOAT64
 
 HIDDEN = 12
@@ -16,7 +16,7 @@ STIEFEL = {"u": ml.Stiefel(), "s": ml.Euclidean(), "v": ml.Stiefel()}
 
 
 def start(rows, columns, rank, seed=0):
-    """Orthonormal U and V, S = I as in the paper, and a target for U S Vᵀ."""
+    """Initial orthonormal U and V, S = I as in the paper, and a target for U S Vᵀ."""
     rng = np.random.default_rng(seed)
     u, v = (reference.qr(rng.normal(size=(n, rank))) for n in (rows, columns))
     return {"u": u, "s": np.eye(rank), "v": v}, rng.normal(size=(rows, columns))
@@ -34,7 +34,7 @@ def momentum(rate):
     return direction
 
 
-def by_hand(inner, x, w, scaled, decay, rate):
+def reference_trajectory(inner, x, w, scaled, decay, rate):
     """Steps 1 to 5 of the paper's loop; decay on every factor, as AdamW has it."""
     moves = {k: inner(rate) for k in x}
     points = []
@@ -74,7 +74,7 @@ INNER = {
     ("shape", "scaled"), [((9, 6, 3), True), ((9, 6, 3), False), ((4, 7, 4), True)]
 )
 def test_trajectory(name, rate, shape, scaled):
-    theirs, ours, decay = INNER[name]
+    optax_inner, numpy_inner, decay = INNER[name]
     if name == "momentum":
         rate /= 5  # the problem's own limit
     x, w = start(*shape)
@@ -84,17 +84,17 @@ def test_trajectory(name, rate, shape, scaled):
             STIEFEL,
             hidden_size=HIDDEN if scaled else None,
             weight_decay=decay,
-            inner=theirs,
+            inner=optax_inner,
         )
 
         def loss(p):
             return jnp.sum((p["u"] @ p["s"] @ p["v"].mT - w) ** 2) / 2
 
         points = train(tx, jax.tree.map(jnp.asarray, x), loss)
-    expected = by_hand(ours, x, w, scaled, decay, rate)
+    expected = reference_trajectory(numpy_inner, x, w, scaled, decay, rate)
     assert distance(points, expected) < TRAJECTORY
-    wrong = by_hand(ours, x, w, not scaled, decay, rate)
-    assert distance(points, wrong) > 1e-3  # the scale is seen
+    other = reference_trajectory(numpy_inner, x, w, not scaled, decay, rate)
+    assert distance(points, other) > 1e-3  # the scale matters
 
 
 def test_decay_acts_on_s_only():

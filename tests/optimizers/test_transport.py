@@ -1,4 +1,4 @@
-"""Momentum that travels with its point, and the scale of updates."""
+"""Transport of the momentum, and the scale of updates."""
 
 import functools
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import manifold_lora as ml
 from manifold_lora.optimizers import moments
 from tests.manifolds import reference
-from tests.optimizers.by_hand import (
+from tests.optimizers.numpy_reference import (
     STEPS,
     TRAJECTORY,
     distance,
@@ -27,7 +27,7 @@ RATE = 0.02
 STIEFEL = {"a": ml.Euclidean(), "b": ml.Stiefel(metric="euclidean")}
 
 
-def momentum_by_hand(transport):
+def momentum_reference(transport):
     """SGD with momentum on B and A; B's momentum projected at every new point."""
     a, b, w = least_squares()
     m_a = m_b = 0
@@ -49,8 +49,8 @@ def test_trajectory_of_transported_momentum(transport):
     with jax.enable_x64(True):
         tx = ml.riemannian(optax.sgd(RATE, 0.9), STIEFEL, transport=transport)
         points = trained(tx)
-    assert distance(points, momentum_by_hand(transport)) < TRAJECTORY
-    assert distance(points, momentum_by_hand(not transport)) > 1e-3
+    assert distance(points, momentum_reference(transport)) < TRAJECTORY
+    assert distance(points, momentum_reference(not transport)) > 1e-3
 
 
 def adam_in_a_partition():
@@ -82,7 +82,7 @@ def of_b(moment):
 
 
 @pytest.mark.parametrize("name", INNER)
-def test_first_moments_are_found_and_become_tangents(name):
+def test_first_moments_are_projected_in_any_inner_state(name):
     make, field = INNER[name]
     rng = np.random.default_rng(0)
     with jax.enable_x64(True), jax.disable_jit():
@@ -100,17 +100,17 @@ def test_first_moments_are_found_and_become_tangents(name):
             optax.tree.get_all_with_path(states[False], field),
             strict=True,
         )
-        seen = 0
+        moments_of_b = 0
         for (_, moved), (_, plain) in pairs:
             if jax.tree.leaves(of_b(moved)):
                 expected = projected(y, np.asarray(of_b(plain)))
                 np.testing.assert_allclose(of_b(moved), expected, atol=FLOAT64)
                 assert np.abs(expected - of_b(plain)).max() > 1e-6
-                seen += 1
+                moments_of_b += 1
             if jax.tree.leaves(moved["a"]):
                 np.testing.assert_array_equal(moved["a"], plain["a"])
-        assert seen == 1
-        # Everything else, the second moments among it, is as it was.
+        assert moments_of_b == 1
+        # Everything else, including the second moments, is unchanged.
         blank = functools.partial(moments.replace, lambda moment: 0)
         jax.tree.map(
             np.testing.assert_array_equal, *map(blank, (states[True], states[False]))
@@ -131,7 +131,7 @@ def test_second_moments_stay_positive(monkeypatch):
         return lowest
 
     assert least(moments.NAMES) >= 0
-    assert least(("mu", "nu")) < 0  # a transported second moment is none
+    assert least(("mu", "nu")) < 0  # transport would make it negative
 
 
 def test_transport_without_a_first_moment_is_refused():

@@ -1,4 +1,4 @@
-"""Known mistakes in the geometry of BoundedRank, each of which a law must catch."""
+"""Mutations of BoundedRank, each of which must violate a law."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ from tests.manifolds.test_bounded_rank import (
 
 
 def mutant(old, new):
-    """BoundedRank of the source with one expression changed."""
+    """BoundedRank from source with one expression changed."""
     source = inspect.getsource(bounded_rank)
     assert source.count(old) == 1
     module = types.ModuleType("mutant")
@@ -47,7 +47,7 @@ RETRACTION = functools.partial(law_retraction, x=case()[0], v=case()[2])
         (law_step, 2, "matmul(d.mT, d) - matmul(w.mT, w)", "matmul(d.mT, d)"),
     ],
 )  # fmt: skip
-def test_mutants_are_caught(law, order, old, new):
+def test_laws_reject_mutants(law, order, old, new):
     manifold = mutant(old, new)(order=order)
     with jax.enable_x64(True), pytest.raises(AssertionError):
         law(manifold)

@@ -1,4 +1,4 @@
-"""Float64 NumPy restatements of optimisers, and the problems they are tried on."""
+"""NumPy references of optimisers in float64, and the problems to compare them on."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ TRAJECTORY = 1e-9  # float64, rounding grown over the steps
 
 
 def least_squares(rows=8, columns=5, rank=3, layers=2):
-    """The start (a, b) and the target w of ½‖b aᵀ − w‖², b orthonormal."""
+    """The initial (a, b) and the target w of ½‖b aᵀ − w‖², b orthonormal."""
     rng = np.random.default_rng(0)
     a = rng.normal(size=(layers, columns, rank))
     b = reference.each(reference.qr, rng.normal(size=(layers, rows, rank)))
@@ -72,9 +72,9 @@ def adam(rate, b1=0.9, b2=0.999, eps=1e-8):
     return direction
 
 
-def distance(points, by_hand):
-    """The largest difference of two trajectories."""
+def distance(points, expected):
+    """The largest difference between two trajectories."""
     return max(
-        np.max(np.abs(points[name] - np.stack([p[name] for p in by_hand])))
+        np.max(np.abs(points[name] - np.stack([p[name] for p in expected])))
         for name in points
     )
