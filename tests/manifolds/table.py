@@ -283,10 +283,6 @@ def close(a, b, tolerance, scale=1.0):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(scale, 1))
 
 
-def equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def pick(tree, index):
     return jax.tree.map(lambda a: a[index], tree)
 

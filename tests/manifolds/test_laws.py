@@ -6,6 +6,7 @@ under test. One jitted call per law, since compilation takes most of the time.
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,6 @@ from tests.manifolds.table import (
     cast,
     close,
     combine,
-    equal,
     float64,
     norms,
     over,
@@ -154,11 +154,10 @@ def test_retraction_reaches_the_right_point(row, shape, dtype):
     with precision(dtype) as tolerance:
         x, v = cast(x, dtype), cast(v, dtype)
         y = retracted(row, x, v, dtype)
-        assert shapes(y) == shapes(x)
-        assert jax.tree.map(lambda a: a.dtype, y) == jax.tree.map(lambda a: a.dtype, x)
+        chex.assert_trees_all_equal_shapes_and_dtypes(y, x)
         residual = jnp.moveaxis(row.manifold.residual(y), 0, -1)
         assert (residual < FEASIBLE[dtype]).all(), residual
-        equal(pick(y, 0), pick(x, 0))
+        chex.assert_trees_all_equal(pick(y, 0), pick(x, 0))
         if row.retraction is None:
             return
         expected = row.retraction(float64(x), float64(v))
@@ -310,7 +309,7 @@ def test_batch_is_a_loop_and_vmap_and_step(row):
         tangent = e if isinstance(e, dict) else row.projection(other, e)
         close(row.embed(float64(steps[1])), row.retraction(other, tangent), FLOAT32, 2)
     # In bfloat16 only storage is rounded.
-    equal(rounded, cast(pick(reached, 1), "bfloat16"))
+    chex.assert_trees_all_equal(rounded, cast(pick(reached, 1), "bfloat16"))
     assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(rounded))
 
 
@@ -326,7 +325,7 @@ def test_bfloat16_is_computed_in_float32(row):
 
     got, rounded = maps(x, v), cast(maps(*cast((x, v), "float32")), "bfloat16")
     assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(got))
-    equal(got, rounded)
+    chex.assert_trees_all_equal(got, rounded)
 
 
 @over([name for name in RETRACTIONS if name != "euclidean"])

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,13 +172,8 @@ def plain(row):
     return run(row.tx, *row.problem())
 
 
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def assert_close(a, b, tolerance=FLOAT32):
-    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=tolerance)
-    jax.tree.map(close, a, b)
+    chex.assert_trees_all_close(a, b, rtol=0, atol=tolerance)
 
 
 def types(tree):

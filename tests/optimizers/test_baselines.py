@@ -4,6 +4,7 @@ import functools
 import importlib
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,10 +130,8 @@ MAKERS = {
     "lora_plus": functools.partial(lora_plus, ratio=2.0),
 }
 each = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
-close = functools.partial(
-    jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=0, atol=FLOAT32)
-)
+equal = chex.assert_trees_all_equal
+close = functools.partial(chex.assert_trees_all_close, rtol=0, atol=FLOAT32)
 
 
 @functools.cache
@@ -168,11 +167,12 @@ def plain(make):
 @each
 def test_jit_traces_once_and_takes_unknown_arguments(make):
     params, gradients = problem()
-    tx, traces = make(RATE, NNX_LORA), []
+    tx = make(RATE, NNX_LORA)
+    chex.clear_trace_counter()
 
     @jax.jit
+    @chex.assert_max_traces(1)
     def step(g, state, params):
-        traces.append(1)
         updates, state = tx.update(g, state, params, an_unknown_argument=1)
         return optax.apply_updates(params, updates), state
 
@@ -180,7 +180,6 @@ def test_jit_traces_once_and_takes_unknown_arguments(make):
     for g, expected in zip(gradients, plain(make), strict=True):
         params, state = step(g, state, params)
         close(params, expected)
-    assert len(traces) == 1
 
 
 @each
@@ -193,13 +192,12 @@ def test_types_are_preserved_under_scan(make, dtype):
         def step(carry, _):
             params, state = carry
             updates, state = tx.update(params, state, params)
-            assert jax.tree.map(jnp.dtype, updates) == jax.tree.map(jnp.dtype, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
             return (optax.apply_updates(params, updates), state), None
 
         carry = params, jax.eval_shape(tx.init, params)
         after = jax.eval_shape(lambda c: jax.lax.scan(step, c, length=2)[0], carry)
-        types = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
-        assert types(after) == types(carry)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, carry)
 
 
 def test_scaled_gd_of_bfloat16_is_computed_in_float32():

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import pytest
 from flax import nnx
@@ -10,7 +11,6 @@ from flax import nnx
 import manifold_lora as ml
 from tests.optimizers.table import (
     RATE,
-    assert_equal,
     free_leaves,
     over,
     plain,
@@ -29,10 +29,12 @@ def test_prefix_trees_and_functions(row):
     params, gradients = nest(params), [nest(g) for g in gradients]
     expected = run(row.make(RATE, row.of_shapes(params)), params, gradients)
     for manifolds in ({"layers": row.manifold, "rest": free}, row.of_shapes):
-        assert_equal(run(row.make(RATE, manifolds), params, gradients), expected)
+        chex.assert_trees_all_equal(
+            run(row.make(RATE, manifolds), params, gradients), expected
+        )
     layers = [g["layers"] for g in gradients]
     points = run(row.make(RATE, row.manifold), params["layers"], layers)
-    assert_equal(points, [p["layers"] for p in expected])
+    chex.assert_trees_all_equal(points, [p["layers"] for p in expected])
 
 
 class Factors(NamedTuple):
@@ -76,7 +78,9 @@ def test_containers(row, build, tree):
         points = run(row.make(RATE, manifolds), params, gradients)
         for point, expected in zip(points, plain(row), strict=True):
             assert jax.tree.structure(point) == jax.tree.structure(params)
-            assert_equal(jax.tree.leaves(point), jax.tree.leaves(expected))
+            chex.assert_trees_all_equal(
+                jax.tree.leaves(point), jax.tree.leaves(expected)
+            )
 
 
 @over("momentum-qr", "stiefel_lora")
@@ -89,4 +93,4 @@ def test_nnx_optimizer(row):
             optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
             for g in gradients:
                 optimizer.update(module, state_of(**g))
-        assert_equal(nnx.to_pure_dict(nnx.state(module)), plain(row)[-1])
+        chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(module)), plain(row)[-1])

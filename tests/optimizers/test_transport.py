@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,9 +113,7 @@ def test_first_moments_are_projected_in_any_inner_state(name):
         assert moments_of_b == 1
         # Everything else, including the second moments, is unchanged.
         blank = functools.partial(moments.replace, lambda moment: 0)
-        jax.tree.map(
-            np.testing.assert_array_equal, *map(blank, (states[True], states[False]))
-        )
+        chex.assert_trees_all_equal(*map(blank, (states[True], states[False])))
 
 
 def test_second_moments_stay_positive(monkeypatch):
@@ -170,4 +169,4 @@ def test_update_scale_of_a_coupled_point_is_one_number():
         )[0]
         for rate, scale in ((0.1, lambda x: x["v"].shape[-2] / 5.0), (0.1, None))
     ]
-    jax.tree.map(np.testing.assert_array_equal, *updates)
+    chex.assert_trees_all_equal(*updates)
