@@ -57,13 +57,13 @@ FREE, STIEFEL, RATE = ml.Euclidean(), ml.Stiefel(), 1e-3
 
 @functools.cache
 def orthonormal(rows: int) -> np.ndarray:
-    """A Haar point for every layer."""
+    """A Haar-uniform point for each layer."""
     draw = jax.jit(STIEFEL.random_point, static_argnums=1)
     return np.asarray(draw(jax.random.key(rows), (LAYERS, rows, RANK)))
 
 
 def pairs(names: tuple[str, str], middle: bool = False) -> dict[str, Any]:
-    """The two factors of every linear, on the host, and an S = I where asked for."""
+    """The two factors of every linear, on the host, optionally with S = I."""
     eye = np.broadcast_to(np.eye(RANK, dtype=np.float32), (LAYERS, RANK, RANK))
     return {
         linear: dict(zip(names, map(orthonormal, rows), strict=True))
@@ -93,7 +93,7 @@ class Step:
         self.temporaries = analysis.temp_size_in_bytes / copy
 
     def __call__(self) -> None:
-        """Move once and wait for it."""
+        """Take one step and wait for it."""
         self.params, self.state = self.compiled(self.grads, self.state, self.params)
         jax.block_until_ready(self.params)
 
@@ -101,28 +101,28 @@ class Step:
 def medians(
     calls: dict[str, Callable[[], None]], repeats: int = 15
 ) -> dict[str, float]:
-    """The median milliseconds of every call; they take turns."""
+    """The median milliseconds of each call, run in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(repeats + 2):
         for name, call in calls.items():
-            began = time.perf_counter()
+            started = time.perf_counter()
             call()
             if number >= 2:
-                times[name].append(1e3 * (time.perf_counter() - began))
+                times[name].append(1e3 * (time.perf_counter() - started))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def table(title: str, optimizers: dict[str, Any], start: Any, target: dict[str, float]):
-    """Print the steps of one tree of factors; the first is the floor."""
+    """Print the steps of one tree of factors, relative to the first."""
     steps = {name: Step(tx, start) for name, tx in optimizers.items()}
     times = medians({**steps})
-    floor = next(iter(steps))
-    print(f"\n{title}\n{'':34}    ms  ratio  asked  temporaries beyond, copies")
+    baseline = next(iter(steps))
+    print(f"\n{title}\n{'':34}    ms  ratio  target  extra temporaries, copies")
     for name, step in steps.items():
-        asked = f"≤ {target[name]}" if name in target else ""
-        beyond = step.temporaries - steps[floor].temporaries
-        ratio = times[name] / times[floor]
-        print(f"{name:34} {times[name]:5.0f}  {ratio:5.2f}  {asked:5}  {beyond:+.2f}")
+        limit = f"≤ {target[name]}" if name in target else ""
+        extra = step.temporaries - steps[baseline].temporaries
+        ratio = times[name] / times[baseline]
+        print(f"{name:34} {times[name]:5.0f}  {ratio:5.2f}  {limit:6}  {extra:+.2f}")
     return times
 
 
@@ -167,7 +167,7 @@ def low_rank_steps() -> None:
         )
 
 
-def truth(name: str, x: np.ndarray, v: np.ndarray) -> np.ndarray:
+def reference(name: str, x: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The retraction in float64 by dense factorisations."""
     r = x.shape[-1]
     if name == "polar":
@@ -203,7 +203,9 @@ def retractions(plot: str | None) -> None:
         retract = jax.jit(manifold.retract)
         points = [retract(layer, size * d) for size in sizes]
         exact = [
-            truth(name, np.asarray(layer, np.float64), np.asarray(size * d, np.float64))
+            reference(
+                name, np.asarray(layer, np.float64), np.asarray(size * d, np.float64)
+            )
             for size in sizes
         ]
         errors[name] = [
@@ -213,7 +215,7 @@ def retractions(plot: str | None) -> None:
         residuals[name] = max(float(manifold.residual(y).max()) for y in points)
     times = medians(moves)
     print("\nRetractions of (32, 4096, 16): SGD step with projection, × an Adam step;")
-    print("largest distance of an entry to the float64 truth at spectral norm ‖v‖")
+    print("largest error of an entry against float64 at spectral norm ‖v‖")
     print(f"{'':8} time  " + "".join(f"{size:>9g}" for size in sizes) + "  residual")
     for name in names:
         values = "".join(f"{error:9.1e}" for error in errors[name])
@@ -232,7 +234,7 @@ def draw(path: str, sizes: list[float], errors: dict, ratios: dict) -> None:
         left.loglog(sizes, values, "o-", label=name)
     left.set(
         xlabel="‖v‖₂",
-        ylabel="distance to the float64 truth",
+        ylabel="error against float64",
         title="accuracy in float32",
     )
     left.legend()
@@ -243,7 +245,7 @@ def draw(path: str, sizes: list[float], errors: dict, ratios: dict) -> None:
 
 
 def long_run(steps: int = 2000) -> None:
-    """The residual after many float32 steps with large and small rates."""
+    """The residual after many float32 steps with large and small learning rates."""
     x = jnp.asarray(orthonormal(WIDTH)[:2])
     for name in get_args(Retraction):
         manifold = ml.Stiefel(name)
@@ -263,7 +265,7 @@ def long_run(steps: int = 2000) -> None:
 
 
 def collectives() -> None:
-    """What eight devices exchange in one step, by how the factors are sharded."""
+    """The collectives of one step on eight devices, by the sharding of the factors."""
     if len(jax.devices()) < 8:
         return print("  needs eight devices: not measured")
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -288,16 +290,18 @@ def collectives() -> None:
                 jax.jit(tx.update).lower(params, state, params).compile().as_text()
                 or ""
             )
-            found = re.findall(r"= (.*?) (all-\w+|collective-\w+|reduce-\w+er)\(", text)
-            shapes = sorted(
-                {s for shape, _ in found for s in re.findall(r"\[.*?\]", shape)}
+            operations = re.findall(
+                r"= (.*?) (all-\w+|collective-\w+|reduce-\w+er)\(", text
             )
-            kinds = sorted({kind for _, kind in found}) or ["none"]
+            shapes = sorted(
+                {s for shape, _ in operations for s in re.findall(r"\[.*?\]", shape)}
+            )
+            kinds = sorted({kind for _, kind in operations}) or ["none"]
             print(f"{name:12} over {what:7} {', '.join(kinds)} {' '.join(shapes)}")
 
 
 def share_of_training(ours: float, config: ml.LlamaConfig, tokens: int) -> None:
-    """The optimiser's part of a whole training step of random bfloat16 weights."""
+    """The optimiser's share of a training step with random bfloat16 weights."""
     model = ml.Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     ml.attach(model, ml.AdapterConfig("stiefel", rank=RANK))
     rebuild, factors, frozen = split(model)
@@ -307,17 +311,17 @@ def share_of_training(ours: float, config: ml.LlamaConfig, tokens: int) -> None:
     batch = {name: ones for name in ("input_ids", "segment_ids")}
     batch |= {"positions": jnp.arange(tokens)[None], "loss_mask": jnp.ones((1, tokens))}
     step = make_step(rebuild, tx, tags, axes(model))
-    holder = [TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))]
+    latest = [TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))]
 
     def once() -> None:
-        holder[0] = jax.block_until_ready(step(holder[0], frozen, batch))[0]
+        latest[0] = jax.block_until_ready(step(latest[0], frozen, batch))[0]
 
     whole = medians({"step": once}, repeats=7)["step"]
-    print(f"  {ours:.2f} of {whole:.0f} ms: {100 * ours / whole:.1f} %, asked ≤ 1 %")
+    print(f"  {ours:.2f} of {whole:.0f} ms: {100 * ours / whole:.1f} %, target ≤ 1 %")
 
 
 def torch_peers(ours: float) -> None:
-    """Geoopt's RiemannianAdam and StelLA's way, AdamW and a batched SVD, in torch."""
+    """Geoopt's RiemannianAdam and StelLA's recipe (AdamW, batched SVD) in torch."""
     try:
         import geoopt  # pyright: ignore[reportMissingImports]
         import torch  # pyright: ignore[reportMissingImports]
@@ -374,7 +378,7 @@ def torch_peers(ours: float) -> None:
 
 
 def main() -> None:
-    """Run everything, one part after the other."""
+    """Run all benchmarks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--plot", help="write the table of retractions as a picture")
     plot = parser.parse_args().plot

@@ -30,7 +30,8 @@ Probability = Annotated[float, Meta(ge=0, lt=1)]
 # The default of a setting that the other settings decide, such as 2·rank for alpha.
 UNSET: Any = None
 
-RENAMED = {"start": "init"}  # settings refused with their new name, for one release
+# Settings that are refused with their new name, for one release.
+RENAMED = {"start": "init", "attraction": "penalty_weight"}
 
 
 def setting(
@@ -168,8 +169,9 @@ def requirement(hint: Any, value: Any = None) -> str:
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        number = isinstance(value, int | float) and value is not True
-        return _range(args[1]) if number else requirement(args[0])
+        numbers = int if args[0] is int else int | float
+        is_number = isinstance(value, numbers) and not isinstance(value, bool)
+        return _range(args[1]) if is_number else requirement(args[0])
     if origin in (typing.Union, types.UnionType):
         choices = [requirement(arg, value) for arg in args if arg is not type(None)]
         if requirement(float) in choices:

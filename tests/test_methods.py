@@ -1,17 +1,23 @@
-"""The table of methods: what goes with what, and what is said where it does not."""
+"""The methods and their options: what goes with what, and what is said otherwise."""
 
+import dataclasses
 import re
 from typing import Any
 
 import pytest
 
 from manifold_lora.adapters import AdapterConfig
-from manifold_lora.adapters.attach import adapter_class
 from manifold_lora.adapters.low_rank import LowRankLinear
+from manifold_lora.adapters.options import (
+    adapter_class,
+    fields_by_option,
+    inits,
+    make_options,
+    options_class,
+)
 from manifold_lora.errors import InputError
-from manifold_lora.methods import METHODS, OPTIONS, find_method, problems
-from manifold_lora.training.config import TrainConfig, resolve
-from manifold_lora.training.optimizer import RECIPES
+from manifold_lora.methods import METHODS, check_method
+from tests.configs import train_config
 
 VALUES: dict[str, Any] = {  # of every option, other than unset
     "fixed_a": "random",
@@ -23,7 +29,7 @@ VALUES: dict[str, Any] = {  # of every option, other than unset
     "second_moment": "scalar",
     "nuclear_decay": 1e-3,
     "truncate_below": 0.1,
-    "attraction": 0.5,
+    "penalty_weight": 0.5,
     "rate_bounds": (0.5, 2.0),
     "project_on_export": True,
 }
@@ -37,7 +43,7 @@ ALLOWED = {  # restated
     "second_moment": ["loram_fr", "loram_br"],
     "nuclear_decay": ["loram_br"],
     "truncate_below": ["loram_br"],
-    "attraction": ["landing_stiefel", "landing_oblique"],
+    "penalty_weight": ["landing_stiefel", "landing_oblique"],
     "rate_bounds": ["landing_stiefel", "landing_oblique"],
     "project_on_export": ["landing_stiefel", "landing_oblique"],
 }
@@ -61,94 +67,100 @@ INITS = {
 }
 
 
-def refusals(method: str, **given: Any) -> list[str]:
-    """What a run, and where it takes the setting an adapter, says to it."""
-    said = []
-    run = {"start" if key == "init" else key: x for key, x in given.items()}
+def errors(method: str, **options: Any) -> list[str]:
+    """What a run and an adapter say to options of the method."""
+    messages = []
     for make in (
-        lambda: resolve(TrainConfig(method=method, **run)),
-        lambda: AdapterConfig(method, **given),
+        lambda: train_config(method=method, **options),
+        lambda: AdapterConfig(method, options),
     ):
         try:
             make()
         except InputError as error:
-            said.append(str(error))
-        except TypeError:  # an adapter has no such setting
-            assert not hasattr(AdapterConfig(), next(iter(given)))
-    return said
+            messages.append(str(error))
+    return messages
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", VALUES)
 def test_every_option_goes_with_its_methods_alone(option: str):
-    assert VALUES.keys() == OPTIONS.keys() == ALLOWED.keys()
-    value, places = VALUES[option], 1 + hasattr(AdapterConfig(), option)
-    for name, method in METHODS.items():
-        said = refusals(name, **{option: value})
+    assert {*VALUES, "init"} == fields_by_option().keys()
+    value = VALUES[option]
+    for name in METHODS:
+        messages = errors(name, **{option: value})
         if name in ALLOWED[option]:
-            assert option in method.options and said == [], name
+            assert name in fields_by_option()[option] and messages == [], name
             continue
-        assert len(said) == places, name
+        assert len(messages) == 2, name
         words = f"method {name} and {option}={value} exclude each other"
         allowed = f"{option} goes with {', '.join(ALLOWED[option])}."
-        assert all(words in text and text.endswith(allowed) for text in said)
-        assert problems(name, {option: OPTIONS[option]}) == []
+        assert all(words in text and text.endswith(allowed) for text in messages)
 
 
 @pytest.mark.parametrize("init", INITS)
 def test_every_initialisation_goes_with_its_methods_alone(init: str):
-    for name, method in METHODS.items():
-        said = refusals(name, init=init)
+    for name in METHODS:
+        messages = errors(name, init=init)
         if name in INITS[init]:
-            assert init in method.inits and said == []
+            assert init in inits(name) and messages == []
             continue
-        assert len(said) == 2
-        for text in said:
+        assert len(messages) == 2
+        for text in messages:
             assert f"method {name} and init={init} exclude each other" in text
-            assert f"initialisations of {name} are {', '.join(method.inits)}" in text
+            assert f"{name} has {', '.join(inits(name))}" in text
             assert f"{init} goes with {', '.join(INITS[init])}." in text
 
 
-def test_the_tables_are_whole():
-    for name, method in METHODS.items():
-        assert set(method.inits) <= INITS.keys() and set(method.options) <= {*OPTIONS}
-        cls = adapter_class(name)
+def test_declarations_are_complete():
+    for name in METHODS:
+        cls, options = adapter_class(name), options_class(name)
         assert issubclass(cls, LowRankLinear) and cls.__doc__
-        assert method.recipe in RECIPES
-        assert method.rates == tuple(sorted(method.rates))
-        assert method.rates[0] <= method.rate <= method.rates[-1]
-        assert (method.free_rate is None) == (
-            "free_learning_rate" not in method.options
-        )
-        assert (method.builtin_free_rate is None) == (method.free_rate is None)
+        assert set(inits(name)) <= INITS.keys()
+        assert options().init == inits(name)[0]
+        assert options.update and options.paper and options.recipe
+        rates, free = options.learning_rates, options.free_learning_rates
+        assert rates.grid == tuple(sorted(rates.grid))
+        assert rates.grid[0] <= rates.default <= rates.grid[-1]
+        names = {field.name for field in dataclasses.fields(options)}
+        assert (free is not None) == ("free_learning_rate" in names)
+        for field in dataclasses.fields(options):
+            assert field.metadata["help"] and field.metadata["role"]
 
 
-def test_an_unknown_initialisation_has_no_method():
-    text = problems("stella", {"init": "pisa"})[0]
-    assert "init=pisa" in text and "goes with" not in text
+def test_an_initialisation_of_no_method():
+    with pytest.raises(InputError, match="init=pisa exclude") as caught:
+        AdapterConfig("stella", {"init": "pisa"})
+    assert "goes with" not in str(caught.value)
+    with pytest.raises(InputError, match="--init must be one of kaiming, .*, got 'pis"):
+        train_config(method="stella", init="pisa")
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
 def test_a_fixed_factor_needs_a_random_initialisation(init: str):
-    (text,) = problems("lora", {"init": init, "fixed_a": "random"})
-    assert f"init={init} and fixed_a=random exclude each other" in text
-    assert "kaiming and gaussian" in text
+    for text in errors("lora", init=init, fixed_a="random"):
+        assert f"init={init} and fixed_a=random exclude each other" in text
+        assert "kaiming and gaussian" in text
+    assert len(errors("lora", init=init, fixed_a="random")) == 2
 
 
 def test_what_can_only_be_merged_is_not_truncated():
     given = {"diagonal_scaling": True, "truncate_below": 0.1}
-    (text,) = problems("loram_br", given)
-    assert "diagonal_scaling=True and truncate_below=0.1 exclude each other" in text
+    for text in errors("loram_br", **given):
+        assert "diagonal_scaling=True and truncate_below=0.1 exclude each other" in text
+    assert len(errors("loram_br", **given)) == 2
 
 
-def test_everything_wrong_is_said_at_once():
-    given = {"diagonal_s": True, "init": "svd_major", "attraction": 1.0}
-    assert len(problems("lora", given)) == 3
-    run = {"start" if key == "init" else key: x for key, x in given.items()}
-    with pytest.raises(InputError, match=r"diagonal_s.*attraction.*svd_major"):
-        resolve(TrainConfig(method="lora", **run))
+def test_bounds_of_the_rate_are_in_order():
+    (_, text) = errors("landing_oblique", rate_bounds=(2.0, 0.5))
+    assert "rate_bounds needs least ≤ largest, got 2.0 and 0.5" in text
 
 
-@pytest.mark.parametrize("make", [find_method, lambda name: problems(name, {})])
+def test_everything_wrong_is_reported_at_once():
+    given = {"diagonal_s": True, "init": "svd_major", "penalty_weight": 1.0}
+    for text in errors("lora", **given):
+        assert re.search(r"diagonal_s.*svd_major.*penalty_weight", text)
+
+
+@pytest.mark.parametrize("make", [check_method, lambda name: make_options(name, {})])
 def test_an_unknown_method(make: Any):
     known = re.escape(", ".join(sorted(METHODS)))
     with pytest.raises(InputError, match=f"'stela'. Did you mean stella.*{known}"):

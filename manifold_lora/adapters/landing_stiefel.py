@@ -30,8 +30,8 @@ class LandingOptions(WrapperOptions):
     init: Literal["random"] = setting(
         "random", "initialisation of the factors", role="adapter"
     )
-    attraction: PositiveFloat = setting(
-        1.0, "μ, the strength of the pull to the manifold", role="optimizer"
+    penalty_weight: PositiveFloat = setting(
+        1.0, "weight μ of the penalty that attracts to the manifold", role="optimizer"
     )
     rate_bounds: tuple[PositiveFloat, PositiveFloat] = setting(
         (0.5, 4.0), "least and largest multiple of the learning rate", role="optimizer"
@@ -53,7 +53,7 @@ class LandingOptions(WrapperOptions):
         return landing_adamw(
             inputs.learning_rate,
             inputs.manifolds,
-            attraction=self.attraction,
+            penalty_weight=self.penalty_weight,
             lower=lower,
             upper=upper,
             weight_decay=inputs.weight_decay,

@@ -48,9 +48,16 @@ class CommandFlags:
 
     config: Annotated[
         Path | None,
-        tyro.conf.arg(metavar="PATH", help="TOML file of settings, with underscores"),
+        tyro.conf.arg(
+            metavar="PATH",
+            help="TOML file of settings, with underscores",
+            help_behavior_hint="(default: none)",
+        ),
     ] = None
-    debug: Annotated[bool, tyro.conf.arg(help="show tracebacks")] = False
+    debug: Annotated[
+        bool,
+        tyro.conf.arg(help="show tracebacks", help_behavior_hint="(default: no)"),
+    ] = False
 
 
 def flags_class(kind: type) -> type[CommandFlags]:

@@ -1,8 +1,8 @@
 """Optax transformations for parameters on manifolds.
 
 `riemannian` and `landing` wrap any Optax optimiser; `stiefel_lora`, `stella`, `loram`
-and `landing_adamw` are the papers' recipes; `scaled_gd` and `lora_plus` are baselines
-to compare with.
+and `landing_adamw` are the papers' recipes; `scaled_gd` and `lora_plus` are baselines.
+`FactorTree` and `FactorSpec` describe the factors of other libraries.
 """
 
 from manifold_lora.optimizers.factor_spec import NNX_LORA as NNX_LORA

@@ -45,7 +45,7 @@ class FactorSpec(FactorTree):
         >>> spec = ml.QWIX_LORA
         >>> params = {"w_lora_a": jnp.zeros((8, 2)), "w_lora_b": jnp.zeros((2, 4, 3))}
         >>> spec.dims(params)["w_lora_b"]
-        FactorDims(side='b', rank_axis=0, layer_axes=(), pair=('', 'w'))
+        FactorDims(side='b', rank_axis=0, layer_axes=(), pair=(None, 'w'))
         >>> params = spec.init(jax.random.key(0), params)  # b orthonormal, a zero
         >>> tx = spec.tall(ml.riemannian(optax.adam(1e-2), spec.manifolds()))
         >>> state = tx.init(params)

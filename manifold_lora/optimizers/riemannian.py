@@ -55,7 +55,8 @@ def riemannian(
             parameters, such as `optax.adam(1e-3)`. Its state is ambient and
             element-wise.
         manifolds: a prefix tree of the parameters with a `Manifold` on each leaf or
-            sub-tree, or a function from the parameters to such a tree.
+            sub-tree, or a function from the parameters to such a tree. A nested
+            dict also fits an `nnx.State`.
         gradient: "riemannian" feeds `inner` the Riemannian gradient (StelLA, LoRAM);
             "euclidean" feeds it the plain one, so that the moments are Euclidean
             and only the displacement is projected (Stiefel-LoRA).

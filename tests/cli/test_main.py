@@ -30,21 +30,52 @@ def call(capsys, *arguments):
     return code, " ".join(shown.out.split()), " ".join(shown.err.split())
 
 
-def test_help_imports_no_jax():
+HEAVY = {"transformers", "grain", "orbax", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused", "shown"),
+    [
+        (["--help"], HEAVY | {"jax", "flax", "optax"}, "Fine-tune a LLaMA"),
+        (["train", "--help"], HEAVY, "--learning-rate"),
+    ],
+    ids=["commands", "train"],
+)
+def test_help_imports_little(arguments, unused, shown):
     code = (
         "import sys; from manifold_lora.cli.main import main\n"
-        "try: main(['train', '--help'])\n"
+        f"try: main({arguments})\n"
         "except SystemExit as stopped: code = stopped.code\n"
-        "print(code, sorted({'jax', 'flax', 'transformers', 'grain'} & {*sys.modules}))"
+        f"print(code, sorted({unused} & {{*sys.modules}}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip().endswith("0 []")
-    assert "--learning-rate" in done.stdout
+    assert shown in done.stdout
 
 
-def test_flags_over_file_over_defaults(capsys, files, tmp_path):
+@pytest.mark.parametrize("name", ["train", "compare", "plan"])
+def test_help_is_grouped_and_shows_resolved_defaults(capsys, name):
+    code, shown, _ = call(capsys, name, "--help")
+    assert code == 0 and "None" not in shown
+    for group in ("model", "adapter", "method", "optimizer", "batch"):
+        assert f"{group} options" in shown
+    words = ["(default: 2·rank)", "--remat, --no-remat", "S is a diagonal (stella)"]
+    if name != "plan":
+        words += ["--packing, --no-packing", "for the built-in data 8"]
+    if name == "train":
+        words += ["5e-5, built-in base 1e-3 (loram_fr)"]
+    assert [word for word in words if word not in shown] == []
+    hidden = {
+        "train": ["--topology", "--search-steps"],
+        "compare": ["--method TEXT", "--learning-rate FLOAT", "--mesh", "--patience"],
+        "plan": ["--steps", "--out-dir", "--learning-rate", "--project-on-export"],
+    }
+    assert [flag for flag in hidden[name] if flag in shown] == []
+
+
+def test_flags_override_the_file_which_overrides_defaults(capsys, files, tmp_path):
     model, data = files
     settings = {"model": str(model), "data": str(data), "rank": 4, "steps": 2}
     settings |= {"targets": ["q_proj"], "batch_size": 4, "learning_rate": 0.3}
@@ -132,9 +163,16 @@ def bad_inputs(folder, model, data):
             (*use, *ok, "--method", "lora", "--diagonal-s"),
             "diagonal_s goes with stella",
         ),
-        "start": (
-            (*use, *ok, "--start", "pissa"),
-            "the initialisations of stiefel are random; pissa goes with lora",
+        "init": (
+            (*use, *ok, "--init", "pissa"),
+            "stiefel has random; pissa goes with lora",
+        ),
+        "renamed": ((*use, *ok, "--start", "pissa"), "--start is now called --init"),
+        "pairs": ((*use, *ok, "--rank-pattern", "q_proj"), "a value each"),
+        "several": (
+            (*use, *ok, "--rank", 0, "--dropout", "x", "--batch-size", 1.5),
+            "--rank must be at least 1, got 0; --dropout must be a number, got 'x'; "
+            "--batch-size must be an integer, got 1.5.",
         ),
         "fixed": (
             (*use, *ok, "--method", "stella", "--fixed-a", "random"),

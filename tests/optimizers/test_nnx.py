@@ -37,7 +37,11 @@ def adapted(method):
 @recipes
 def test_a_state_gets_the_updates_of_its_pure_dict(method, make):
     model = adapted(method)
-    tx, params, pure = make(ml.manifolds(model)), ml.factors(model), nnx.to_pure_dict
+    tx, params, pure = (
+        make(ml.manifold_tree(model)),
+        ml.factors(model),
+        nnx.to_pure_dict,
+    )
     state = nnx.state(model, nnx.LoRAParam)
     grads = optax.tree.random_like(jax.random.key(0), state)
 
@@ -67,7 +71,7 @@ def gradient(model, ids):
 def test_steps_with_nnx_grad_and_nnx_optimizer(name):
     method, make = RECIPES[name]
     model = adapted(method)
-    tx, params = make(ml.manifolds(model)), ml.factors(model)
+    tx, params = make(ml.manifold_tree(model)), ml.factors(model)
     grads = gradient(model, jnp.arange(12).reshape(2, 6))
     pure = nnx.to_pure_dict(grads)
     updates, _ = jax.jit(tx.update)(pure, tx.init(params), params)

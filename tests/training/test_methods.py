@@ -17,10 +17,10 @@ from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.data.batches import batches
 from manifold_lora.data.tokens import Example
 from manifold_lora.methods import METHODS
-from manifold_lora.training.config import TrainConfig, resolve
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.step import TrainState, largest_residual, make_step
 from tests import adapters as tiny
+from tests.configs import train_config
 from tests.tolerances import RESIDUAL
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -60,7 +60,7 @@ def test_a_saved_adapter_goes_on_bit_for_bit(method: str, tmp_path: Path):
     model = tiny.base(jnp.bfloat16)
     model.remat = False
     attach(model, given)
-    config = resolve(TrainConfig(method=method, warmup_steps=2))
+    config = train_config(method=method, warmup_steps=2)
     tags = ml.manifold_tree(model)
     tx, _ = build_optimizer(config, tags, STEPS, tiny.CONFIG["hidden_size"])
     rebuild, factors, frozen = split(model)
