@@ -24,7 +24,23 @@ if TYPE_CHECKING:
     from manifold_lora.checkpoints.huggingface import save_llama as save_llama
     from manifold_lora.checkpoints.peft import load_adapter as load_adapter
     from manifold_lora.checkpoints.peft import save_adapter as save_adapter
+    from manifold_lora.comparison.compare import compare as compare
+    from manifold_lora.comparison.config import CompareConfig as CompareConfig
+    from manifold_lora.configuration.parts import BatchConfig as BatchConfig
+    from manifold_lora.configuration.parts import CheckpointConfig as CheckpointConfig
+    from manifold_lora.configuration.parts import DataConfig as DataConfig
+    from manifold_lora.configuration.parts import EvaluationConfig as EvaluationConfig
+    from manifold_lora.configuration.parts import LaunchConfig as LaunchConfig
+    from manifold_lora.configuration.parts import ModelConfig as ModelConfig
+    from manifold_lora.configuration.parts import OptimizerConfig as OptimizerConfig
+    from manifold_lora.configuration.parts import OutputConfig as OutputConfig
+    from manifold_lora.configuration.parts import ScheduleConfig as ScheduleConfig
+    from manifold_lora.data.batches import batches as batches
+    from manifold_lora.data.records import read_records as read_records
+    from manifold_lora.data.tokens import encode as encode
+    from manifold_lora.data.tokens import load_tokenizer as load_tokenizer
     from manifold_lora.errors import InputError as InputError
+    from manifold_lora.inspection.inspect import inspect_adapter as inspect_adapter
     from manifold_lora.manifolds import BoundedRank as BoundedRank
     from manifold_lora.manifolds import Euclidean as Euclidean
     from manifold_lora.manifolds import FixedRank as FixedRank
@@ -34,6 +50,7 @@ if TYPE_CHECKING:
     from manifold_lora.manifolds import truncate as truncate
     from manifold_lora.models import Llama as Llama
     from manifold_lora.models import LlamaConfig as LlamaConfig
+    from manifold_lora.models.loss import token_loss as token_loss
     from manifold_lora.optimizers import NNX_LORA as NNX_LORA
     from manifold_lora.optimizers import QWIX_LORA as QWIX_LORA
     from manifold_lora.optimizers import FactorDims as FactorDims
@@ -47,6 +64,10 @@ if TYPE_CHECKING:
     from manifold_lora.optimizers import scaled_gd as scaled_gd
     from manifold_lora.optimizers import stella as stella
     from manifold_lora.optimizers import stiefel_lora as stiefel_lora
+    from manifold_lora.planning.config import PlanConfig as PlanConfig
+    from manifold_lora.planning.plan import plan as plan
+    from manifold_lora.training.config import TrainConfig as TrainConfig
+    from manifold_lora.training.train import train as train
 
 _HOMES = {
     "adapters": [
@@ -60,7 +81,24 @@ _HOMES = {
     ],
     "checkpoints.huggingface": ["load_llama", "save_llama"],
     "checkpoints.peft": ["load_adapter", "save_adapter"],
+    "comparison.compare": ["compare"],
+    "comparison.config": ["CompareConfig"],
+    "configuration.parts": [
+        "BatchConfig",
+        "CheckpointConfig",
+        "DataConfig",
+        "EvaluationConfig",
+        "LaunchConfig",
+        "ModelConfig",
+        "OptimizerConfig",
+        "OutputConfig",
+        "ScheduleConfig",
+    ],
+    "data.batches": ["batches"],
+    "data.records": ["read_records"],
+    "data.tokens": ["encode", "load_tokenizer"],
     "errors": ["InputError"],
+    "inspection.inspect": ["inspect_adapter"],
     "manifolds": [
         "BoundedRank",
         "Euclidean",
@@ -71,6 +109,7 @@ _HOMES = {
         "truncate",
     ],
     "models": ["Llama", "LlamaConfig"],
+    "models.loss": ["token_loss"],
     "optimizers": [
         "FactorDims",
         "FactorSpec",
@@ -86,6 +125,10 @@ _HOMES = {
         "stella",
         "stiefel_lora",
     ],
+    "planning.config": ["PlanConfig"],
+    "planning.plan": ["plan"],
+    "training.config": ["TrainConfig"],
+    "training.train": ["train"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]

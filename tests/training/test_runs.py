@@ -154,7 +154,9 @@ def test_a_merged_model_is_kept_where_the_loss_is_lost(
 
     monkeypatch.setattr(training, "make_step", poisoned)
     scaled = settings | {"method": "lora", "diagonal_scaling": True}
-    with pytest.raises(training.Diverged, match=r"step 5 .*merged/ has the best adapter, of step 3"):
+    with pytest.raises(
+        training.Diverged, match=r"step 5 .*merged/ has the best adapter, of step 3"
+    ):
         run(scaled)
     kernel = ml.load_llama(settings["out"] / "merged").layers.self_attn.q_proj.kernel[
         ...

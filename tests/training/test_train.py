@@ -115,7 +115,9 @@ def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(settings):
     summary, _ = run(settings)
     model = ml.load_llama(settings["model"])
     ml.load_adapter(model, settings["out"] / "adapter")
-    assert ml.manifold_tree(model)["layers"]["mlp"]["down_proj"]["b"] == ml.Stiefel("qr")
+    assert ml.manifold_tree(model)["layers"]["mlp"]["down_proj"]["b"] == ml.Stiefel(
+        "qr"
+    )
     # the first step of another run from this adapter starts where this one ended
     from manifold_lora.adapters import axes, split
     from manifold_lora.data.batches import evaluation_batches
