@@ -168,14 +168,14 @@ def remedies(
         return after <= limit
 
     if not job.run.model.remat:
-        offer("leave --remat on", _with(job, remat=True), sizes)
+        offer("leave --remat on", _with(job, "model", remat=True), sizes)
     groups, run = group_count(sizes), job.run
     for parts in divisors(run.batch.batch_size):
         rows = run.batch.batch_size // parts
         if parts <= run.batch.accumulate or rows % groups:
             continue
         text = f"--accumulate {parts}: {rows // groups} rows a device at a time"
-        if offer(text, _with(job, accumulate=parts), sizes):
+        if offer(text, _with(job, "batch", accumulate=parts), sizes):
             break
     count = math.prod(sizes.values())
     meshes = [
@@ -187,7 +187,7 @@ def remedies(
     for batch in reversed(divisors(run.batch.batch_size)[:-1]):
         if batch % (groups * run.batch.accumulate):
             continue
-        if offer(f"--batch-size {batch}", _with(job, batch_size=batch), sizes):
+        if offer(f"--batch-size {batch}", _with(job, "batch", batch_size=batch), sizes):
             break
     if topology is not None:
         for side in topology.chip.slices:
@@ -202,8 +202,10 @@ def remedies(
     return found
 
 
-def _with(job: Job, **changes: Any) -> Job:
-    return dataclasses.replace(job, run=dataclasses.replace(job.run, **changes))
+def _with(job: Job, part: str, **changes: Any) -> Job:
+    """The job with other settings in a part of its run."""
+    changed = dataclasses.replace(getattr(job.run, part), **changes)
+    return dataclasses.replace(job, run=dataclasses.replace(job.run, **{part: changed}))
 
 
 def written(sizes: Sizes) -> str:

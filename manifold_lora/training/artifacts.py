@@ -46,7 +46,12 @@ class Diverged(RuntimeError):
 
 def exporting(config: TrainConfig, model: Any) -> AbstractContextManager[float]:
     """The model with its adapters as they are saved; see `as_exported`."""
-    return as_exported(model, **config.adapter.options.values("export"))
+    options = config.adapter.options.values("export")
+    return as_exported(
+        model,
+        project=options.get("project_on_export", False),
+        truncate_below=options.get("truncate_below"),
+    )
 
 
 def base_id(config: TrainConfig) -> str:
@@ -111,7 +116,8 @@ def save_result(
 ) -> dict[str, Any]:
     """Write picture and summary, the summary last: it marks the run as finished."""
     summary = _summary(config, model, data, progress)
-    if any(config.adapter.options.values("export").values()):
+    options = config.adapter.options.values("export").values()
+    if any(value is not None and value is not False for value in options):
         with exporting(config, model) as discarded:
             summary |= _exported(model, held_out, discarded)
     save_merged(config, model)

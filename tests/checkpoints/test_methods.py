@@ -36,7 +36,7 @@ SAVED |= {
     f"{method}-layers": AdapterConfig(method, **LAYERS, rslora=method == "stella")
     for method in METHODS
 }
-SAVED["lora-pissa-layers"] = AdapterConfig("lora", init="pissa", **LAYERS)
+SAVED["lora-pissa-layers"] = AdapterConfig("lora", {"init": "pissa"}, **LAYERS)
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -57,7 +57,7 @@ def test_every_method_survives_saving_and_loading(name: str, tmp_path: Path):
     files = sorted(os.listdir(tmp_path / "a"))
     pair = SAVED[name].method in ("lora", "stiefel", "landing_stiefel")
     pair |= SAVED[name].method == "landing_oblique"
-    pair &= SAVED[name].init not in ("pissa", "olora")
+    pair &= SAVED[name].options.init not in ("pissa", "olora")
     assert files == sorted([CONFIG, WEIGHTS, EXTRA] + [FACTORS] * (not pair))
     for file in files:
         one, other = ((tmp_path / x / file).read_bytes() for x in "ab")

@@ -15,6 +15,7 @@ import pytest
 import manifold_lora as ml
 from manifold_lora.adapters import AdapterConfig, adapters, attach, split
 from manifold_lora.adapters.exported import as_exported
+from manifold_lora.adapters.options import inits
 from manifold_lora.checkpoints.huggingface import load_llama, save_llama
 from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.methods import METHODS
@@ -98,7 +99,7 @@ def test_peft_reads_what_truncation_leaves(base: Path, tmp_path: Path):
     assert tiny.error(got, their_logits(peft_model)) < LOGITS
 
 
-MERGED = [f"{m}-{row.inits[0]}" for m, row in METHODS.items()]
+MERGED = [f"{method}-{inits(method)[0]}" for method in METHODS]
 MERGED += [case for case in CASES if case.endswith("diagonal_scaling=True")]
 
 

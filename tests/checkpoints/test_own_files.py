@@ -11,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 import manifold_lora as ml
 from manifold_lora.adapters import adapters, attach
+from manifold_lora.adapters.low_rank import LowRankLinear
 from manifold_lora.checkpoints.peft import fingerprint, load_adapter, save_adapter
 from manifold_lora.errors import InputError
+from manifold_lora.models import Llama
 from tests import adapters as tiny
 from tests.adapters.cases import CASES, config
 from tests.checkpoints.peft_files import CONFIG, EXTRA, FACTORS, WEIGHTS, read, same
@@ -76,9 +78,13 @@ def test_tensors_changed_by_another_tool(case: str, end: str, tmp_path: Path):
         assert tiny.error(module.weight()[0], update[name][0]) < FLOAT32
 
 
-def loaded(path: Path):
+def loaded_model(path: Path) -> Llama:
     load_adapter(model := tiny.base(), path)
-    return adapters(model)
+    return model
+
+
+def loaded(path: Path) -> dict[str, LowRankLinear]:
+    return adapters(loaded_model(path))
 
 
 @pytest.mark.parametrize("case", ["dora-kaiming", "stiefel_dora-random"])
@@ -116,15 +122,41 @@ def test_corrections_of_another_adapter(end: str, tmp_path: Path):
     refused(path, str(path / FACTORS), f"{FULL} differs")
 
 
-@pytest.mark.parametrize("case", ["lora-pissa", "stella-zero", "loram_fr-zero"])
-def test_the_initialisation_was_called_start(case: str, tmp_path: Path):
+# What earlier files say of every method, whether it has that option or not.
+UNSET = {"fixed_a": None, "diagonal_s": False, "diagonal_scaling": False}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "lora-pissa",
+        "lora-fixed_a=random",
+        "stella-zero",
+        "stella-diagonal_s=True",
+        "loram_fr-zero",
+        "dora-gaussian",
+        "landing_oblique-random",
+    ],
+)
+def test_files_of_earlier_versions(case: str, tmp_path: Path):
+    """`init` was called `start`, and the options of all methods stood there."""
     path = saved(case, tmp_path / "a")
+    needed, factors = loaded(path), tiny.arrays(loaded_model(path))
     settings = read(path / EXTRA)
-    old = {"start" if key == "init" else key: x for key, x in settings.items()}
-    assert old["start"] == case.partition("-")[2]
+    old = UNSET | {"start" if key == "init" else key: x for key, x in settings.items()}
+    assert old.keys() == UNSET.keys() | settings.keys() - {"init"} | {"start"}
     (path / EXTRA).write_text(json.dumps(old))
+    same(tiny.arrays(loaded_model(path)), factors)
     for name, module in loaded(path).items():
-        assert module.config.init == old["start"], name
+        assert module.config == needed[name].config
+        assert module.config.options.init == old["start"]
+
+
+def test_options_of_another_method_are_refused(tmp_path: Path):
+    path = saved("lora-kaiming", tmp_path / "a")
+    settings = read(path / EXTRA)
+    (path / EXTRA).write_text(json.dumps(settings | UNSET | {"diagonal_s": True}))
+    refused(path, str(path / EXTRA), "lora and diagonal_s=True", "goes with stella")
 
 
 def test_factors_that_are_damaged(tmp_path: Path):

@@ -82,8 +82,6 @@ def test_the_plain_config_has_the_keys_that_every_peft_accepts(tmp_path: Path):
         "alpha_pattern": {},
         "init": "random",
         "fixed_a": None,
-        "diagonal_s": False,
-        "diagonal_scaling": False,
         "base": fingerprint(tiny.base()),
     }
 

@@ -73,7 +73,7 @@ def test_it_is_stella_with_the_same_function(
     load_adapter(model := tiny.base(), path)
     for module in adapters(model).values():
         given = module.config
-        assert (given.method, given.diagonal_s) == ("stella", diagonal)
+        assert (given.method, given.options.diagonal_s) == ("stella", diagonal)
         assert (given.dropout, given.rslora) == (0.05, rslora)
     q = ml.manifold_tree(model)["layers"]["self_attn"]["q_proj"]
     assert q == {"u": Stiefel(), "s": Euclidean(), "v": Stiefel()}

@@ -14,11 +14,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 import manifold_lora as ml
 from manifold_lora.adapters import adapters, axes, split
+from manifold_lora.configuration.parts import ScheduleConfig
 from manifold_lora.distributed.arrays import BatchSharder, init_sharded, shard_module
 from manifold_lora.distributed.mesh import make_mesh, read_mesh
 from manifold_lora.evaluation.heldout import make_evaluate
-from manifold_lora.methods import METHODS
-from manifold_lora.training.config import TrainConfig, resolve
+from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.step import TrainState, make_step
 
@@ -79,20 +79,11 @@ class Run:
     """A model and its training step, on the ambient mesh if one is set."""
 
     def __init__(self, model: ml.Llama, accumulate: int = 1):
-        (method,) = {module.config.method for module in adapters(model).values()}
+        adapter = next(iter(adapters(model).values())).config
         shard_module(model)
         self.model, self.axes, tags = model, axes(model), ml.manifold_tree(model)
-        # Rates high enough for a wrong step to exceed the tolerances.
-        rate = METHODS[method].builtin_rate
-        free = METHODS[method].builtin_free_rate
-        config = resolve(
-            TrainConfig(
-                method=method,
-                warmup_steps=0,
-                learning_rate=rate,
-                free_learning_rate=free,
-            )
-        )
+        # The rates of the built-in base: a wrong step exceeds the tolerances.
+        config = TrainConfig(adapter=adapter, schedule=ScheduleConfig(warmup_steps=0))
         self.tx, _ = build_optimizer(config, tags, 10, model.config.hidden_size)
         rebuild, self.factors, self.frozen = split(model)
         self.rebuild = rebuild

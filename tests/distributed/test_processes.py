@@ -126,7 +126,7 @@ def test_a_dead_process_ends_the_other_and_the_run_resumes(
         settings |= {"steps": steps + 2}
         code, output = command.end(command.start("train", *command.flags(settings)))
         assert code == 0, output
-        assert "Going on from the checkpoint of step" in output
+        assert "Resuming from the checkpoint of step" in output
 
 
 def test_processes_with_different_configuration_data_or_code(

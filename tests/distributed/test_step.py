@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "unequal": {
         "rank_pattern": {"layers.0.self_attn.q_proj": 2, "layers.2.mlp.down_proj": 1}
     },
-    "scaled": {"diagonal_scaling": True},
+    "scaled": {"options": {"diagonal_scaling": True}},
 }
 
 

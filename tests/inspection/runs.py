@@ -11,9 +11,9 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 def run_directory(path, method, **options):
-    """A run whose adapter is off its start by a little, and the model."""
+    """A run whose adapter is slightly off its initialisation, and the model."""
     model = ml.Llama(CONFIG, rngs=nnx.Rngs(0))
-    config = ml.AdapterConfig(method, rank=4, targets=TARGETS, **options)
+    config = ml.AdapterConfig(method, options, rank=4, targets=TARGETS)
     ml.attach(model, config)
     path.mkdir()
     (path / "config.toml").write_text("")
