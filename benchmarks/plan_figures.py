@@ -7,12 +7,12 @@
 3. The optimiser takes less than 1 % of the step, by the roofline.
 4. From 64 to 512 chips at the same work a chip, bytes a chip grow by less than 10 %.
 
-libtpu 0.0.42.1, which jax 0.10.2 asks for, fails now and then on float32 products for
-v6e ("RET_CHECK failure … live_range_finder"), and so on every method but lora there;
-0.0.52 compiles them. A plan that fails is named and left out.
+libtpu 0.0.42.1, which jax 0.10.2 requires, sometimes fails on float32 products for v6e
+("RET_CHECK failure … live_range_finder"), and so with every method but lora there;
+0.0.52 compiles them. Plans that fail are reported and skipped.
 
 Needs libtpu (the [tpu] extra) and no TPU. A compilation takes minutes; each plan is
-kept as JSON in --cache, and the next call goes on from there.
+saved as JSON in --cache, and the next call resumes from there.
 """
 
 import argparse

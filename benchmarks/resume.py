@@ -4,11 +4,10 @@
     python benchmarks/resume.py --kills 0       # the costs only
 
 A run of the command on a small base is killed by SIGKILL at moments drawn from its
-whole duration, from the start of the interpreter to its end; each killed run is started
-again and must end with the adapter of the run that nobody killed, bit for bit.
+whole duration, from the start of the interpreter to its end; each killed run is
+restarted and must end with the adapter of an uninterrupted run, bit for bit.
 """
 
-import dataclasses
 import io
 import os
 import random
@@ -18,14 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import tyro
 from rich.console import Console
 
 from manifold_lora.checkpoints import resume
-from manifold_lora.training import loop
+from manifold_lora.configuration.parts import OutputConfig
+from manifold_lora.training import train as training
 from manifold_lora.training.config import TrainConfig
 
 CODE = "from manifold_lora.cli.main import main; main()"
@@ -52,7 +54,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def kill(folder: Path, kills: int, seed: int) -> None:
-    """Kill so many runs, let them go on, and compare."""
+    """Kill runs at random moments, resume them, and compare."""
     rng = random.Random(seed)
     cache = folder / "cache"
     for name in ("warm", "whole"):  # the second finds everything compiled
@@ -78,21 +80,24 @@ def costs(folder: Path) -> None:
     """Time and bytes of the checkpoints of the default run."""
     blocked: list[float] = []
     steps: list[float] = []
-    save, one_step = resume.Checkpoints.save, loop.Run.one_step
+    make_step = training.make_step
 
-    def timed(method, durations):
-        def call(*arguments, **options):
+    def timed(function: Callable[..., Any], durations: list[float]) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             began = time.perf_counter()
-            result = method(*arguments, **options)
+            result = jax.block_until_ready(function(*arguments, **options))
             durations.append(time.perf_counter() - began)
             return result
 
         return call
 
-    resume.Checkpoints.save = timed(save, blocked)
-    loop.Run.one_step = timed(one_step, steps)
-    config = dataclasses.replace(TrainConfig(), out=folder / "costs")
-    loop.train(config, Console(file=io.StringIO()))
+    def make_timed_step(*arguments: Any) -> Any:
+        return timed(make_step(*arguments), steps)
+
+    resume.Checkpoints.save = timed(resume.Checkpoints.save, blocked)
+    training.make_step = make_timed_step
+    config = TrainConfig(output=OutputConfig(out=folder / "costs"))
+    training.train(config, Console(file=io.StringIO()))
     checkpoint = max(config.run_directory.glob("checkpoints/*"))
     size = sum(f.stat().st_size for f in checkpoint.rglob("*") if f.is_file())
     factors = 4 * 155_648  # of the default run, float32
@@ -105,7 +110,7 @@ def costs(folder: Path) -> None:
 
 
 def main(kills: int = 50, seed: int = 0) -> None:
-    """Kills first, then the costs."""
+    """Costs first, then the kills."""
     print(f"jax {jax.__version__}, {os.cpu_count()} CPUs")
     with tempfile.TemporaryDirectory() as folder:
         costs(Path(folder))

@@ -67,6 +67,8 @@ def type_hints(kind: type) -> dict[str, Any]:
 def decode(value: Any, hint: Any, *, from_text: bool = False) -> Any:
     """The value as the type says, strictly: 1 is a float, "1" and True are not.
 
+    Text alone is a list of one item.
+
     Args:
         value: from TOML, Python or, as text, from the command line.
         hint: a type, possibly with a range.
@@ -76,14 +78,16 @@ def decode(value: Any, hint: Any, *, from_text: bool = False) -> Any:
         ValueError: what the value must be, in words.
 
     Examples:
-        >>> decode(3, PositiveFloat)
-        3.0
+        >>> decode(3, PositiveFloat), decode("lora", tuple[str, ...])
+        (3.0, ('lora',))
         >>> decode(0, PositiveInt)
         Traceback (most recent call last):
         ValueError: must be at least 1, got 0
     """
     if _is_mapping(hint) and isinstance(value, Mapping):
         return _decode_items(value, typing.get_args(hint)[1], from_text)
+    if isinstance(value, str) and typing.get_args(hint)[1:] == (...,):
+        value = (value,)
     try:
         return msgspec.convert(value, hint, strict=not from_text, dec_hook=_path)
     except msgspec.ValidationError as error:

@@ -14,6 +14,7 @@ import tyro
 from jax.sharding import AbstractMesh, AxisType
 
 from manifold_lora.adapters import factors
+from manifold_lora.cli.flags import flags_class, read_flags
 from manifold_lora.distributed.mesh import AXES, read_mesh
 from manifold_lora.models.shapes import model_shape, parameter_count
 from manifold_lora.planning.abstract import (
@@ -50,10 +51,15 @@ def test_the_page_has_plans():
 
 @pytest.mark.parametrize("command, printed", PLANS)
 def test_counts_and_bytes(command, printed):
-    run = resolve_plan(tyro.cli(PlanConfig, args=shlex.split(command)[1:])).run
+    flags = tyro.cli(
+        flags_class(PlanConfig),
+        args=shlex.split(command)[1:],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    run = resolve_plan(read_flags(PlanConfig, flags)).run
     sizes = read_mesh(re.findall(r" mesh +(\S+)", printed)[0])
-    assert run.model is not None and sizes is not None
-    model = abstract_model(run, model_shape(run.model))
+    assert run.model.path is not None and sizes is not None
+    model = abstract_model(run, model_shape(run.model.path))
     mesh: Any = AbstractMesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
     )

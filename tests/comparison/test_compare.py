@@ -1,12 +1,10 @@
 """A whole comparison on a tiny model: what it writes, skips, repeats and refuses."""
 
-import dataclasses
 import io
 import itertools
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,43 +13,45 @@ from safetensors.numpy import load_file
 
 import manifold_lora as ml
 from manifold_lora.adapters import axes, split
-from manifold_lora.cli.main import main
 from manifold_lora.comparison import compare as study
 from manifold_lora.comparison.cells import Cells
-from manifold_lora.comparison.config import CompareConfig, resolve_comparison
+from manifold_lora.comparison.config import resolve_comparison
 from manifold_lora.comparison.runner import Runner
 from manifold_lora.errors import InputError
 from manifold_lora.evaluation import heldout
-from manifold_lora.training.config import read_config
+from manifold_lora.training import train as training
 from manifold_lora.training.optimizer import Rates
+from tests.configs import compare_config, train_config
 from tests.tiny import data_file, model_directory
 
-STUDIES = Path(__file__).parents[2] / "examples" / "studies"
-
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    return CompareConfig(
-        model=model_directory(folder / "model"),
-        data=data_file(folder / "train.jsonl"),
-        out=folder / "compare",
-        methods=("lora,stiefel",),
-        learning_rates=("0.02",),
-        targets=("q_proj",),
-        rank=4,
-        seeds=2,
-        steps=6,
-        search_steps=2,
-        batch_size=8,
-        eval_every=3,
-        warmup_steps=2,
-        remat=False,
-    )
+    return {
+        "model": model_directory(folder / "model"),
+        "data": data_file(folder / "train.jsonl"),
+        "out": folder / "compare",
+        "methods": ("lora,stiefel",),
+        "learning_rates": ("0.02",),
+        "targets": ("q_proj",),
+        "rank": 4,
+        "seeds": 2,
+        "steps": 6,
+        "search_steps": 2,
+        "batch_size": 8,
+        "eval_every": 3,
+        "warmup_steps": 2,
+        "remat": False,
+    }
+
+
+def compare(settings, console=None):
+    return study.compare(compare_config(**settings), console or Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
-def finished(config):
+def finished(settings):
     """The comparison, what it showed, every call of a step, runners and traces."""
     calls, runners, traces = [], [], []
     original = Runner.__init__
@@ -67,7 +67,7 @@ def finished(config):
         step = self.step
 
         def counted(state, frozen, batch, extra):
-            calls.append((self.config.method, extra, batch["input_ids"]))
+            calls.append((self.config.adapter.method, extra, batch["input_ids"]))
             return step(state, frozen, batch, extra)
 
         self.compiled, self.step = step, counted
@@ -76,7 +76,7 @@ def finished(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Runner, "__init__", watched)
         patch.setattr(heldout, "token_loss", traced)
-        content = study.compare(config, console)
+        content = compare(settings, console)
     shown = console.file.getvalue()  # pyright: ignore
     return content, shown, calls, runners, len(traces)
 
@@ -87,27 +87,27 @@ def final(content, method):
     return sorted(found, key=lambda cell: cell["seed"])
 
 
-def test_what_is_written(config, finished):
+def test_what_is_written(settings, finished):
     content, shown, *_ = finished
     names = {"compare.json", "compare.md", "compare.png", "adapters"}
-    assert {p.name for p in config.out.iterdir()} == names
-    assert json.loads((config.out / "compare.json").read_text()) == content
-    assert (config.out / "compare.png").read_bytes().startswith(b"\x89PNG")
-    table = (config.out / "compare.md").read_text()
+    assert {p.name for p in settings["out"].iterdir()} == names
+    assert json.loads((settings["out"] / "compare.json").read_text()) == content
+    assert (settings["out"] / "compare.png").read_bytes().startswith(b"\x89PNG")
+    table = (settings["out"] / "compare.md").read_text()
     for name in ("lora", "stiefel"):
         assert f"| `{name}` |" in table and name in shown
         for seed in (0, 1):
-            model = ml.load_llama(config.model)
-            ml.load_adapter(model, config.out / "adapters" / f"{name}-seed{seed}")
+            model = ml.load_llama(settings["model"])
+            ml.load_adapter(model, settings["out"] / "adapters" / f"{name}-seed{seed}")
             assert ml.factors(model)
 
 
-def test_the_numbers_of_a_cell_are_those_of_its_adapter(config, finished):
+def test_the_numbers_of_a_cell_are_those_of_its_adapter(settings, finished):
     """The file of the adapter, read again, has the loss and the rank in the table."""
     content, _, _, runners, _ = finished
-    folder = config.out / "adapters" / "stiefel-seed1"
+    folder = settings["out"] / "adapters" / "stiefel-seed1"
     cell = final(content, "stiefel")[1]
-    model = ml.load_llama(config.model)
+    model = ml.load_llama(settings["model"])
     model.remat = False
     ml.load_adapter(model, folder)
     rebuild, factors, frozen = split(model)
@@ -131,7 +131,7 @@ def test_the_numbers_of_a_cell_are_those_of_its_adapter(config, finished):
 
 def test_each_method_is_compiled_once(finished):
     *_, runners, evaluations = finished
-    assert [runner.config.method for runner in runners] == ["lora", "stiefel"]
+    assert [runner.config.adapter.method for runner in runners] == ["lora", "stiefel"]
     assert [runner.compiled._cache_size() for runner in runners] == [1, 1]
     assert evaluations == 2  # times that the evaluation was traced
 
@@ -198,33 +198,31 @@ def test_the_summary_is_that_of_the_cells(finished):
     assert 0 < stiefel["largest_residual"] < 1e-6
 
 
-def test_a_cell_is_an_ordinary_run(config, finished):
+def test_a_cell_is_an_ordinary_run(settings, finished):
     """The same rates, seed and steps in the training loop give the same losses."""
-    from manifold_lora.training import loop
-    from manifold_lora.training.config import TrainConfig
-
     content, *_ = finished
     (rate,) = content["best"]["lora"]
-    fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    given = {k: v for k, v in vars(config).items() if k in fields}
-    given |= {"method": "lora", "learning_rate": rate, "out": config.out / "../run"}
-    loop.train(TrainConfig(**given), Console(file=io.StringIO()))
-    rows = (config.out / "../run/metrics.jsonl").read_text().splitlines()
+    own = ("methods", "learning_rates", "seeds", "search_steps")
+    given = {name: value for name, value in settings.items() if name not in own}
+    given |= {"method": "lora", "learning_rate": rate}
+    given |= {"out": settings["out"] / "../run"}
+    training.train(train_config(**given), Console(file=io.StringIO()))
+    rows = (settings["out"] / "../run/metrics.jsonl").read_text().splitlines()
     losses = [r["loss"] for r in map(json.loads, rows) if "loss" in r]
     assert final(content, "lora")[0]["losses"] == pytest.approx(losses, abs=2e-5)
 
 
-def test_finished_cells_are_not_run_again(config, finished, tmp_path, monkeypatch):
+def test_finished_cells_are_not_run_again(settings, finished, tmp_path, monkeypatch):
     content, *_ = finished
-    before = (config.out / "compare.json").read_text()
-    study.compare(config, console := Console(file=io.StringIO(), width=200))
+    before = (settings["out"] / "compare.json").read_text()
+    compare(settings, console := Console(file=io.StringIO(), width=200))
     assert "finished" in console.file.getvalue()  # pyright: ignore
-    assert (config.out / "compare.json").read_text() == before
+    assert (settings["out"] / "compare.json").read_text() == before
 
     ran = []
 
     def run(self, rates, seed, steps, *_):
-        ran.append((self.config.method, seed, steps))
+        ran.append((self.config.adapter.method, seed, steps))
         return lost
 
     part = {k: v for k, v in content.items() if k not in ("summary", "best")}
@@ -233,21 +231,18 @@ def test_finished_cells_are_not_run_again(config, finished, tmp_path, monkeypatc
     lost = part["cells"].pop(key)
     (tmp_path / "compare.json").write_text(json.dumps(part))
     monkeypatch.setattr(Runner, "run", run)
-    again = study.compare(
-        dataclasses.replace(config, out=tmp_path), Console(quiet=True)
-    )
+    again = compare(settings | {"out": tmp_path})
     assert ran == [("stiefel", 1, 6)]
     assert again["summary"] == content["summary"]
 
 
-def test_other_settings_are_refused(config, finished):
-    changed = dataclasses.replace(config, rank=2)
+def test_other_settings_are_refused(settings, finished):
     message = r"other settings.*runs\.lora\.rank = 4 there, 2 now.*--overwrite"
     with pytest.raises(InputError, match=message):
-        study.compare(changed, Console(quiet=True))
+        compare(settings | {"rank": 2})
 
 
-def test_overwriting_takes_away_a_comparison_and_nothing_else(tmp_path):
+def test_overwriting_removes_a_comparison_and_nothing_else(tmp_path):
     Cells(tmp_path, {"seeds": [0]})["one"] = {"loss": 1}
     (tmp_path / "adapters" / "lora-seed0").mkdir(parents=True)
     (tmp_path / "compare.md").touch()
@@ -264,14 +259,15 @@ def test_overwriting_takes_away_a_comparison_and_nothing_else(tmp_path):
         Cells(tmp_path / "notes.txt", {})
 
 
-def test_a_larger_method_gets_a_lower_rank(config, finished, monkeypatch):
+def test_a_larger_method_gets_a_lower_rank(settings, finished, monkeypatch):
     monkeypatch.setattr(study, "BUDGET", 1.01)
-    changed = dataclasses.replace(config, methods=("lora", "stella"))
-    made = study._Study(resolve_comparison(changed), None, None)  # pyright: ignore
-    assert made.runner("lora").config.rank == 4
+    config = compare_config(**settings | {"methods": ("lora", "stella")})
+    made = study._Study(resolve_comparison(config), None, None)  # pyright: ignore
+    assert made.runner("lora").config.adapter.rank == 4
     # 2 layers: rank 4 has 2·4·64 + 2·16 parameters, over the 512 of lora
     stella = made.runner("stella")
-    assert (stella.config.rank, stella.config.alpha) == (3, 6)  # of the same scale
+    adapter = stella.config.adapter
+    assert (adapter.rank, adapter.alpha) == (3, 6)  # of the same scale
     assert stella.trainable == 2 * (3 * 64 + 3 * 3)
 
 
@@ -291,13 +287,11 @@ def test_divergence_ends_a_cell(finished, monkeypatch, name):
     assert ("null" in text) == (name == "loss")
 
 
-def test_divergence_everywhere(config, tmp_path):
+def test_divergence_everywhere(settings, tmp_path):
     """Rates whose first update overflows: the message has each, and what to try."""
-    wild = dataclasses.replace(
-        config, out=tmp_path, methods=("lora",), learning_rates=(1e38, 3e38)
-    )
+    wild = {"out": tmp_path, "methods": ("lora",), "learning_rates": (1e38, 3e38)}
     with pytest.raises(InputError) as caught:
-        study.compare(wild, Console(quiet=True))
+        compare(settings | wild)
     message = str(caught.value)
     each = re.findall(r"([13]e\+38): diverged at step \d with loss (?:nan|\d)", message)
     assert each == ["1e+38", "3e+38"]
@@ -308,15 +302,15 @@ def test_divergence_everywhere(config, tmp_path):
     assert [cell["diverged"] for cell in cells.values()] == [True, True]
 
 
-def test_an_interrupted_comparison_goes_on(config, finished, tmp_path, monkeypatch):
+def test_an_interrupted_comparison_resumes(settings, finished, tmp_path, monkeypatch):
     content, *_ = finished
-    config, ran = dataclasses.replace(config, out=tmp_path), []
+    settings, ran = settings | {"out": tmp_path}, []
 
     def run(self, rates, seed, steps, *_):
         if len(ran) == stop:
             raise KeyboardInterrupt
         shown = " ".join(f"{rate:g}" for rate in rates if rate is not None)
-        key = f"{self.config.method} rates {shown} seed {seed} steps {steps}"
+        key = f"{self.config.adapter.method} rates {shown} seed {seed} steps {steps}"
         ran.append(key + (" search" if steps == 2 else ""))
         return content["cells"][ran[-1]]
 
@@ -324,99 +318,12 @@ def test_an_interrupted_comparison_goes_on(config, finished, tmp_path, monkeypat
     monkeypatch.setattr(study._Study, "timing", lambda _: content["step_seconds"])
     for stop in (2, len(content["cells"]) - 1):
         with pytest.raises(KeyboardInterrupt):
-            study.compare(config, Console(quiet=True))
+            compare(settings)
         written = json.loads((tmp_path / "compare.json").read_text())
         assert list(written["cells"]) == ran and len(ran) == stop
     stop = None
-    assert study.compare(config, Console(quiet=True)) == content
+    assert compare(settings) == content
     assert ran == list(content["cells"])  # each once
     # All methods have their first seed before any has its second.
     last = [(cell["method"], cell["seed"]) for cell in content["cells"].values()][-4:]
     assert last == [("lora", 0), ("stiefel", 0), ("lora", 1), ("stiefel", 1)]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"methods": ("lora", "stelal")}, ["unknown method 'stelal'", "stella"]),
-        ({"methods": ()}, ["at least one method"]),
-        ({"learning_rates": ("fast",)}, ["positive numbers or auto, got fast"]),
-        ({"learning_rates": ("auto", "1")}, ["got auto"]),
-        ({"seeds": 0}, ["--seeds must be at least 1"]),
-        ({"search_steps": 0}, ["--search-steps must be at least 1"]),
-        ({"learning_rate": 1.0}, ["learning_rate has no place in a comparison"]),
-        ({"best_metric": "accuracy"}, ["best_metric has no place in a comparison"]),
-        ({"learning_rates": (0.0, -1)}, ["auto, got 0.0", "auto, got -1"]),
-        ({"rank": 0}, ["--rank must be at least 1"]),
-        ({"diagonal_s": True}, ["no method of the comparison takes diagonal_s=True"]),
-        ({"start": "svd_major"}, ["takes start=svd_major"]),
-    ],
-)
-def test_bad_settings(config, changes, words):
-    with pytest.raises(InputError) as caught:
-        resolve_comparison(dataclasses.replace(config, **changes))
-    for word in words:
-        assert word in str(caught.value)
-
-
-def test_options_go_to_the_methods_that_have_them(config):
-    plan = resolve_comparison(
-        dataclasses.replace(
-            config, methods=("lora stella", "loram_br"), diagonal_s=True, start="zero"
-        )
-    )
-    settings = {n: (run.diagonal_s, run.start) for n, run in plan.runs.items()}
-    assert settings == {
-        "lora": (False, "kaiming"),
-        "stella": (True, "zero"),
-        "loram_br": (False, "zero"),
-    }
-    assert plan.baseline == "lora"
-
-
-def test_grids_are_the_papers_or_those_of_the_built_in_base():
-    given = CompareConfig(methods=("stella",), model="somewhere")  # pyright: ignore
-    assert resolve_comparison(given).grids["stella"] == (2e-4, 5e-4, 1e-3)
-    builtin = resolve_comparison(CompareConfig(methods=("stella",)))
-    assert builtin.grids["stella"] == pytest.approx((5e-3 / 3, 5e-3, 15e-3))
-    assert builtin.baseline == "stella"
-
-
-def test_the_command_reads_a_file(config, tmp_path, capsys):
-    file = tmp_path / "c.toml"
-    file.write_text('methods = ["lora"]\nseedz = 2\n')
-    with pytest.raises(SystemExit) as stopped:
-        main(["compare", "--config", str(file)])
-    assert stopped.value.code == 2 and "Did you mean seed" in capsys.readouterr().err
-    file.write_text('methods = ["lora"]\nseeds = 0\n')
-    with pytest.raises(SystemExit) as stopped:
-        main(["compare", "--config", str(file)])
-    assert stopped.value.code == 2 and "--seeds" in capsys.readouterr().err
-    file.write_text('methods = "lora,stella"\nlearning_rates = [3e-3, 1, "2,3e-3"]\n')
-    plan = resolve_comparison(read_config(file, CompareConfig))
-    assert set(plan.runs) == {"lora", "stella"} and plan.grids["lora"] == (3e-3, 1, 2)
-
-
-def test_settings_of_one_run_are_no_flags(capsys):
-    with pytest.raises(SystemExit):
-        main(["compare", "--method", "lora"])
-    error = capsys.readouterr().err
-    assert "Unrecognized options" in error and "--methods" in error
-    with pytest.raises(SystemExit):
-        main(["compare", "--help"])
-    shown = capsys.readouterr().out
-    assert "--methods" in shown and "--learning-rates" in shown
-    for flag in (
-        "--method ",
-        "--learning-rate ",
-        "--patience",
-        "--report",
-        "--adapter",
-    ):
-        assert flag not in shown
-
-
-@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.toml")), ids=lambda f: f.name)
-def test_shipped_studies_are_valid(file):
-    plan = resolve_comparison(read_config(file, CompareConfig))
-    assert len(plan.seeds) == 3 and plan.shared.out is not None

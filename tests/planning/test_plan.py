@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -23,7 +22,7 @@ from manifold_lora.models import Llama
 from manifold_lora.models.shapes import SHAPES, parameter_count
 from manifold_lora.planning.abstract import abstract_model, abstract_run
 from manifold_lora.planning.chips import read_topology
-from manifold_lora.planning.config import PlanConfig, resolve_plan
+from manifold_lora.planning.config import resolve_plan
 from manifold_lora.planning.meshes import (
     Job,
     candidates,
@@ -34,8 +33,8 @@ from manifold_lora.planning.meshes import (
 )
 from manifold_lora.planning.plan import CompilerError, plan
 from manifold_lora.training.optimizer import build_optimizer
-from manifold_lora.training.setup import adapter_config
 from manifold_lora.training.step import TrainState
+from tests.configs import plan_config
 from tests.tiny import CONFIG
 
 
@@ -56,7 +55,7 @@ def model(tmp_path_factory):
 
 def config_of(model, **changes):
     given = {"method": "stella", "rank": 4, "batch_size": 16, "sequence_length": 8}
-    return PlanConfig(**{"model": model, "devices": 8} | given | changes)
+    return plan_config(**{"model": model, "devices": 8} | given | changes)
 
 
 def test_a_plan_holds_what_can_be_counted(model, tmp_path, quick_compilation):
@@ -111,7 +110,7 @@ def test_arrays_are_placed_as_in_training(model, method):
 
     with jax.set_mesh(mesh):
         real = Llama(shape, dtype=jax.numpy.bfloat16, rngs=nnx.Rngs(0))
-        attach(real, adapter_config(target.run))
+        attach(real, target.run.adapter)
         shard_module(real)
         _, factors, frozen = split(real)
         tx, _ = build_optimizer(target.run, manifold_tree(real), 1, shape.hidden_size)
@@ -127,7 +126,7 @@ def test_arrays_are_placed_as_in_training(model, method):
 
 
 def job(name="llama-3.1-8b", **changes):
-    config = PlanConfig(model=Path(name), topology="v5e:4x4", **changes)
+    config = plan_config(model=name, topology="v5e:4x4", **changes)
     return Job(resolve_plan(config).run, SHAPES[name], trained=40_000_000)
 
 
@@ -186,10 +185,11 @@ def test_meshes_are_written_as_the_flag_takes_them():
 
 
 def test_auto_takes_a_mesh_that_divides(model, quick_compilation):
-    few = config_of(model, method="lora", mesh="auto", batch_size=4)
-    assert plan(few, Console(quiet=True))["mesh"] == sizes(1, 4, 2)
+    few = {"method": "lora", "mesh": "auto"}
+    config = config_of(model, batch_size=4, **few)
+    assert plan(config, Console(quiet=True))["mesh"] == sizes(1, 4, 2)
     with pytest.raises(InputError, match=r"no mesh of 8 devices.*data × fsdp = 8"):
-        plan(dataclasses.replace(few, batch_size=3), Console(quiet=True))
+        plan(config_of(model, batch_size=3, **few), Console(quiet=True))
 
 
 def test_a_failure_of_the_compiler_is_no_traceback(model, monkeypatch):
