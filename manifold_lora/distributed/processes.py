@@ -148,7 +148,14 @@ def report_lost_process() -> Iterator[None]:
 
 
 class Preemption:
-    """Context manager that notices SIGTERM to any process of this run."""
+    """Whether any process of this run received SIGTERM.
+
+    With several processes JAX's preemption service, which is also Orbax's
+    `reached_preemption`, makes all of them stop after the same step. It needs
+    `jax.distributed`: in a single process it always answers no, SIGTERM ends the
+    process before a checkpoint is written, and it cannot be started once JAX is in use.
+    So a single process handles the signal here.
+    """
 
     def __init__(self) -> None:
         self._received = False

@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from manifold_lora.checkpoints.peft import fingerprint
-from manifold_lora.checkpoints.resume import (
+from manifold_lora.checkpoints.store import (
     CheckpointError,
-    Checkpoints,
-    DamagedError,
+    CheckpointStore,
+    CorruptCheckpointError,
     Restored,
 )
 from manifold_lora.configuration.flat import flatten
@@ -34,7 +34,7 @@ class Preempted(RuntimeError):
         )
 
 
-def open_checkpoints(config: TrainConfig, model: Any, out: Path) -> Checkpoints:
+def open_checkpoints(config: TrainConfig, model: Any, out: Path) -> CheckpointStore:
     """The checkpoints of a run, which only the same run resumes from."""
     identity = {
         "method": config.adapter.method,
@@ -42,23 +42,23 @@ def open_checkpoints(config: TrainConfig, model: Any, out: Path) -> Checkpoints:
         "base": fingerprint(model),
     }
     keep = config.checkpoints.keep_checkpoints
-    return Checkpoints(out / CHECKPOINTS, identity=identity, keep=keep)
+    return CheckpointStore(out / CHECKPOINTS, identity=identity, keep=keep)
 
 
 def restore(
-    checkpoints: Checkpoints, like: TrainState, console: Console
+    checkpoints: CheckpointStore, like: TrainState, console: Console
 ) -> Restored | None:
     """The newest intact checkpoint, if there is one; corrupt ones are reported."""
-    restored = checkpoints.newest(like)
+    restored = checkpoints.restore_latest(like)
     for line in checkpoints.skipped:
-        console.print(f"Skipping corrupt checkpoint {line}", soft_wrap=True)
+        console.print(f"Skipping corrupt checkpoint: {line}", soft_wrap=True)
     return restored
 
 
 def start_or_resume(
     fresh: TrainState,
     restored: Restored | None,
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointStore,
     measure: Callable[[int, Any], Evaluation],
     save_adapter: Callable[[Any, Path], None],
     out: Path,
@@ -87,8 +87,8 @@ def start_or_resume(
         if best_step == 0:
             best = fresh.factors
         elif best_step != restored.step:
-            best = checkpoints.at(best_step, fresh).state.factors
-    except DamagedError as error:
+            best = checkpoints.restore(best_step, fresh).state.factors
+    except CorruptCheckpointError as error:
         console.print(
             f"The best adapter is lost ({error}). The one of step {restored.step} "
             "replaces it.",
@@ -102,7 +102,7 @@ def start_or_resume(
 
 
 def save_checkpoint(
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointStore,
     config: TrainConfig,
     state: TrainState,
     progress: Progress,

@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 
 from manifold_lora.checkpoints.atomic import recover, write_text
-from manifold_lora.checkpoints.resume import Restored
+from manifold_lora.checkpoints.store import Restored
 from manifold_lora.configuration.flat import differences, flatten
 from manifold_lora.distributed.processes import is_main, wait_for_all
 from manifold_lora.errors import InputError

@@ -10,12 +10,13 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from manifold_lora.checkpoints import resume
-from manifold_lora.checkpoints.resume import CheckpointError, Checkpoints
+from manifold_lora.checkpoints import store
+from manifold_lora.checkpoints.store import CheckpointError, CheckpointStore
 
-opened = partial(Checkpoints, identity={"method": "stella", "rank": 16})
+opened = partial(CheckpointStore, identity={"method": "stella", "rank": 16})
 SHAPE = (8, 1000)
 
 
@@ -33,7 +34,7 @@ def values(step: int) -> np.ndarray:
 
 def save_for_ever(directory: Path) -> None:
     with opened(directory) as checkpoints:
-        before = checkpoints.newest({"u": jnp.zeros(SHAPE)})
+        before = checkpoints.restore_latest({"u": jnp.zeros(SHAPE)})
         for step in itertools.count(before.step + 1 if before else 1):
             state = {"u": jnp.asarray(values(step))}
             checkpoints.save(step, state, {"step": step}, best_step=1)
@@ -45,7 +46,9 @@ def save_together(directory: Path, port: str, process: int) -> None:
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("rows"))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    with opened(directory) as checkpoints:
+    # Asked by Orbax from its thread, JAX would lose count of the steps.
+    asked = mock.patch.object(multihost_utils, "reached_preemption_sync_point")
+    with asked as reached_preemption, opened(directory) as checkpoints:
         for step in (1, 2, 3):
             of = values(step)
             u = jax.make_array_from_callback(SHAPE, sharding, lambda at, of=of: of[at])
@@ -56,7 +59,7 @@ def save_together(directory: Path, port: str, process: int) -> None:
         if process == 0:  # damage that both must hear of
             file = max((directory / "3").rglob("*"), key=lambda p: p.stat().st_size)
             file.write_bytes(file.read_bytes()[:-1])
-        restored = checkpoints.newest(state)
+        restored = checkpoints.restore_latest(state)
         assert restored is not None and restored.step == 2
         assert len(checkpoints.skipped) == 1, checkpoints.skipped
         for shard in restored.state["u"].addressable_shards:
@@ -70,7 +73,7 @@ def save_together(directory: Path, port: str, process: int) -> None:
             assert "exists" in str(error)
         else:
             raise AssertionError("not heard of by both")
-        with mock.patch.object(resume, "write_manifest", side_effect=OSError("full")):
+        with mock.patch.object(store, "write_manifest", side_effect=OSError("full")):
             checkpoints.save(5, state, {}, best_step=1)
             try:
                 checkpoints.wait()
@@ -79,6 +82,8 @@ def save_together(directory: Path, port: str, process: int) -> None:
             else:
                 raise AssertionError("not heard of by both")
         checkpoints.save(6, restored.state, {"step": 6}, best_step=1)
+        checkpoints.wait()
+        assert not reached_preemption.called
     jax.distributed.shutdown()
 
 

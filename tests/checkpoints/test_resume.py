@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from manifold_lora.checkpoints.manifest import write_manifest
-from manifold_lora.checkpoints.resume import Checkpoints, DamagedError
+from manifold_lora.checkpoints.store import CheckpointStore, CorruptCheckpointError
 from manifold_lora.errors import InputError
 from tests.checkpoints.saving import bits, opened
 
@@ -66,7 +66,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path):
         step(step(state))  # which donates the arrays
     with opened(tmp_path / "deep" / "checkpoints") as checkpoints:
         assert checkpoints.steps == [3]
-        restored = checkpoints.newest(like)
+        restored = checkpoints.restore_latest(like)
     assert restored is not None and restored.step == 3
     assert restored.progress == progress
     assert bits(restored.state) == before
@@ -77,7 +77,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path):
 def test_progress_may_hold_nan(tmp_path: Path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, SMALL, {"loss": math.nan}, best_step=1)
-        assert math.isnan(checkpoints.at(1, SMALL).progress["loss"])
+        assert math.isnan(checkpoints.restore(1, SMALL).progress["loss"])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 4), (1, 2)])
@@ -93,7 +93,7 @@ def test_another_mesh(shape: tuple[int, int], tmp_path: Path):
     like = {"x": jax.ShapeDtypeStruct((8, 8), x.dtype, sharding=placed(shape, "b"))}
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, saved, {}, best_step=1)
-        restored = checkpoints.at(1, like).state["x"]
+        restored = checkpoints.restore(1, like).state["x"]
     assert bits(restored) == bits(x) and restored.sharding == like["x"].sharding
 
 
@@ -105,14 +105,34 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path):
         assert checkpoints.steps == [2, 5, 6]
         assert sorted(os.listdir(tmp_path)) == ["2", "5", "6"]
         for step in checkpoints.steps:
-            assert bits(checkpoints.at(step, SMALL).state) == bits(small(step))
+            assert bits(checkpoints.restore(step, SMALL).state) == bits(small(step))
+
+
+def test_the_first_of_equally_good_ones_is_kept(tmp_path: Path):
+    with opened(tmp_path, keep=1) as checkpoints:
+        for step, best in [(1, 1), (2, 1), (3, 3), (4, 3), (5, 3)]:
+            checkpoints.save(step, small(step), {}, best_step=best)
+            checkpoints.wait()
+            assert checkpoints.steps == sorted({step, best})
+    assert sorted(os.listdir(tmp_path)) == ["3", "5"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_retention_resumes_with_the_run(keep: int, tmp_path: Path):
+    for step, best in enumerate([1, 2, 2, 2, 5, 5], start=1):
+        with opened(tmp_path, keep=keep) as checkpoints:
+            restored = checkpoints.restore_latest(SMALL)
+            assert restored is None or restored.step == step - 1
+            checkpoints.save(step, small(step), {}, best_step=best)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.steps == [5, 6]
 
 
 def test_a_step_that_is_there_is_not_written_again(tmp_path: Path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, small(1), {"n": 1}, best_step=1)
         checkpoints.save(1, small(2), {"n": 2}, best_step=1)
-        assert checkpoints.at(1, SMALL).progress == {"n": 1}
+        assert checkpoints.restore(1, SMALL).progress == {"n": 1}
 
 
 def test_size_on_disk(tmp_path: Path):
@@ -163,7 +183,7 @@ def test_damage_to_any_file_is_named_and_the_one_before_used(
         file = path / original.relative_to(two)
         damage(file)
         with opened(path) as checkpoints:
-            restored = checkpoints.newest(SMALL)
+            restored = checkpoints.restore_latest(SMALL)
             assert restored is not None and restored.step == 1
             assert bits(restored.state) == bits(small(1))
             if damage is Path.unlink and file.name == "manifest.json":
@@ -174,8 +194,8 @@ def test_damage_to_any_file_is_named_and_the_one_before_used(
             name = str(file.relative_to(path / "2"))
             # a bit of the manifest may be one of another file's hash
             assert name in line or (damage is flip and name == "manifest.json")
-            with pytest.raises(DamagedError, match="/2: "):
-                checkpoints.at(2, SMALL)
+            with pytest.raises(CorruptCheckpointError, match="/2: "):
+                checkpoints.restore(2, SMALL)
 
 
 def test_a_damaged_one_is_replaced_and_does_not_count_as_kept(
@@ -185,9 +205,9 @@ def test_a_damaged_one_is_replaced_and_does_not_count_as_kept(
     truncate(files(path / "2")[0])
     with opened(path) as checkpoints:
         checkpoints.save(2, small(5), {"n": 5}, best_step=2)  # without a look before
-        assert checkpoints.at(2, SMALL).progress == {"n": 5}
+        assert checkpoints.restore(2, SMALL).progress == {"n": 5}
         truncate(files(path / "2")[0])
-        assert checkpoints.newest(SMALL) is not None
+        assert checkpoints.restore_latest(SMALL) is not None
         checkpoints.save(3, small(3), {}, best_step=3)
         checkpoints.wait()
         assert checkpoints.steps == [1, 3]
@@ -196,7 +216,7 @@ def test_a_damaged_one_is_replaced_and_does_not_count_as_kept(
 def test_checkpoints_of_a_past_that_was_left_are_deleted(two: Path, tmp_path: Path):
     path = shutil.copytree(two, tmp_path / "run")
     with opened(path) as checkpoints:
-        assert checkpoints.at(1, SMALL).step == 1
+        assert checkpoints.restore(1, SMALL).step == 1
         checkpoints.save(1, SMALL, {}, best_step=1)
         checkpoints.save(0, SMALL, {}, best_step=0)
         checkpoints.wait()
@@ -208,7 +228,7 @@ def test_all_damaged_is_an_error_that_names_each(two: Path, tmp_path: Path):
     (path / "1" / "run.json").unlink()
     truncate(path / "2" / "run.json")
     with opened(path) as checkpoints, pytest.raises(InputError) as caught:
-        checkpoints.newest(SMALL)
+        checkpoints.restore_latest(SMALL)
     text = str(caught.value)
     assert f"{path}/1: run.json is missing" in text
     assert f"{path}/2: run.json has" in text and "--overwrite" in text
@@ -220,25 +240,25 @@ def test_what_orbax_cannot_read_is_damaged(two: Path, tmp_path: Path):
         truncate(file)
     write_manifest(path / "2")  # as if Orbax had written it so
     with opened(path) as checkpoints:
-        restored = checkpoints.newest(SMALL)
+        restored = checkpoints.restore_latest(SMALL)
         assert restored is not None and restored.step == 1
         assert "2: cannot be read" in checkpoints.skipped[0]
         checkpoints.save(2, small(2), {}, best_step=1)
-        assert bits(checkpoints.at(2, SMALL).state) == bits(small(2))
+        assert bits(checkpoints.restore(2, SMALL).state) == bits(small(2))
 
 
 def test_nothing_or_only_what_was_not_finished_is_none(two: Path, tmp_path: Path):
     with opened(tmp_path / "none") as checkpoints:
-        assert checkpoints.newest(SMALL) is None and checkpoints.steps == []
-        with pytest.raises(DamagedError, match="none/7: is missing"):
-            checkpoints.at(7, SMALL)
+        assert checkpoints.restore_latest(SMALL) is None and checkpoints.steps == []
+        with pytest.raises(CorruptCheckpointError, match="none/7: is missing"):
+            checkpoints.restore(7, SMALL)
     assert not (tmp_path / "none").exists()
     path = shutil.copytree(two, tmp_path / "run")
     for step in "12":
         (path / step / "manifest.json").unlink()
     (path / "notes.txt").write_text("mine")
     with opened(path) as checkpoints:
-        assert checkpoints.newest(SMALL) is None and checkpoints.skipped == []
+        assert checkpoints.restore_latest(SMALL) is None and checkpoints.skipped == []
         checkpoints.save(5, SMALL, {}, best_step=5)
     assert sorted(os.listdir(path)) == ["5", "notes.txt"]
 
@@ -247,9 +267,10 @@ def test_nothing_or_only_what_was_not_finished_is_none(two: Path, tmp_path: Path
 
 
 def test_a_checkpoint_of_another_run_is_refused(two: Path):
-    other = Checkpoints(two, identity={"method": "lora", "base": "ab12", "rank": 16})
+    identity = {"method": "lora", "base": "ab12", "rank": 16}
+    other = CheckpointStore(two, identity=identity)
     with other, pytest.raises(InputError) as caught:
-        other.newest(SMALL)
+        other.restore_latest(SMALL)
     text = str(caught.value)
     assert "base: found none, needed ab12; method: found stella, needed lora" in text
     assert "rank" not in text and "--out" in text and not other.skipped
@@ -258,6 +279,6 @@ def test_a_checkpoint_of_another_run_is_refused(two: Path):
 def test_other_arrays_are_refused(two: Path):
     like = {"u": jnp.zeros((3, 5)), "v": {"key": jax.random.key(0, impl="rbg")}}
     with opened(two) as checkpoints, pytest.raises(InputError) as caught:
-        checkpoints.newest(like)
+        checkpoints.restore_latest(like)
     assert "u: found float32[3,4], needed float32[3,5]" in str(caught.value)
     assert "v/key: found none, needed key<rbg>[]" in str(caught.value)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from manifold_lora.checkpoints.resume import CheckpointError
+from manifold_lora.checkpoints import store
+from manifold_lora.checkpoints.store import CheckpointError
 from tests.checkpoints import saving
 from tests.checkpoints.saving import bits, opened
 
@@ -63,7 +65,7 @@ def test_a_failed_write_is_one_error_and_what_was_there_stays(
             with pytest.raises(CheckpointError, match="/2 cannot be.*too large"):
                 checkpoints.wait()
         assert checkpoints.steps == [1]
-        restored = checkpoints.newest(big)
+        restored = checkpoints.restore_latest(big)
         assert restored is not None and bits(restored.state) == bits(big)
         checkpoints.save(2, big, {}, best_step=1)
         checkpoints.wait()
@@ -87,6 +89,22 @@ def test_the_next_save_and_the_end_tell_of_a_failure(tmp_path: Path):
             checkpoints.save(4, SMALL, {}, best_step=1)
             raise KeyError("what went wrong first")
     assert "/4 cannot" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_failed_manifest_leaves_the_last_checkpoint(keep: int, tmp_path: Path):
+    with opened(tmp_path, keep=keep) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, SMALL, {}, best_step=step)
+        checkpoints.wait()
+        full = mock.patch.object(store, "write_manifest", side_effect=OSError("full"))
+        with full, pytest.raises(CheckpointError, match="/3 cannot be written: full"):
+            checkpoints.save(3, SMALL, {}, best_step=3)
+            checkpoints.wait()
+        assert checkpoints.steps == [2]
+        restored = checkpoints.restore_latest(SMALL)
+        assert restored is not None and restored.step == 2
+        assert sorted(os.listdir(tmp_path)) == ["2"]
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path):
@@ -117,10 +135,10 @@ def test_a_full_disk(full_disk: Path):
         match = "/2 cannot.*No space left on device: 480000 bytes needed"
         with pytest.raises(CheckpointError, match=match):
             checkpoints.save(2, big, {}, best_step=1)
-        assert bits(checkpoints.at(1, SMALL).state) == bits(SMALL)
+        assert bits(checkpoints.restore(1, SMALL).state) == bits(SMALL)
         (full_disk / "ballast").unlink()
         checkpoints.save(2, big, {}, best_step=1)
-        assert bits(checkpoints.at(2, big).state) == bits(big)
+        assert bits(checkpoints.restore(2, big).state) == bits(big)
 
 
 def test_orbax_is_quiet_and_others_are_not(
@@ -129,7 +147,7 @@ def test_orbax_is_quiet_and_others_are_not(
     caplog.set_level(logging.INFO, "absl")
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, SMALL, {}, best_step=1)
-        checkpoints.at(1, SMALL)
+        checkpoints.restore(1, SMALL)
     logging.getLogger("absl").info("of somebody else")
     messages = [record.message for record in caplog.records if record.name == "absl"]
     assert messages == ["of somebody else"]
@@ -159,7 +177,7 @@ def test_killed_at_any_moment(tmp_path: Path):
         process.kill()
         process.communicate()
         with opened(tmp_path) as checkpoints:
-            restored = checkpoints.newest({"u": jnp.zeros(saving.SHAPE)})
+            restored = checkpoints.restore_latest({"u": jnp.zeros(saving.SHAPE)})
             assert checkpoints.skipped == []
         if restored is None:
             continue
@@ -182,7 +200,7 @@ def test_two_processes_save_and_one_restores(tmp_path: Path):
     u = jax.ShapeDtypeStruct(saving.SHAPE, jnp.float32, sharding=sharding)
     with opened(tmp_path) as checkpoints:
         assert checkpoints.steps == [1, 2, 6]
-        restored = checkpoints.newest({"u": u, "key": jax.random.key(0)})
+        restored = checkpoints.restore_latest({"u": u, "key": jax.random.key(0)})
     assert restored is not None and restored.step == 6
     assert np.array_equal(restored.state["u"], saving.values(2))
     assert restored.state["u"].sharding == sharding

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from manifold_lora.checkpoints.resume import CheckpointError
+from manifold_lora.checkpoints.store import CheckpointError
 from manifold_lora.errors import InputError
 from manifold_lora.training import train as training
 from tests import command

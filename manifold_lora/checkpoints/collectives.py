@@ -1,4 +1,4 @@
-"""What one process of a run finds out and all must know, lest they part."""
+"""What one process finds out and all processes of a run must know."""
 
 import json
 from collections.abc import Callable
@@ -10,22 +10,22 @@ import numpy as np
 T = TypeVar("T")
 
 
-def first_process(find: Callable[[], T]) -> T:
-    """What `find`, called by the first process alone, returns: JSON, in all of them."""
+def from_first_process(function: Callable[[], T]) -> T:
+    """Call `function` on process 0 only and broadcast its result, which is JSON."""
     if jax.process_count() == 1:
-        return find()
+        return function()
     from jax.experimental.multihost_utils import broadcast_one_to_all as broadcast
 
-    first = jax.process_index() == 0
-    text = json.dumps(find()).encode() if first else b""
+    is_first = jax.process_index() == 0
+    text = json.dumps(function()).encode() if is_first else b""
     size = int(broadcast(np.int32(len(text))))
     padded = np.zeros(size, np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(bytes(broadcast(padded)))
 
 
-def failing(failed: bool) -> list[int]:
-    """The processes that failed; each says whether it did."""
+def failed_processes(failed: bool) -> list[int]:
+    """All-gather whether each process failed; the indices of those that did."""
     if jax.process_count() == 1:
         return [0] if failed else []
     from jax.experimental.multihost_utils import process_allgather

@@ -1,0 +1,104 @@
+"""Orbax's `CheckpointManager`, set up for the checkpoints of a training run."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import CheckpointManager
+
+ITEM = "state"  # the directory of the arrays in that of a step
+# Seconds until a process gives up a write in which another one does not take part.
+_TIMEOUT = 300
+
+
+class BestOfLatest:
+    """Preserve the checkpoints that were the best when the latest were written.
+
+    An Orbax preservation policy, where its `BestN(n=1)` does not do: that keeps only
+    what is best now, and the latest of equal ones. Should the newest checkpoint turn
+    out corrupt, the run resumes from the one before and needs what was best then.
+
+    Args:
+        count: the number of latest checkpoints.
+        best_steps: for each checkpoint the step that was the best at its time.
+    """
+
+    def __init__(self, count: int, best_steps: Mapping[int, int]):
+        self._count, self._best_steps = count, best_steps
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """Whether to preserve each of the checkpoints, which are in order."""
+        del context
+        latest = checkpoints[-self._count :]
+        best = {self._best_steps.get(info.step) for info in latest}
+        return [info.step in best for info in checkpoints]
+
+
+def open_manager(
+    directory: Path, count: int, best_steps: Mapping[int, int]
+) -> "CheckpointManager":
+    """A manager that writes in the background, and preserves the latest and the best.
+
+    Args:
+        directory: holds a directory per step.
+        count: the number of latest checkpoints to preserve.
+        best_steps: see `BestOfLatest`.
+    """
+    import orbax.checkpoint as ocp  # heavy, so not at the top
+    from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
+
+    class Manager(ocp.CheckpointManager):
+        # Orbax asks again, for the step that it wrote, from its background thread.
+        # JAX takes that for the progress of this process, and may then have all
+        # processes stop after a step that this one has passed. The training loop asks.
+        def reached_preemption(self, step: int) -> bool:
+            del step
+            return False
+
+    logging.getLogger("absl").addFilter(_is_not_from_orbax)
+    policies = [LatestN(count), BestOfLatest(count, best_steps)]
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        save_root_metadata=False,
+        single_host_load_and_broadcast=True,
+        preservation_policy=AnyPreservationPolicy(policies),
+        async_options=ocp.options.AsyncOptions(timeout_secs=_TIMEOUT),
+    )
+    return Manager(directory, options=options)
+
+
+def save_arrays(
+    manager: "CheckpointManager", step: int, arrays: dict[str, jax.Array]
+) -> None:
+    """Copy the arrays to the host and start to write them, each process its shards."""
+    import orbax.checkpoint as ocp
+
+    # Orbax refuses arrays without entries, which need not be stored.
+    stored = {name: array for name, array in arrays.items() if array.size}
+    items = ocp.args.Composite(**{ITEM: ocp.args.StandardSave(stored)})
+    manager.save(step, args=items, force=True)  # when to save is up to the caller
+
+
+def restore_arrays(
+    manager: "CheckpointManager", step: int, like: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """The arrays of a step, with the shardings of `like`."""
+    import orbax.checkpoint as ocp
+
+    stored = {name: leaf for name, leaf in like.items() if leaf.size}
+    items = ocp.args.Composite(**{ITEM: ocp.args.StandardRestore(stored)})
+    return manager.restore(step, args=items)[ITEM] | {
+        name: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        for name, leaf in like.items()
+        if not leaf.size
+    }
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs a traceback of every error, which it raises as well."""
+    return "/orbax/checkpoint/" not in Path(record.pathname).as_posix()
