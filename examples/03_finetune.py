@@ -6,20 +6,22 @@ Both train the small built-in LLaMA on the built-in data. For yours, give `Model
 and `DataConfig` paths, and read them with `ml.load_llama` and `ml.read_records`.
 """
 
+from pathlib import Path
+
 import jax
 import optax
 
 import manifold_lora as ml
 from manifold_lora.data.builtin import BASE, builtin_records
 
-STEPS = 100
+OUT, STEPS = Path("runs/finetune"), 100
 
 # By one call: as `manifold-lora train`, with everything that a run writes.
 config = ml.TrainConfig(
     adapter=ml.AdapterConfig("stiefel", rank=8, targets="all-linear"),
     schedule=ml.ScheduleConfig(steps=STEPS),
     batch=ml.BatchConfig(batch_size=8, sequence_length=128),
-    output=ml.OutputConfig(out="runs/finetune", overwrite=True),
+    output=ml.OutputConfig(out=OUT, overwrite=True),
 )
 summary = ml.train(config)
 print(f"held-out loss {summary['loss_before']:.3f} → {summary['loss_after']:.3f}")
@@ -59,4 +61,4 @@ for number, batch in zip(range(STEPS), data, strict=False):
         print(f"step {number:3}: loss {value:.3f}")
 
 ml.set_factors(model, factors)
-ml.save_adapter(model, "runs/finetune/own_loop")  # in PEFT's format
+ml.save_adapter(model, OUT.with_name("own_loop"))  # in PEFT's format

@@ -9,7 +9,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -177,14 +177,15 @@ def requirement(hint: Any, value: Any = None) -> str:
         is_number = isinstance(value, numbers) and not isinstance(value, bool)
         return _range(args[1]) if is_number else requirement(args[0])
     if origin in (typing.Union, types.UnionType):
-        choices = [requirement(arg, value) for arg in args if arg is not type(None)]
-        if requirement(float) in choices:
-            choices = [text for text in choices if text != requirement(int)]
+        types_of = {arg: (*typing.get_args(arg), arg)[0] for arg in args}
+        if float in types_of.values():  # integers are numbers
+            types_of = {arg: kind for arg, kind in types_of.items() if kind is not int}
+        choices = [requirement(a, value) for a in types_of if a is not type(None)]
         return " or ".join(dict.fromkeys(choices))
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
-    if origin is tuple:
-        if args[1:] == (...,):
+    if origin in (tuple, Sequence):
+        if args[1:] in ((...,), ()):
             return f"a list, each item {requirement(args[0])}"
         return f"{len(args)} items, each {requirement(args[0])}"
     if _is_mapping(hint):

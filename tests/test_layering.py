@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "manifold_lora"
 # Each subpackage with those it may import; itself and these it always may.
-EVERYWHERE = {"errors", "methods"}
+EVERYWHERE = {"errors", "methods", "settings"}
 BELOW = {
     "manifolds": set(),
     "optimizers": {"manifolds"},
@@ -18,6 +18,7 @@ BELOW = {
     "adapters": {"manifolds", "optimizers", "distributed", "models"},
     "data": set(),
     "checkpoints": {"manifolds", "distributed", "models", "adapters"},
+    "configuration": {"adapters", "distributed"},
 }
 # A command is a subpackage: it may use all of the above and the commands named here.
 COMMANDS = {

@@ -30,7 +30,7 @@ class LowRankConfig:
     )
     rslora: bool = setting(False, "scale by alpha/√rank instead")
     dropout: Probability = setting(0.0, "of the adapters' inputs")
-    targets: str | tuple[str, ...] = setting(
+    targets: str | Sequence[str] = setting(
         "all-linear",
         "names of modules, or one regular expression for whole names",
         single=True,  # in a file or as a flag, a list of one is that one
@@ -47,6 +47,8 @@ class LowRankConfig:
         if not self.targets:
             problems = [*problems, "targets must name at least one module"]
         validate(self, problems)
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))  # to be hashable
 
 
 @dataclasses.dataclass(frozen=True)

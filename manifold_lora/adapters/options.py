@@ -11,6 +11,7 @@ from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS, check_method
 from manifold_lora.optimizers.named import named_optimizer
 from manifold_lora.settings import (
+    UNSET,
     decode,
     number,
     raise_all,
@@ -69,7 +70,7 @@ class MethodOptions:
     recipe: ClassVar[str]  # the optimiser, a function of Optax or of this library
     export: ClassVar[str] = "LoRA"  # PEFT's name for the exported adapter
 
-    init: str
+    init: str = UNSET  # every subclass has a default
 
     def __post_init__(self):
         validate(self, self.problems())

@@ -1,1 +1,1 @@
-"""Files in and out: Hugging Face models, PEFT adapters and training checkpoints."""
+"""Reading and writing Hugging Face models, PEFT adapters and training checkpoints."""

@@ -1,4 +1,4 @@
-"""Files and directories that appear complete or not at all."""
+"""Files and directories that are written atomically: complete or not at all."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ from safetensors.numpy import save_file
 
 
 @contextlib.contextmanager
-def whole_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new directory to write into, which becomes `path` when the block ends.
 
-    An older directory of that name is replaced only then; after an error inside the
-    block (a full disk, say) it is untouched and the half-written one is removed.
+    An existing directory of that name is replaced only then. After an error inside the
+    block, such as a full disk, it is untouched and the partial one is removed.
     """
     path = Path(os.path.abspath(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -27,7 +27,7 @@ def whole_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        # safetensors 0.8 lets only the owner read its files, whatever the umask says
+        # safetensors 0.8 makes its files readable by the owner only, whatever the umask
         for file in partial.iterdir():
             file.chmod(partial.stat().st_mode & 0o666)
         if path.exists():
@@ -43,24 +43,24 @@ def whole_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def recover(path: str | os.PathLike[str]) -> None:
-    """Put right what processes killed inside `whole_directory(path)` left behind.
+    """Clean up after processes killed inside `atomic_directory(path)`.
 
-    Killed between its two renames, one has left no `path` but the older directory
-    under its hidden name, which gets its name back. Everything else is removed.
-    No other process may be writing `path` now.
+    One killed between its two renames has left no `path`, but the older directory
+    under a hidden name, which is renamed back. All other leftovers are removed. No
+    other process may be writing `path` at the time.
     """
     path = Path(os.path.abspath(path))
     name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.(old|partial)")
-    left = [p for p in path.parent.glob(".*") if name.fullmatch(p.name)]
-    old = [p for p in left if p.suffix == ".old"]
+    leftovers = [p for p in path.parent.glob(".*") if name.fullmatch(p.name)]
+    old = [p for p in leftovers if p.suffix == ".old"]
     if old and not path.exists():
         max(old, key=lambda p: p.stat().st_mtime_ns).rename(path)
-    for leftover in left:
+    for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file whole or not at all; an older one is replaced only then."""
+    """Write a text file atomically, replacing any existing one."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -72,11 +72,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def save_tensors(tensors: dict[str, np.ndarray], file: Path) -> None:
-    """Write a safetensors file as PyTorch's tools expect it.
+    """Write a safetensors file with the metadata that PyTorch's tools expect.
 
     Raises:
-        OSError: the file cannot be written; safetensors has an error of its own for
-            a full disk, which looks like a defect.
+        OSError: the file cannot be written. (safetensors raises an error of its own,
+            even for a full disk.)
     """
     try:
         save_file(tensors, file, metadata={"format": "pt"})

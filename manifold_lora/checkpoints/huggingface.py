@@ -1,7 +1,7 @@
 """Hugging Face model directories, read into and written from a stacked `Llama`.
 
-One table, `_rows`, says where each tensor of the file lives in the model. Reading
-and writing both walk it, so that the one is the inverse of the other.
+One table, `_rows`, maps each tensor of the file to its leaf in the model. Reading and
+writing both follow it, so that they are inverse to each other.
 """
 
 import functools
@@ -19,7 +19,7 @@ from flax import nnx
 from jax import P
 from safetensors import SafetensorError, safe_open
 
-from manifold_lora.checkpoints.atomic import save_tensors, whole_directory
+from manifold_lora.checkpoints.atomic import atomic_directory, save_tensors
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
 from manifold_lora.distributed.sharding import logical_axes, storage_spec
@@ -28,7 +28,7 @@ from manifold_lora.models import Llama, LlamaConfig
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_FLOATS = ("F64", "F32", "F16", "BF16")  # no quantised weights
+_FLOATS = ("F64", "F32", "F16", "BF16")  # quantised weights are not supported
 _ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
 _MLP = tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -49,7 +49,7 @@ class _Row(NamedTuple):
         return attrgetter(self.leaf)(model)
 
     def names(self, config: LlamaConfig) -> list[str]:
-        """The names in the file: one per layer, or just one."""
+        """The names in the file: one per layer, or a single one."""
         if "{}" not in self.name:
             return [self.name]
         return [self.name.format(n) for n in range(config.num_hidden_layers)]
@@ -63,14 +63,14 @@ class _Row(NamedTuple):
     def matrices(
         self, leaf: np.ndarray, config: LlamaConfig
     ) -> Iterable[tuple[str, np.ndarray]]:
-        """Each name and a view of its part of the leaf, oriented as in the file."""
-        parts = leaf if "{}" in self.name else leaf[None]
-        parts = parts.mT if self.transposed else parts
-        return zip(self.names(config), parts, strict=True)
+        """Each name and a view of its slice of the leaf, oriented as in the file."""
+        slices = leaf if "{}" in self.name else leaf[None]
+        slices = slices.mT if self.transposed else slices
+        return zip(self.names(config), slices, strict=True)
 
 
 def _rows(config: LlamaConfig) -> list[_Row]:
-    """The table: every tensor that the file of such a model holds, and no other."""
+    """The table: exactly the tensors that the file of such a model contains."""
     rows = [
         _Row("model.embed_tokens.weight", "embed_tokens"),
         _Row("model.norm.weight", "norm.scale"),
@@ -89,7 +89,7 @@ def _rows(config: LlamaConfig) -> list[_Row]:
 
 
 def _ignored(name: str, config: LlamaConfig) -> bool:
-    """Tensors that say nothing the config and the other tensors do not."""
+    """Whether a tensor is redundant, given the config and the other tensors."""
     tied_head = config.tie_word_embeddings and name == "lm_head.weight"
     return tied_head or name.endswith(".rotary_emb.inv_freq")
 
@@ -100,10 +100,10 @@ def load_llama(
     """Read a Hugging Face LLaMA directory: config.json and safetensors.
 
     Weights of any float dtype are rounded once to `dtype`. On the mesh of
-    `jax.set_mesh` every device gets its part, and a host reads only what its devices
-    need, each byte once; one tensor of the file at a time is in its memory. Raises
-    `InputError` for a directory, a config or a tensor that is not what a LLaMA has,
-    naming all bad tensors at once.
+    `jax.set_mesh` the weights are sharded: a host reads only the shards of its devices,
+    each byte once, and holds one tensor of the file in memory at a time. Raises
+    `InputError` for a directory, config or tensor that is not that of a LLaMA; one
+    message lists all bad tensors.
     """
     path = Path(path)
     config = read_llama_config(path)
@@ -119,7 +119,7 @@ def load_llama(
 def _leaf(
     row: _Row, variable: Any, tensors: Mapping[str, Any], config: LlamaConfig
 ) -> jax.Array:
-    """All tensors of a row, each read in the parts that the devices need."""
+    """The leaf of a row, from the shards of its tensors that the devices need."""
     shape, dtype = variable.shape, variable.dtype
     mesh = jax.sharding.get_mesh()
     spec = P() if mesh.empty else storage_spec(logical_axes(variable), shape, mesh)
@@ -128,34 +128,34 @@ def _leaf(
         return None if mesh.empty else jax.NamedSharding(mesh, spec)
 
     stacked = "{}" in row.name
-    # One tensor as in the file: devices transpose faster, and a host need not copy.
+    # Loaded as in the file: devices transpose faster, and the host need not copy.
     axes = [*zip(shape, (*spec, *(None,) * len(shape)), strict=False)][stacked:]
-    size, place = zip(*(axes[::-1] if row.transposed else axes), strict=True)
-    put = _putter(sharding(spec), row.transposed)
+    size, tensor_spec = zip(*(axes[::-1] if row.transposed else axes), strict=True)
+    insert = _make_insert(sharding(spec), row.transposed)
     stack = None
     if stacked:
         stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding(spec))()
     for index, name in enumerate(row.names(config)):
-        x = _tensor(tensors[name], name, size, dtype, sharding(P(*place)))
+        x = _tensor(tensors[name], name, size, dtype, sharding(P(*tensor_spec)))
         # Wait, or the tensors of all layers would queue up in memory.
-        stack = jax.block_until_ready(put(stack, x, index))
+        stack = jax.block_until_ready(insert(stack, x, index))
     assert stack is not None
     return stack
 
 
 @functools.cache
-def _putter(
+def _make_insert(
     sharding: jax.NamedSharding | None, transposed: bool
 ) -> Callable[..., jax.Array]:
-    """A function that puts one tensor into the stack, in place; without, by itself."""
+    """A function that writes one tensor into the stack, in place if there is one."""
 
-    def put(stack: jax.Array | None, x: jax.Array, index: Any) -> jax.Array:
+    def insert(stack: jax.Array | None, x: jax.Array, index: Any) -> jax.Array:
         x = x.T if transposed else x
         if stack is None:
             return x
         return jax.lax.dynamic_update_index_in_dim(stack, x, index, axis=0)
 
-    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+    return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
 
 
 def _tensor(
@@ -165,18 +165,18 @@ def _tensor(
     dtype: Any,
     sharding: jax.NamedSharding | None,
 ) -> jax.Array:
-    """One tensor of a file, as it is there; on the default device or so."""
+    """One tensor of a file, not transposed; on the default device if not sharded."""
     stored = file.get_slice(name)
-    parts: dict[str, np.ndarray] = {}  # devices may hold the same one
+    shards: dict[str, np.ndarray] = {}  # replicas need not be read twice
 
-    def part(index: Any) -> np.ndarray:
-        if (key := str(index)) not in parts:
-            parts[key] = stored[index].astype(dtype, copy=False)
-        return parts[key]
+    def read_shard(index: Any) -> np.ndarray:
+        if (key := str(index)) not in shards:
+            shards[key] = stored[index].astype(dtype, copy=False)
+        return shards[key]
 
-    if sharding is None:  # not bound to that device, as `jnp.asarray` leaves it
-        return jnp.asarray(part((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, sharding, part)
+    if sharding is None:  # `jnp.asarray` does not commit it to the device
+        return jnp.asarray(read_shard((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, read_shard)
 
 
 def hf_tensors(model: Llama) -> dict[str, np.ndarray]:
@@ -196,30 +196,30 @@ def save_llama(
 ) -> None:
     """Write config.json and model.safetensors, readable by transformers 4 and 5.
 
-    `dtype` None keeps the model's. The directory appears complete or not at all; an
-    existing one, and a model with adapters, raise `InputError`. Where there are
-    several processes all must call it; the first one writes.
+    `dtype` None keeps the model's. The directory appears complete or not at all. An
+    existing directory, or a model with adapters, raises `InputError`. With several
+    processes all must call it; the first one writes.
     """
     path = Path(path)
     if path.exists():
-        raise InputError(f"{path} exists already: remove it or choose another name.")
+        raise InputError(f"{path} already exists: remove it or choose another name.")
     if nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
         raise InputError(
             "The model has adapters, which a Hugging Face model file cannot hold: "
-            "merge first, or save the adapter by itself."
+            "merge first, or save the adapter separately."
         )
     dtype = jnp.dtype(model.embed_tokens.dtype if dtype is None else dtype)
     tensors = {k: v.astype(dtype, copy=False) for k, v in hf_tensors(model).items()}
     if not is_main():
         return
-    with whole_directory(path) as partial:
+    with atomic_directory(path) as partial:
         config = json.dumps(model.config.to_hf(dtype.name), indent=2)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
         save_tensors(tensors, partial / _WEIGHTS)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, or an `InputError` that names the file."""
+    """Read the object in a JSON file; an `InputError` names the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -232,15 +232,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_llama_config(path: Path) -> LlamaConfig:
-    """The config of a model directory: a check before a long load."""
-    need = "Give a Hugging Face model directory with config.json and *.safetensors."
+    """Read the config of a model directory; checks it before a long load."""
+    remedy = "Give a Hugging Face model directory with config.json and *.safetensors."
     if not path.exists():
-        raise InputError(f"{path} does not exist. {need}")
+        raise InputError(f"{path} does not exist. {remedy}")
     if not path.is_dir():
-        raise InputError(f"{path} is a file. {need}")
+        raise InputError(f"{path} is a file. {remedy}")
     file = path / "config.json"
     if not file.is_file():
-        raise InputError(f"{path} has no config.json. {need}")
+        raise InputError(f"{path} has no config.json. {remedy}")
     mapping = read_json(file)
     try:
         return LlamaConfig.from_hf(mapping)
@@ -268,14 +268,14 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _open_tensors(path: Path) -> dict[str, Any]:
-    """The open file that holds each tensor; nothing but headers is read here."""
+    """The open file of each tensor; only the headers are read."""
     tensors = {}
     for file in _weight_files(path):
         try:
             reader = safe_open(file, framework="numpy")
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{file} is truncated or no safetensors file ({error}): "
+                f"{file} is truncated or not a safetensors file ({error}): "
                 "copy or download it again."
             ) from error
         tensors |= dict.fromkeys(reader.keys(), reader)
@@ -283,8 +283,8 @@ def _open_tensors(path: Path) -> dict[str, Any]:
 
 
 def _check(path: Path, model: Llama, tensors: Mapping[str, Any]) -> None:
-    """Names, shapes and dtypes, strictly in both directions, all complaints at once."""
-    bad = []
+    """Compare names, shapes and dtypes, strictly; one error lists all that differ."""
+    errors = []
     needed = {
         name: row.shape(model)
         for row in _rows(model.config)
@@ -292,19 +292,19 @@ def _check(path: Path, model: Llama, tensors: Mapping[str, Any]) -> None:
     }
     for name, shape in needed.items():
         if name not in tensors:
-            bad.append(f"{name}: missing, needed {shape}")
+            errors.append(f"{name}: missing, needed {shape}")
             continue
         header = tensors[name].get_slice(name)
-        if (found := tuple(header.get_shape())) != shape:
-            bad.append(f"{name}: found {found}, needed {shape}")
+        if (actual := tuple(header.get_shape())) != shape:
+            errors.append(f"{name}: found {actual}, needed {shape}")
         if (kind := header.get_dtype()) not in _FLOATS:
-            bad.append(f"{name}: found {kind}, needed one of {', '.join(_FLOATS)}")
+            errors.append(f"{name}: found {kind}, needed one of {', '.join(_FLOATS)}")
     for name in tensors:
         if name not in needed and not _ignored(name, model.config):
-            bad.append(f"{name}: unexpected")
-    if bad:
+            errors.append(f"{name}: unexpected")
+    if errors:
         raise InputError(
             f"The weights in {path} do not fit its config.json:\n  "
-            + "\n  ".join(bad)
+            + "\n  ".join(errors)
             + "\nThe directory must hold one unquantised LLaMA and its own config."
         )

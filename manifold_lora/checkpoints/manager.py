@@ -66,6 +66,7 @@ def open_manager(
         create=False,
         save_root_metadata=False,
         single_host_load_and_broadcast=True,
+        lightweight_initialize=True,
         preservation_policy=AnyPreservationPolicy(policies),
         async_options=ocp.options.AsyncOptions(timeout_secs=_TIMEOUT),
     )

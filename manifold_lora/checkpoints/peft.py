@@ -36,7 +36,7 @@ from manifold_lora.checkpoints.adapter_file import (
     adapter_settings,
     read_adapter,
 )
-from manifold_lora.checkpoints.atomic import save_tensors, whole_directory
+from manifold_lora.checkpoints.atomic import atomic_directory, save_tensors
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
 from manifold_lora.errors import InputError
@@ -94,7 +94,7 @@ def save_adapter(
     settings = adapter_settings(config) | {"base": fingerprint(model)}
     if not is_main():
         return
-    with whole_directory(path) as partial:
+    with atomic_directory(path) as partial:
         texts = {CONFIG: _peft_config(modules, ranks, base_id), EXTRA: settings}
         for file, content in texts.items():
             text = json.dumps(content, indent=2) + "\n"

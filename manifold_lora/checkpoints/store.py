@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
 
 RUN = "run.json"
+UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of what it writes
 
 
 class CheckpointError(OSError):
@@ -120,13 +121,15 @@ class CheckpointStore:
         text = json.dumps(run, indent=1)
         arrays = {name: key_to_data(leaf) for name, leaf in leaves.items()}
         size = sum(array.nbytes for array in arrays.values())
-        intact, error = from_first_process(lambda: self._prepare(step, size))
+        intact, error, deleted = from_first_process(lambda: self._prepare(step, size))
+        if deleted:
+            self._manager = None  # it has a list of what is on disk
         if intact:
             return
         if error:
             raise CheckpointError(_cannot_write(self._path(step), error))
         self._corrupt.clear()
-        manager = self._open(reload=True)
+        manager = self._open()
         self._best_steps[step] = best_step
         save_arrays(manager, step, arrays)
         self._pending = self._thread.submit(self._finish, manager, step, text)
@@ -134,20 +137,25 @@ class CheckpointStore:
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
 
-    def _prepare(self, step: int, size: int) -> tuple[bool, str]:
-        """Whether the step is intact on disk; otherwise make room, or say why not."""
-        path = self._path(step)
+    def _prepare(self, step: int, size: int) -> tuple[bool, str, bool]:
+        """Make room for a step, on process 0.
+
+        Returns:
+            Whether it is intact on disk, so that there is nothing to do; what prevents
+            it from being written; whether another one was deleted.
+        """
+        path, deleted = self._path(step), False
         if step not in self._corrupt and not find_damage(path):
-            return True, ""
+            return True, "", False
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             valid = {str(other) for other in self.steps if other < step}
+            valid -= {str(other) for other in self._corrupt}
             for other in self._directory.iterdir():
-                # of Orbax too: "7.orbax-checkpoint-tmp"
-                number, _, _ = other.name.partition(".")
-                if number.isdecimal() and other.is_dir():
-                    if other.name not in valid or int(number) in self._corrupt:
-                        _delete(other)
+                number = other.name.removesuffix(UNFINISHED)
+                if number.isdecimal() and other.is_dir() and other.name not in valid:
+                    _delete(other)
+                    deleted = True
             if path.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             # Checked here because Orbax, once it has started, does not fail cleanly.
@@ -156,19 +164,17 @@ class CheckpointStore:
                 message = f"{os.strerror(errno.ENOSPC)}: {size} bytes needed"
                 raise OSError(f"{message}, {free} free")
         except OSError as error:
-            return False, str(error)
-        return False, ""
+            return False, str(error), deleted
+        return False, "", deleted
 
-    def _open(self, *, reload: bool = False) -> "CheckpointManager":
-        """The manager, which knows what is on disk."""
+    def _open(self) -> "CheckpointManager":
+        """The manager, made on first use."""
         if self._manager is None:
             self._best_steps = dict(from_first_process(self._read_best_steps))
             # Orbax deletes old checkpoints before the new one has its manifest. So it
             # always leaves the one before as well; see `_delete_previous`.
             count = max(self._keep, 2)
             self._manager = open_manager(self._directory, count, self._best_steps)
-        elif reload:
-            self._manager.reload()
         return self._manager
 
     def _read_best_steps(self) -> list[tuple[int, int]]:
@@ -189,8 +195,8 @@ class CheckpointStore:
                 write_manifest(path)
         except Exception as error:
             if jax.process_index() == 0 and not (path / MANIFEST).exists():
-                for leftover in (path, *path.parent.glob(f"{step}.orbax-*")):
-                    _delete(leftover)  # makes room on a full disk
+                _delete(path)  # makes room on a full disk
+                _delete(path.with_name(f"{step}{UNFINISHED}"))
             raise CheckpointError(_cannot_write(path, error)) from error
 
     def wait(self) -> None:

@@ -183,8 +183,8 @@ def _metavar(hint: Any) -> str:
         return f"[NAME {_metavar(args[1])} ...]"
     if _is_union(hint):
         return _metavar(args[-1])
-    if origin is tuple:
-        if args[1:] == (...,):
+    if origin in (tuple, Sequence):
+        if args[1:] in ((...,), ()):
             return f"[{_metavar(args[0])} ...]"
         return " ".join(map(_metavar, args))
     return _METAVARS[hint]

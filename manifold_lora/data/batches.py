@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
-PACKING_ROWS = 64  # rows open at a time: 95-99 % full, against 86-98 % with 4
+PACKING_ROWS = 64  # open bins: rows are 95-99 % full, against 86-98 % with 4
 
 
 def batches(
@@ -27,31 +27,31 @@ def batches(
     epochs: int | None = None,
     rows: Sequence[int] | None = None,
 ) -> "grain.IterDataset[Batch]":
-    """Batches for training, all of one shape, so that the step compiles once.
+    """Training batches, all of one shape, so that the step compiles once.
 
-    Batches run over the borders of epochs. With `epochs` every example comes
-    exactly so many times and the last batch is filled up with empty rows, which a
-    loss per answer token ignores. `packing` puts several examples in a row, which
-    `segment_ids` keep apart; it pays where lengths differ.
+    A batch may span two epochs. With `epochs` every example occurs exactly that many
+    times and the last batch is padded with empty rows, which a loss per answer token
+    ignores. `packing` puts several examples in a row, separated by `segment_ids`; it
+    pays off where lengths vary.
 
     Args:
         examples: From `encode`, none longer than `sequence_length`.
         batch_size: Rows of a batch.
         sequence_length: Columns of a batch.
-        seed: Decides the order; the same seed gives the same batches.
-        shuffle: Shuffle anew in each epoch; otherwise the given order.
+        seed: Determines the order; the same seed gives the same batches.
+        shuffle: Reshuffle in each epoch; otherwise keep the given order.
         packing: Several examples per row, by grain's first-fit packing.
-        epochs: Passes over the examples; None repeats for ever.
-        rows: Numbers of the rows of a batch that are made, in ascending order; None
-            makes all. Processes that make different rows of the same batches make
-            together what one alone would; only packing reads the other examples too.
+        epochs: Passes over the examples; None repeats indefinitely.
+        rows: Indices of the rows of each batch to produce, in ascending order; None
+            produces all. The rows of several processes together are those of a single
+            one; only packing also reads the examples of other rows.
 
     Returns:
         A grain dataset of dicts of arrays (rows, sequence_length): `input_ids`
         int32; `loss_mask` float32, 1 where the token is itself a target;
         `positions` int32, from 0 in each segment; `segment_ids` int32, from 1 in
-        each row, 0 on padding. `iter` of it has `get_state` and `set_state`, whose
-        state is plain JSON.
+        each row, 0 on padding. Its iterator has `get_state` and `set_state`, whose
+        state is JSON.
 
     Raises:
         InputError: No examples, one too long, or a size that is not positive.
@@ -82,11 +82,11 @@ def batches(
         seed=seed,
         shuffle_bins=shuffle,  # the first rows are the fullest
     ).map(_packed_row)
-    fill_up = partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    whole = packed.batch(batch_size, batch_fn=fill_up)
+    pad = partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    full_batches = packed.batch(batch_size, batch_fn=pad)
     if rows is None:
-        return whole
-    return whole.map(lambda batch: {k: x[list(rows)] for k, x in batch.items()})
+        return full_batches
+    return full_batches.map(lambda batch: {k: x[list(rows)] for k, x in batch.items()})
 
 
 def evaluation_batches(
@@ -98,7 +98,7 @@ def evaluation_batches(
 ) -> "grain.IterDataset[Batch]":
     """Every example once, in order, one per row, in batches of one shape.
 
-    Use it for losses and accuracies over a whole set; the last batch is filled up
+    Use it for losses and accuracies over an entire data set; the last batch is padded
     with empty rows (`segment_ids` 0). The arrays and `rows` are those of `batches`.
 
     Raises:
@@ -112,9 +112,9 @@ def evaluation_batches(
 
 
 def padded_length(examples: Sequence[Example], sequence_length: int) -> int:
-    """The least multiple of 8 that holds every example, at most `sequence_length`.
+    """The smallest multiple of 8 that fits every example, at most `sequence_length`.
 
-    Use it as the `sequence_length` of unpacked batches, to pad no more than needed.
+    Use it as the `sequence_length` of unpacked batches, to minimise padding.
 
     >>> padded_length([Example(np.zeros(9, np.int32), np.zeros(9, np.bool_))], 512)
     16
@@ -142,7 +142,7 @@ def _check(examples: Sequence[Example], batch_size: int, sequence_length: int) -
 def _in_memory(source: "grain.MapDataset") -> "grain.IterDataset":
     import grain
 
-    # The examples are arrays in memory: reading threads would only contend.
+    # The examples are arrays in memory, so reader threads would only contend.
     return source.to_iter_dataset(
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     )
@@ -155,29 +155,31 @@ def _unpacked(
     length: int,
     rows: Sequence[int] | None,
 ) -> "grain.IterDataset[Batch]":
-    """Batches of one example a row; only those of the chosen rows are read."""
-    chosen = range(batch_size) if rows is None else rows
+    """Batches with one example per row; only the examples of `rows` are read."""
+    rows = range(batch_size) if rows is None else rows
 
-    def batch(numbers: list[int]) -> Batch:
-        made = [
+    def make_batch(numbers: list[int]) -> Batch:
+        batch_rows = [
             _row(
                 _segment(examples[numbers[row]]) if row < len(numbers) else None, length
             )
-            for row in chosen
+            for row in rows
         ]
-        return {name: np.stack([row[name] for row in made]) for name in made[0]}
+        return {
+            name: np.stack([row[name] for row in batch_rows]) for name in batch_rows[0]
+        }
 
-    return _in_memory(numbers).batch(batch_size, batch_fn=list).map(batch)
+    return _in_memory(numbers).batch(batch_size, batch_fn=list).map(make_batch)
 
 
 def _segment(example: Example) -> Batch:
     loss_mask = example.loss_mask.astype(np.float32)
-    loss_mask[0] = 0  # nothing in its segment comes before it
+    loss_mask[0] = 0  # there is no token before it to predict it from
     return {"input_ids": example.input_ids.astype(np.int32), "loss_mask": loss_mask}
 
 
 def _row(segment: Batch | None, length: int) -> Batch:
-    """A row with one segment, or an empty one."""
+    """A padded row with one segment or none."""
     row = {
         "input_ids": np.zeros(length, np.int32),
         "loss_mask": np.zeros(length, np.float32),

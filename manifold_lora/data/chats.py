@@ -1,4 +1,4 @@
-"""Chats to token ids with the answers marked, by the tokenizer's chat template."""
+"""Chats to token ids and loss masks, with the tokenizer's chat template."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,10 @@ Numbered = Sequence[tuple[int, Record]]  # records with their numbers, from 1
 Encoded = tuple[np.ndarray, np.ndarray]  # token ids int32, answer mask bool
 
 
-def encode_by_marks(
+def encode_with_generation_tags(
     numbered: Numbered, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Encoded]:
-    """Chats by a template that marks the answers itself."""
+    """Encode chats with a template that marks the answers by {% generation %}."""
     try:
         out: Any = tokenizer.apply_chat_template(
             [_messages(record.turns) for _, record in numbered],
@@ -27,7 +27,7 @@ def encode_by_marks(
             tokenizer_kwargs={"verbose": False},
         )
     except Exception:
-        for number, record in numbered:  # to name the record that is refused
+        for number, record in numbered:  # find the record, to name it
             _render(number, record.turns, tokenizer)
         raise
     added, bos = tokenizer.added_tokens_decoder, tokenizer.bos_token_id
@@ -35,17 +35,17 @@ def encode_by_marks(
     encoded = []
     for ids, mask in zip(out["input_ids"], out["assistant_masks"], strict=True):
         ids, mask = np.array(ids, np.int32), np.array(mask, np.bool_)
-        # Templates differ in whether the mark holds the token that ends the turn.
+        # Templates differ in whether the tag includes the token that ends the turn.
         ends = mask[:-1] & ~mask[1:] & ~np.isin(ids[:-1], special)
         mask[1:] |= ends & np.isin(ids[1:], special)
         encoded.append((ids, mask))
     return encoded
 
 
-def encode_by_prefixes(
+def encode_with_prefixes(
     numbered: Numbered, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Encoded]:
-    """Chats whose answers lie between two prefixes: up to the answer, and with it."""
+    """Encode chats by rendering prefixes: each answer is what the longer one adds."""
     texts = []
     for number, record in numbered:
         turns = record.turns
@@ -62,13 +62,13 @@ def encode_by_prefixes(
             if ids[: len(before)] != before or ids[: len(after)] != after:
                 raise InputError(
                     f"record {number}: the answer in message {index + 1} cannot be "
-                    "found among the tokens, because the chat template writes the "
-                    "messages up to there otherwise when more follow. Mark answers "
-                    "in the template with {% generation %}, or give "
+                    "located among the tokens, because the chat template renders the "
+                    "messages up to it differently when others follow. Mark the "
+                    "answers in the template with {% generation %}, or use "
                     "prompt+completion records."
                 )
             spans.append((len(before), len(after)))
-        encoded.append(arrays(ids, spans))
+        encoded.append(with_mask(ids, spans))
     return encoded
 
 
@@ -92,19 +92,19 @@ def _render(
         )
     except Exception as error:  # whatever the template's own code raises
         raise InputError(
-            f"record {number}: the chat template refuses it: {error}"
+            f"record {number}: the chat template rejects it: {error}"
         ) from error
     return text
 
 
 def tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids without special tokens: BOS is the template's or the caller's."""
+    """Token ids without special tokens; the template or the caller adds BOS."""
     out: Any = tokenizer(texts, add_special_tokens=False, verbose=False)
     return out["input_ids"]
 
 
-def arrays(ids: list[int], spans: list[tuple[int, int | None]]) -> Encoded:
-    """Ids and mask from a list of ids and the spans of the answers in it."""
+def with_mask(ids: list[int], spans: list[tuple[int, int | None]]) -> Encoded:
+    """Token ids and answer mask as arrays, given the spans of the answers."""
     mask = np.zeros(len(ids), np.bool_)
     for start, end in spans:
         mask[start:end] = True

@@ -1,4 +1,4 @@
-"""A batch on the screen, with the tokens that are trained told from the rest."""
+"""Print a batch, with the trained tokens highlighted."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -11,7 +11,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MARKS = ("{+", "+}")  # as in a word diff, where there is no colour
+MARKERS = ("{+", "+}")  # as in a word diff, on a console without colour
 
 
 def show_batch(
@@ -21,38 +21,39 @@ def show_batch(
     *,
     rows: int = 4,
 ) -> None:
-    """Print a batch, to see before training what is trained.
+    """Print a batch, to check before training which tokens are trained.
 
-    Trained tokens are bold green, or stand in {+ +} on a console without colour;
-    each segment has a heading with its counts, and padding is counted.
+    Trained tokens are bold green, or enclosed in {+ +} on a console without colour.
+    Each segment has a heading with its token counts; padding is counted.
 
     Args:
-        batch: As `batches` gives it, arrays (batch, sequence_length).
+        batch: One of `batches`: arrays (batch, sequence_length).
         tokenizer: The one that encoded it.
         console: Where to print.
-        rows: The most rows to print; the others are counted.
+        rows: Maximum number of rows to print; the others are counted.
     """
     colour = console.color_system is not None and not console.no_color
-    open_mark, close_mark = ("", "") if colour else MARKS
+    opening, closing = ("", "") if colour else MARKERS
     segment_ids, trained = batch["segment_ids"], batch["loss_mask"] > 0
 
     def line(*parts: str | tuple[str, str]) -> None:
         console.print(Text.assemble(*parts), soft_wrap=True)
 
-    legend = f"{open_mark}trained{close_mark}"
+    legend = f"{opening}trained{closing}"
     line((legend, "bold green"), " ", ("not trained", "dim"))
     for row in range(min(rows, len(segment_ids))):
         for segment in range(1, segment_ids[row].max() + 1):
-            here = segment_ids[row] == segment
-            counts = f"{here.sum()} tokens, {trained[row][here].sum()} trained"
+            in_segment = segment_ids[row] == segment
+            is_target = trained[row][in_segment]
+            counts = f"{in_segment.sum()} tokens, {is_target.sum()} trained"
             line((f"row {row + 1}, segment {segment}: {counts}", "bold cyan"))
             text = Text()
-            pairs = zip(batch["input_ids"][row][here], trained[row][here], strict=True)
-            # Runs are decoded whole: a token may be a part of a character.
+            pairs = zip(batch["input_ids"][row][in_segment], is_target, strict=True)
+            # Decode runs, not tokens: a token may be a fragment of a character.
             for target, run in groupby(pairs, key=lambda pair: bool(pair[1])):
                 decoded = str(tokenizer.decode([int(token) for token, _ in run]))
                 if target:
-                    text.append(f"{open_mark}{decoded}{close_mark}", "bold green")
+                    text.append(f"{opening}{decoded}{closing}", "bold green")
                 else:
                     text.append(decoded, "dim")
             console.print(text, soft_wrap=True)

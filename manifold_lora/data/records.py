@@ -25,8 +25,8 @@ ALPACA_WITH_INPUT = (
 ROLES = {role: role for role in ("system", "user", "assistant")}
 OPENAI = ("role", "content", ROLES)  # key of the role, key of the text, roles
 SHAREGPT = ("from", "value", ROLES | {"human": "user", "gpt": "assistant"})
-SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes one
-MAX_PROBLEMS = 8  # problems shown of a file; the rest are counted
+SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer accepts them
+MAX_PROBLEMS = 8  # shown per file; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,22 @@ class Turn:
 class Record:
     """One training record: as a chat, as a prompt with its completion, or both.
 
-    Where both are there, a tokenizer with a chat template takes the chat and any
-    other the plain form. A plain text is a completion of the empty prompt.
+    If it has both, a tokenizer with a chat template uses the chat and any other one
+    the plain form. A plain text is a completion of the empty prompt.
     """
 
-    turns: tuple[Turn, ...] = ()  # empty: there is no chat form
+    turns: tuple[Turn, ...] = ()  # empty: no chat form
     prompt: str = ""
-    completion: str = ""  # empty: there is no plain form
+    completion: str = ""  # empty: no plain form
 
 
 def read_records(path: str | PathLike[str]) -> list[Record]:
     """Read the training records of a JSON Lines or JSON file.
 
-    Use it for what a practitioner has at hand: every record is one of
-    `messages`, `conversations`, `prompt`+`completion`,
-    `instruction`[+`input`]+`output`, `question`+`answer` or `text`; the first of
-    these whose keys it has. `.jsonl` and `.ndjson` hold a record per line; `.json`
-    holds a list, `{"data": [...]}`, or lines.
+    The format of every record is detected: `messages`, `conversations`,
+    `prompt`+`completion`, `instruction`[+`input`]+`output`, `question`+`answer` or
+    `text`, the first of these whose keys it has. `.jsonl` and `.ndjson` files hold a
+    record per line; `.json` files hold a list, `{"data": [...]}`, or lines.
 
     Args:
         path: The file, in UTF-8.
@@ -67,8 +66,8 @@ def read_records(path: str | PathLike[str]) -> list[Record]:
         The records, at least one, in the order of the file.
 
     Raises:
-        InputError: The file is missing, empty, or not JSON, or records are of no
-            known format; all problems are listed, each with its line or record.
+        InputError: The file is missing, empty or not JSON, or has records of unknown
+            formats; all problems are listed, each with its line or record number.
 
     Example:
         >>> import pathlib, tempfile
@@ -79,14 +78,14 @@ def read_records(path: str | PathLike[str]) -> list[Record]:
     """
     path, problems = Path(path), list[str]()
     records = []
-    for place, parse in _values(path, _read_text(path)):
+    for location, parse in _values(path, _read_text(path)):
         try:
             records.append(parse_record(parse()))
         except InputError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{location}: {error}")
         except json.JSONDecodeError as error:
-            words = f"{error.msg} (column {error.colno})"
-            problems.append(f"{place}: not JSON: {words}")
+            reason = f"{error.msg} (column {error.colno})"
+            problems.append(f"{location}: not JSON: {reason}")
     if len(problems) > MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = [f"... and {len(problems) - MAX_PROBLEMS} more"]
     if problems:
@@ -97,10 +96,10 @@ def read_records(path: str | PathLike[str]) -> list[Record]:
 
 
 def parse_record(value: Any) -> Record:
-    """The record that a decoded JSON value stands for.
+    """Convert a decoded JSON value to a record.
 
     Raises:
-        InputError: It is not an object, or has no known keys or wrong values.
+        InputError: It is not an object, or has no known keys or invalid values.
 
     Example:
         >>> parse_record({"text": "Once upon a time"})
@@ -108,14 +107,14 @@ def parse_record(value: Any) -> Record:
     """
     if not isinstance(value, dict):
         raise InputError(f"a record must be an object, got {type(value).__name__}")
-    # A key with null is a column that another record of the table uses.
+    # A null is a column that only other records of the table use.
     present = {key: item for key, item in value.items() if item is not None}
     for keys, parse in FORMATS.items():
         if present.keys() >= set(keys):
             return parse(present)
     accepted = " | ".join("+".join(keys) for keys in FORMATS)
-    found = ", ".join(value) or "none"
-    raise InputError(f"no known format: keys found: {found}; accepted: {accepted}")
+    keys = ", ".join(value) or "none"
+    raise InputError(f"unknown format: keys found: {keys}; accepted: {accepted}")
 
 
 def _read_text(path: Path) -> str:
@@ -135,21 +134,21 @@ def _read_text(path: Path) -> str:
 
 
 def _values(path: Path, text: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The place of each record, and a call that parses its value."""
+    """The location of each record, and a function that parses its value."""
     if path.suffix.lower() == ".json" and text.strip():
         try:
-            whole = json.loads(text)
+            content = json.loads(text)
         except json.JSONDecodeError as error:
-            if error.msg != "Extra data":  # which is how JSON Lines look to JSON
+            if error.msg != "Extra data":  # which is what the parser says of JSON Lines
                 raise InputError(f"{path}: not JSON: {error}") from error
         else:
-            if isinstance(whole, dict) and isinstance(whole.get("data"), list):
-                whole = whole["data"]
-            values = whole if isinstance(whole, list) else [whole]
+            if isinstance(content, dict) and isinstance(content.get("data"), list):
+                content = content["data"]
+            values = content if isinstance(content, list) else [content]
             for number, value in enumerate(values, start=1):
                 yield f"{path}, record {number}", lambda value=value: value
             return
-    # Not splitlines: it also splits at U+2028, which may stand inside a string.
+    # Not splitlines: it also splits at U+2028, which may occur inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", partial(json.loads, line)
@@ -165,8 +164,8 @@ def _conversations(value: dict[str, Any]) -> Record:
 
 def _completion(value: dict[str, Any]) -> Record:
     if isinstance(value["prompt"], list):
-        given = [Turn(turn.role, turn.text) for turn in _turns(value, "prompt")]
-        return Record(_chat(given + _turns(value, "completion")))
+        context = [Turn(turn.role, turn.text) for turn in _turns(value, "prompt")]
+        return Record(_chat(context + _turns(value, "completion")))
     prompt = _string(value, "prompt", empty=True)
     return Record(prompt=prompt, completion=_string(value, "completion"))
 
@@ -232,7 +231,7 @@ def _chat(turns: list[Turn]) -> tuple[Turn, ...]:
     if not any(turn.trained for turn in turns):
         raise InputError("the chat has no answer: an assistant message is needed")
     if turns[0].role == "assistant":
-        raise InputError("the chat begins with an answer: a user message is needed")
+        raise InputError("the chat starts with an answer: a user message is needed")
     return tuple(turns)
 
 
@@ -245,5 +244,5 @@ def _string(
     if not empty and not text.strip():
         raise InputError(f"{at}{key} is empty")
     if SURROGATE.search(text):
-        raise InputError(f"{at}{key} holds half of a surrogate pair; mend the text")
+        raise InputError(f"{at}{key} contains half of a surrogate pair; fix the text")
     return text

@@ -1,4 +1,4 @@
-"""Records to token ids, with the tokens that carry the loss marked."""
+"""Records to token ids and loss masks."""
 
 import os
 import re
@@ -13,10 +13,10 @@ import numpy as np
 from manifold_lora.data.chats import (
     Encoded,
     Numbered,
-    arrays,
-    encode_by_marks,
-    encode_by_prefixes,
+    encode_with_generation_tags,
+    encode_with_prefixes,
     tokenize,
+    with_mask,
 )
 from manifold_lora.data.records import Record
 from manifold_lora.errors import InputError
@@ -24,7 +24,9 @@ from manifold_lora.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks answers in a template
+GENERATION = re.compile(
+    r"\{%-?\s*generation\s*-?%\}"
+)  # marks the answers in a template
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -32,8 +34,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 class Example:
     """One encoded record.
 
-    Shapes: `input_ids` (t,) int32; `loss_mask` (t,) bool, true where the token is
-    itself a target. The first token has nothing before it and is never a target.
+    Shapes: `input_ids` (t,) int32; `loss_mask` (t,) bool, true where the token itself
+    is a target. The first token has no context and is never a target.
     """
 
     input_ids: np.ndarray
@@ -42,30 +44,30 @@ class Example:
 
 @dataclass(frozen=True)
 class Report:
-    """What `encode` did, in numbers."""
+    """Statistics of `encode`."""
 
     kept: int
-    truncated: int  # of those kept: shortened to the sequence length
-    dropped: int  # no answer token
+    truncated: int  # of those kept, how many were truncated to the sequence length
+    dropped: int  # without an answer token
     tokens: int  # of those kept
     trained_tokens: int
-    longest: int  # tokens of the longest record before it was shortened
+    longest: int  # tokens of the longest record before truncation
 
 
 def load_tokenizer(path: str | PathLike[str]) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a Hugging Face model directory, from local files only.
+    """Load the tokenizer of a Hugging Face model directory, from local files only.
 
     Raises:
-        InputError: There is no tokenizer there, or its files cannot be read.
+        InputError: The directory has no tokenizer, or its files cannot be read.
     """
     directory = Path(path)
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        found = "no such directory" if not directory.is_dir() else "none is there"
+        reason = "no such directory" if not directory.is_dir() else "neither exists"
         raise InputError(
             f"{directory} has no tokenizer: looked for {' or '.join(TOKENIZER_FILES)}, "
-            f"{found}. Copy the tokenizer files of the model into its directory."
+            f"{reason}. Copy the model's tokenizer files into this directory."
         )
-    # Nobody who fine-tunes with JAX needs to hear that PyTorch is missing.
+    # transformers warns that PyTorch is missing, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
@@ -74,7 +76,7 @@ def load_tokenizer(path: str | PathLike[str]) -> "PreTrainedTokenizerBase":
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise InputError(
             f"the tokenizer in {directory} cannot be read: {error}. Copy the files "
-            "again, and see that transformers is as new as they are."
+            "again, and check that transformers is not older than they are."
         ) from error
 
 
@@ -84,28 +86,28 @@ def encode(
     sequence_length: int,
     train_on_prompt: bool = False,
 ) -> tuple[list[Example], Report]:
-    """Encode records, with the loss on answers.
+    """Encode records, with the loss on the answers.
 
-    Chats are written by the tokenizer's chat template and end as it ends them; the
-    token that ends an answer is trained too. Prompt and completion are tokenised
-    apart, so that training sees the tokens generation sees, and end with the
-    trained end-of-sequence token. A record that is too long loses the left of its
-    prompt first (never the first token), then the end of its answer.
+    Chats are rendered by the tokenizer's chat template; the token that ends an answer
+    is trained too. Prompt and completion are tokenised separately, so that training
+    sees the same tokens as generation, and end with a trained end-of-sequence token. A
+    record that is too long is truncated from the left of its prompt first (never the
+    first token), then from the end of its answer.
 
     Args:
-        records: What to encode.
+        records: The records to encode.
         tokenizer: From `load_tokenizer`.
-        sequence_length: The most tokens of an example, at least 2.
+        sequence_length: Maximum number of tokens of an example, at least 2.
         train_on_prompt: Put the loss on every token but the first.
 
     Returns:
         The examples, in order, none longer than `sequence_length` and none without
-        a trained token; and the counts.
+        a trained token; and statistics.
 
     Raises:
-        InputError: A chat meets a tokenizer without chat template or one that
-            refuses it, there is no end-of-sequence token, every record is longer
-            than `sequence_length`, or none has an answer token.
+        InputError: A chat needs a chat template and the tokenizer has none, or the
+            template rejects it; there is no end-of-sequence token; every record is
+            longer than `sequence_length`, or none has an answer token.
     """
     if sequence_length < 2:
         raise InputError(
@@ -132,8 +134,8 @@ def encode(
         examples.append(Example(ids, mask))
     if not examples:
         raise InputError(
-            f"none of the {len(records)} records has an answer token; look at them and "
-            "at the {% generation %} marks of the tokenizer's chat template."
+            f"none of the {len(records)} records has an answer token; check them and "
+            "the {% generation %} tags of the tokenizer's chat template."
         )
     return examples, Report(
         kept=len(examples),
@@ -146,45 +148,45 @@ def encode(
 
 
 def _truncate(ids: np.ndarray, answer: np.ndarray, length: int, bos: Any) -> Encoded:
-    """Drop from the left of the prompt, then from the end of the answer."""
+    """Truncate from the left of the prompt, then from the end of the answer."""
     start = int(answer.argmax())  # length of the prompt, at least 1
     excess = min(max(len(ids) - length, 0), start - 1)
-    # BOS stays in front; without one any prompt token serves to predict the answer.
+    # Keep BOS in front; without one, any token of the prompt serves as context.
     first = 1 if ids[0] == bos else 0
-    kept = np.r_[:first, first + excess : len(ids)][:length]
-    answer = answer[kept]
+    indices = np.r_[:first, first + excess : len(ids)][:length]
+    answer = answer[indices]
     answer[0] = False
-    return ids[kept], answer
+    return ids[indices], answer
 
 
 def _encode_all(
     records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Encoded]:
-    """Every record by the way that suits it, tokenised one batch per way."""
-    ways: dict[Callable[..., list[Encoded]], list[tuple[int, Record]]] = {}
+    """Encode each record with the method that suits it, in one batch per method."""
+    methods: dict[Callable[..., list[Encoded]], list[tuple[int, Record]]] = {}
     chats = []
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    marked = tokenizer.is_fast and GENERATION.search(template)
+    has_tags = tokenizer.is_fast and GENERATION.search(template)
     for number, record in enumerate(records, start=1):
-        way = _encode_plain
+        method = _encode_plain
         if not template and not record.completion:
             chats.append(number)
         elif template and record.turns:
             answers = [turn for turn in record.turns if turn.role == "assistant"]
-            # The template's marks cover all answers, also those a prompt brings along.
-            by_marks = marked and all(turn.trained for turn in answers)
-            way = encode_by_marks if by_marks else encode_by_prefixes
-        ways.setdefault(way, []).append((number, record))
+            # The tags cover all answers, also those that belong to a prompt.
+            use_tags = has_tags and all(turn.trained for turn in answers)
+            method = encode_with_generation_tags if use_tags else encode_with_prefixes
+        methods.setdefault(method, []).append((number, record))
     if chats:
         raise InputError(
             f"the tokenizer has no chat template, and {len(chats)} of {len(records)} "
             f"records are chats (first: record {chats[0]}). Use the instruct model's "
-            "directory, put its chat_template.jinja beside tokenizer.json, or give "
+            "directory, put its chat_template.jinja beside tokenizer.json, or use "
             "prompt+completion records."
         )
     encoded: dict[int, Encoded] = {}
-    for way, numbered in ways.items():
-        pairs = way(numbered, tokenizer)
+    for method, numbered in methods.items():
+        pairs = method(numbered, tokenizer)
         encoded |= zip((number for number, _ in numbered), pairs, strict=True)
     return [encoded[number] for number in range(1, len(records) + 1)]
 
@@ -195,7 +197,7 @@ def _encode_plain(
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
         raise InputError(
-            "the tokenizer names no end-of-sequence token, so answers would never end: "
+            "the tokenizer has no end-of-sequence token, so answers would never end: "
             "set eos_token in tokenizer_config.json."
         )
     adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
@@ -203,12 +205,12 @@ def _encode_plain(
     completions = tokenize([record.completion for _, record in numbered], tokenizer)
     encoded = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        if adds_bos:  # one BOS, whether or not the text brings its own
+        if adds_bos:  # one BOS, even if the text contains its own
             start = prompt or completion
             while start and start[0] == bos:
                 del start[0]
             prompt = [bos, *prompt]
         if completion[-1:] != [eos]:
             completion = [*completion, eos]
-        encoded.append(arrays([*prompt, *completion], [(len(prompt), None)]))
+        encoded.append(with_mask([*prompt, *completion], [(len(prompt), None)]))
     return encoded

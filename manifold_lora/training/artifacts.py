@@ -46,12 +46,7 @@ class Diverged(RuntimeError):
 
 def exporting(config: TrainConfig, model: Any) -> AbstractContextManager[float]:
     """The model with its adapters as they are saved; see `as_exported`."""
-    options = config.adapter.options.values("export")
-    return as_exported(
-        model,
-        project=options.get("project_on_export", False),
-        truncate_below=options.get("truncate_below"),
-    )
+    return as_exported(model, **config.adapter.options.values("export"))
 
 
 def base_id(config: TrainConfig) -> str:

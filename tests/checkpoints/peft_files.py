@@ -1,4 +1,4 @@
-"""Adapters made and written for the tests of PEFT directories."""
+"""Adapters for the tests of PEFT directories."""
 
 import json
 import math
@@ -51,31 +51,31 @@ def same(one: Any, other: Any) -> None:
 
 def pairs(ranks: dict[str, int], layers: tuple[int, ...] = (0, 1, 2)) -> tiny.Matrices:
     """Random A and B of the named projections in some layers."""
-    rng, found = np.random.default_rng(3), {}
+    rng, matrices = np.random.default_rng(3), {}
     for name, rank in ranks.items():
         inputs, outputs = tiny.SIZES[name]
         for n in layers:
             a = rng.normal(size=(rank, inputs)) / math.sqrt(inputs)
             b = rng.normal(size=(outputs, rank)) / math.sqrt(4 * rank)
             full = f"model.layers.{n}.{name}"
-            found[full] = (a.astype(np.float32), b.astype(np.float32))
-    return found
+            matrices[full] = (a.astype(np.float32), b.astype(np.float32))
+    return matrices
 
 
-def write(path: Path, found: tiny.Matrices, dtype: Any = np.float32, **config: Any):
-    """A directory as PEFT writes it, without our own file."""
+def write(path: Path, matrices: tiny.Matrices, dtype: Any = np.float32, **config: Any):
+    """Write a directory as PEFT does, without our own files."""
     path.mkdir()
     tensors = {
         f"base_model.model.{full}.lora_{side}.weight": x.astype(dtype)
-        for full, pair in found.items()
+        for full, pair in matrices.items()
         for side, x in zip("AB", pair, strict=True)
     }
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    given = {
+    defaults = {
         "peft_type": "LORA",
         "r": 2,
         "lora_alpha": 3,
-        "target_modules": sorted({full.rpartition(".")[2] for full in found}),
+        "target_modules": sorted({full.rpartition(".")[2] for full in matrices}),
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "bias": "none",
@@ -84,5 +84,5 @@ def write(path: Path, found: tiny.Matrices, dtype: Any = np.float32, **config: A
         "eva_config": None,
         "qalora_group_size": 16,
     }
-    (path / CONFIG).write_text(json.dumps(given | config))
+    (path / CONFIG).write_text(json.dumps(defaults | config))
     return path

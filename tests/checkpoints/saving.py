@@ -1,4 +1,4 @@
-"""A run that saves, in processes of their own: `saving.py DIRECTORY [PORT ID]`."""
+"""Programs that save checkpoints, for subprocesses: `saving.py DIRECTORY [PORT ID]`."""
 
 import itertools
 import sys
@@ -32,7 +32,7 @@ def values(step: int) -> np.ndarray:
     return np.random.default_rng(step).standard_normal(SHAPE, np.float32)
 
 
-def save_for_ever(directory: Path) -> None:
+def save_forever(directory: Path) -> None:
     with opened(directory) as checkpoints:
         before = checkpoints.restore_latest({"u": jnp.zeros(SHAPE)})
         for step in itertools.count(before.step + 1 if before else 1):
@@ -56,7 +56,7 @@ def save_together(directory: Path, port: str, process: int) -> None:
             state = {"u": u, "key": key}
             checkpoints.save(step, state, {"step": step}, best_step=1)
         checkpoints.wait()
-        if process == 0:  # damage that both must hear of
+        if process == 0:  # damage that both must learn of
             file = max((directory / "3").rglob("*"), key=lambda p: p.stat().st_size)
             file.write_bytes(file.read_bytes()[:-1])
         restored = checkpoints.restore_latest(state)
@@ -64,15 +64,15 @@ def save_together(directory: Path, port: str, process: int) -> None:
         assert len(checkpoints.skipped) == 1, checkpoints.skipped
         for shard in restored.state["u"].addressable_shards:
             np.testing.assert_array_equal(shard.data, values(2)[shard.index])
-        checkpoints.save(2, state, {}, best_step=1)  # is there: nothing to do
-        if process == 0:  # what fails in one must be an error in both
+        checkpoints.save(2, state, {}, best_step=1)  # exists: nothing to do
+        if process == 0:  # what fails in one must raise in both
             (directory / "4").write_text("in the way")
         try:
             checkpoints.save(4, state, {}, best_step=1)
         except CheckpointError as error:
             assert "exists" in str(error)
         else:
-            raise AssertionError("not heard of by both")
+            raise AssertionError("did not raise in both")
         with mock.patch.object(store, "write_manifest", side_effect=OSError("full")):
             checkpoints.save(5, state, {}, best_step=1)
             try:
@@ -80,7 +80,7 @@ def save_together(directory: Path, port: str, process: int) -> None:
             except CheckpointError as error:
                 assert ("full" if process == 0 else "Process 0") in str(error)
             else:
-                raise AssertionError("not heard of by both")
+                raise AssertionError("did not raise in both")
         checkpoints.save(6, restored.state, {"step": 6}, best_step=1)
         checkpoints.wait()
         assert not reached_preemption.called
@@ -91,4 +91,4 @@ if __name__ == "__main__":
     if sys.argv[2:]:
         save_together(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
     else:
-        save_for_ever(Path(sys.argv[1]))
+        save_forever(Path(sys.argv[1]))

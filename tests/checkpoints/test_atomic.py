@@ -1,4 +1,4 @@
-"""A directory or file is whole or absent, and an older one is never lost."""
+"""A directory or file is complete or absent, and an older one is never lost."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from manifold_lora.checkpoints.atomic import recover, whole_directory, write_text
+from manifold_lora.checkpoints.atomic import atomic_directory, recover, write_text
 
 
 def names(path: Path) -> list[str]:
@@ -20,9 +20,9 @@ def fill(path: Path, **files: str) -> Path:
     return path
 
 
-def test_it_appears_when_the_block_ends(tmp_path: Path):
+def test_the_directory_appears_when_the_block_ends(tmp_path: Path):
     path = tmp_path / "deep" / "er" / "out"
-    with whole_directory(path) as partial:
+    with atomic_directory(path) as partial:
         (partial / "a").write_text("1")
         assert not path.exists() and partial.parent == path.parent
     assert names(path) == ["a"] and names(path.parent) == ["out"]
@@ -32,15 +32,15 @@ def test_a_relative_path_survives_a_change_of_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(fill(tmp_path / "here"))
-    with whole_directory("out") as partial:
+    with atomic_directory("out") as partial:
         (partial / "a").write_text("1")
         monkeypatch.chdir(tmp_path)
     assert names(tmp_path / "here" / "out") == ["a"]
 
 
-def test_an_older_one_is_replaced_whole(tmp_path: Path):
+def test_an_older_directory_is_replaced_entirely(tmp_path: Path):
     path = fill(tmp_path / "out", a="old", b="old")
-    with whole_directory(path) as partial:
+    with atomic_directory(path) as partial:
         (partial / "a").write_text("new")
         assert (path / "a").read_text() == "old"
     assert names(path) == ["a"] and (path / "a").read_text() == "new"
@@ -49,20 +49,20 @@ def test_an_older_one_is_replaced_whole(tmp_path: Path):
 
 @pytest.mark.parametrize("older", [True, False], ids=["older", "first"])
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt])
-def test_a_failure_leaves_what_was_there(
+def test_a_failure_leaves_the_older_directory_untouched(
     failure: BaseException, older: bool, tmp_path: Path
 ):
     path = tmp_path / "out"
     if older:
         fill(path, a="old")
-    with pytest.raises((OSError, KeyboardInterrupt)), whole_directory(path) as partial:
+    with pytest.raises((OSError, KeyboardInterrupt)), atomic_directory(path) as partial:
         (partial / "a").write_text("half")
         raise failure
     assert names(tmp_path) == (["out"] if older else [])
     assert not older or (path / "a").read_text() == "old"
 
 
-def test_a_failure_of_the_last_step_puts_the_older_one_back(
+def test_a_failure_of_the_last_rename_restores_the_older_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = fill(tmp_path / "out", a="old")
@@ -74,25 +74,25 @@ def test_a_failure_of_the_last_step_puts_the_older_one_back(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="no"), whole_directory(path) as partial:
+    with pytest.raises(OSError, match="no"), atomic_directory(path) as partial:
         (partial / "a").write_text("new")
     assert names(tmp_path) == ["out"] and (path / "a").read_text() == "old"
 
 
-def test_leftovers_of_a_killed_process_of_the_same_id_are_cleared(tmp_path: Path):
+def test_leftovers_of_a_killed_process_with_the_same_id_are_removed(tmp_path: Path):
     path = fill(tmp_path / "out", a="old")
     fill(tmp_path / f".out.{os.getpid()}.partial", b="half")
     fill(tmp_path / f".out.{os.getpid()}.old", c="older")
-    with whole_directory(path) as partial:
+    with atomic_directory(path) as partial:
         (partial / "a").write_text("new")
     assert names(tmp_path) == ["out"] and names(path) == ["a"]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_files_are_as_readable_as_the_umask_says(umask: int, tmp_path: Path):
+def test_file_permissions_follow_the_umask(umask: int, tmp_path: Path):
     before = os.umask(umask)
     try:
-        with whole_directory(tmp_path / "out") as partial:
+        with atomic_directory(tmp_path / "out") as partial:
             os.close(os.open(partial / "private", os.O_CREAT, 0o600))
             (partial / "plain").write_text("1")
     finally:
@@ -105,7 +105,7 @@ def test_files_are_as_readable_as_the_umask_says(umask: int, tmp_path: Path):
 
 
 @pytest.mark.parametrize("older", [True, False], ids=["older", "first"])
-def test_a_text_is_written_whole(older: bool, tmp_path: Path):
+def test_a_text_is_written_atomically(older: bool, tmp_path: Path):
     path = tmp_path / "text"
     if older:
         path.write_text("a longer old text")
@@ -114,7 +114,7 @@ def test_a_text_is_written_whole(older: bool, tmp_path: Path):
     assert names(tmp_path) == ["text"]
 
 
-def test_a_text_that_cannot_be_written_leaves_the_older_one(
+def test_a_failed_text_write_leaves_the_older_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "text"
@@ -130,14 +130,14 @@ def test_a_text_that_cannot_be_written_leaves_the_older_one(
     assert names(tmp_path) == ["text"] and path.read_text() == "old"
 
 
-def test_recover_gives_the_older_one_its_name_back(tmp_path: Path):
+def test_recover_restores_the_older_directory(tmp_path: Path):
     fill(tmp_path / ".out.7.old", a="old")
     fill(tmp_path / ".out.7.partial", a="half")
     recover(tmp_path / "out")
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "a").read_text() == "old"
 
 
-def test_recover_clears_what_is_stale_and_nothing_else(tmp_path: Path):
+def test_recover_removes_only_stale_leftovers(tmp_path: Path):
     path = fill(tmp_path / "out", a="new")
     others = [".out.1.7.old", ".output.7.partial", ".out.seven.old", "out.7.old"]
     for name in (".out.7.old", ".out.8.partial", *others):
@@ -147,6 +147,6 @@ def test_recover_clears_what_is_stale_and_nothing_else(tmp_path: Path):
     assert (path / "a").read_text() == "new"
 
 
-def test_recover_of_what_never_was_is_nothing(tmp_path: Path):
+def test_recover_ignores_a_missing_parent(tmp_path: Path):
     recover(tmp_path / "no" / "out")
     assert names(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Hugging Face directories: what is read is what was written, all else is refused."""
+"""Hugging Face directories: round trips, and errors for everything else."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def edit(path: Path, change: Callable[[reference.Tensors], object]) -> None:
-    """Rewrite the weights after `change` has worked on them."""
+    """Rewrite the weights with `change` applied to the dict of tensors."""
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file(tensors, path / "model.safetensors")
@@ -75,9 +75,9 @@ def test_weights_are_rounded_once(dtype: type, path: Path, tmp_path: Path):
     needed = load_file(path / "model.safetensors")
     loaded = load_llama(path, dtype)
     save_llama(load_llama(path), tmp_path / "rounded", dtype)
-    save_llama(loaded, tmp_path / "kept")
+    save_llama(loaded, tmp_path / "as_loaded")
     name = jnp.dtype(dtype).name
-    for directory in ("rounded", "kept"):
+    for directory in ("rounded", "as_loaded"):
         written = json.loads((tmp_path / directory / "config.json").read_text())
         assert written["torch_dtype"] == written["dtype"] == name
         for key, tensor in load_file(
@@ -96,7 +96,7 @@ def test_leaves_are_stacked_and_transposed(path: Path):
         np.testing.assert_array_equal(kernel[n], tensors[name].T)
 
 
-def test_tensors_that_say_nothing_are_ignored(tmp_path: Path):
+def test_redundant_tensors_are_ignored(tmp_path: Path):
     config = reference.CONFIGS["llama-3.2"]
     tensors = reference.random_tensors(config)
     extra = {
@@ -114,7 +114,7 @@ def refused(path: Path, *words: str) -> None:
         assert word in str(caught.value)
 
 
-def test_every_bad_tensor_is_named_at_once(path: Path):
+def test_one_error_names_every_bad_tensor(path: Path):
     def damage(tensors: reference.Tensors) -> None:
         del tensors["model.norm.weight"]
         tensors[Q] = np.zeros((32, 16), np.float32)
@@ -142,7 +142,7 @@ def test_tied_and_biased_must_agree_with_the_config(extra: str, path: Path):
         refused(path, f"{extra}: unexpected")
 
 
-def test_directories_that_are_none(path: Path, tmp_path: Path):
+def test_paths_that_are_not_model_directories(path: Path, tmp_path: Path):
     refused(tmp_path / "nowhere", "nowhere does not exist", "config.json")
     refused(path / "config.json", "is a file", "model directory")
     (tmp_path / "empty").mkdir()
@@ -163,20 +163,20 @@ def test_bad_config_files(path: Path):
     refused(path, str(config), "rope_type 'dynamic'", "Known: default, linear, llama3")
 
 
-def test_weights_that_are_absent_or_damaged(path: Path):
+def test_missing_or_corrupt_weights(path: Path):
     weights = path / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
     refused(path, str(weights), "truncated", "again")
     weights.write_bytes(b"not safetensors at all")
-    refused(path, str(weights), "no safetensors file")
+    refused(path, str(weights), "not a safetensors file")
     weights.write_bytes(b"")
     refused(path, str(weights))
     weights.rename(path / "pytorch_model.bin")
     refused(path, "neither model.safetensors nor", ".bin or .pth", "converted")
 
 
-def test_an_index_must_lead_to_its_shards(tmp_path: Path):
+def test_an_index_must_name_existing_shards(tmp_path: Path):
     tensors = reference.random_tensors(CONFIG)
     path = reference.write_checkpoint(tmp_path / "model", CONFIG, tensors, shards=3)
     (path / "model-00002-of-00003.safetensors").unlink()
@@ -186,11 +186,9 @@ def test_an_index_must_lead_to_its_shards(tmp_path: Path):
     refused(path, str(index), "weight_map")
 
 
-def test_saving_is_complete_or_not_at_all(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_saving_is_atomic(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = load_llama(path)
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         save_llama(model, path)
 
     def full(*_: object, **__: object) -> None:

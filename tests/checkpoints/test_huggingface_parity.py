@@ -1,4 +1,4 @@
-"""The same files in transformers' LlamaForCausalLM and here: the same logits."""
+"""Logits agree with transformers' LlamaForCausalLM on the same files."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.hf
 IDS = np.random.default_rng(1).integers(0, 61, (2, 80))
 
 
-def theirs(path: Path) -> Any:
+def load_transformers(path: Path) -> Any:
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM.from_pretrained(
@@ -28,7 +28,9 @@ def theirs(path: Path) -> Any:
     ).eval()
 
 
-def their_logits(model: Any, ids: np.ndarray, **inputs: np.ndarray) -> np.ndarray:
+def transformers_logits(
+    model: Any, ids: np.ndarray, **inputs: np.ndarray
+) -> np.ndarray:
     with torch.no_grad():
         tensors = {name: torch.tensor(x) for name, x in inputs.items()}
         return model(torch.tensor(ids), **tensors).logits.numpy()
@@ -40,7 +42,9 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
     tensors = reference.random_tensors(config)
     path = reference.write_checkpoint(tmp_path / "m", config, tensors)
     got = load_llama(path)(jnp.asarray(IDS))
-    assert np.abs(got - their_logits(theirs(path), IDS)).max() < LOGITS
+    assert (
+        np.abs(got - transformers_logits(load_transformers(path), IDS)).max() < LOGITS
+    )
 
 
 @pytest.mark.parametrize("name", ["llama-2", "llama-3.1", "llama-3.2", "v5-llama3"])
@@ -48,11 +52,11 @@ def test_transformers_reads_what_we_save(name: str, tmp_path: Path):
     config = LlamaConfig.from_hf(reference.CONFIGS[name])
     model = Llama(config, rngs=nnx.Rngs(0))
     save_llama(model, tmp_path / "m")
-    their_model = theirs(tmp_path / "m")
-    needed = their_logits(their_model, IDS)
+    hf_model = load_transformers(tmp_path / "m")
+    needed = transformers_logits(hf_model, IDS)
     assert np.abs(model(jnp.asarray(IDS)) - needed).max() < LOGITS
-    their_model.save_pretrained(tmp_path / "theirs")  # in version 5's own spelling
-    assert load_llama(tmp_path / "theirs").config == config
+    hf_model.save_pretrained(tmp_path / "resaved")  # with the keys of version 5
+    assert load_llama(tmp_path / "resaved").config == config
 
 
 def test_left_padding_and_distant_positions(tmp_path: Path):
@@ -66,8 +70,8 @@ def test_left_padding_and_distant_positions(tmp_path: Path):
     got = load_llama(path)(
         jnp.asarray(IDS), jnp.asarray(mask), positions=jnp.asarray(positions)
     )
-    needed = their_logits(
-        theirs(path), IDS, attention_mask=mask, position_ids=positions
+    needed = transformers_logits(
+        load_transformers(path), IDS, attention_mask=mask, position_ids=positions
     )
     assert np.abs(got - needed)[mask == 1].max() < LOGITS
 
@@ -78,7 +82,7 @@ def test_left_padding_and_distant_positions(tmp_path: Path):
 def test_rope_frequencies_are_bitwise_those_of_transformers(
     kind: str, head_dim: int, theta: float
 ):
-    from transformers import LlamaConfig as TheirConfig
+    from transformers import LlamaConfig as TransformersConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     scaling = {"rope_type": kind, "factor": 8.0}
@@ -92,6 +96,6 @@ def test_rope_frequencies_are_bitwise_those_of_transformers(
         "rope_scaling": rope,
     }
     config.pop("model_type")
-    needed = LlamaRotaryEmbedding(TheirConfig(**config)).inv_freq.numpy()
+    needed = LlamaRotaryEmbedding(TransformersConfig(**config)).inv_freq.numpy()
     got = rope_frequencies(LlamaConfig.from_hf(config | {"model_type": "llama"}))
     np.testing.assert_array_equal(got, needed)

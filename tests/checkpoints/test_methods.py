@@ -1,4 +1,4 @@
-"""Adapter directories of every method: exact copies, whatever layers they adapt."""
+"""Adapter directories of every method: bit-exact round trips for any set of layers."""
 
 import os
 from pathlib import Path
@@ -48,11 +48,11 @@ def test_every_method_survives_saving_and_loading(name: str, tmp_path: Path):
     same(ml.factors(again), ml.factors(model))
     same(tiny.arrays(again), tiny.arrays(model))  # with those that are not trained
     assert ml.manifold_tree(again) == ml.manifold_tree(model)
-    for found, module in zip(
+    for loaded, module in zip(
         adapters(again).values(), adapters(model).values(), strict=True
     ):
-        assert type(found) is type(module) and found.ranks == module.ranks
-        np.testing.assert_array_equal(found.scale[...], module.scale[...])
+        assert type(loaded) is type(module) and loaded.ranks == module.ranks
+        np.testing.assert_array_equal(loaded.scale[...], module.scale[...])
     save_adapter(again, tmp_path / "b")
     files = sorted(os.listdir(tmp_path / "a"))
     pair = SAVED[name].method in ("lora", "stiefel", "landing_stiefel")
@@ -65,20 +65,20 @@ def test_every_method_survives_saving_and_loading(name: str, tmp_path: Path):
     check_function(name, tmp_path / "a", tiny.arrays(model))
 
 
-def check_function(name: str, path: Path, found: Any) -> None:
-    """A and B of the file give W + s B A, and with the lengths of DoRA its rows."""
-    file, given = read_adapter(path), SAVED[name]
-    assert file.method == given.method
-    assert file.modules.keys() == found.keys()
+def check_function(name: str, path: Path, arrays: Any) -> None:
+    """W + s B A of the file, rescaled for DoRA, is the weight of the method."""
+    file, saved = read_adapter(path), SAVED[name]
+    assert file.method == saved.method
+    assert file.modules.keys() == arrays.keys()
     written = read(path / CONFIG)
     tensors = load_file(path / WEIGHTS)
     for full, module in file.modules.items():
         w = tiny.TENSORS[f"{full}.weight"].astype(np.float64)
         rank = 3 if "-layers" in name and ".layers.0." in full else 2
         alpha = 1.5 if "-layers" in name and full.endswith("1.mlp.down_proj") else 5
-        scale = alpha / (rank**0.5 if given.rslora else rank)
+        scale = alpha / (rank**0.5 if saved.rslora else rank)
         assert module.scale == pytest.approx(scale)
-        needed = formulas.NEW_WEIGHT[given.method](w, found[full], scale)
+        needed = formulas.NEW_WEIGHT[saved.method](w, arrays[full], scale)
         stem = f"base_model.model.{full}"
         a, b = (tensors[f"{stem}.lora_{x}.weight"].astype(np.float64) for x in "AB")
         new = w + module.scale * b @ a
@@ -91,7 +91,7 @@ def check_function(name: str, path: Path, found: Any) -> None:
         np.testing.assert_array_equal(module.b, b)
 
 
-def test_a_rank_of_its_own_stands_in_the_pattern(tmp_path: Path):
+def test_other_ranks_are_in_the_pattern(tmp_path: Path):
     attach(model := tiny.base(), SAVED["lora-pissa-layers"])
     save_adapter(model, tmp_path / "a")
     written = read(tmp_path / "a" / CONFIG)

@@ -1,5 +1,4 @@
-"""Every method in Hugging Face's PEFT and transformers: the same logits, for DoRA
-the same gradients."""
+"""Every method agrees with PEFT and transformers: logits, and gradients of DoRA."""
 
 # peft is in the extra `hf` only
 # pyright: reportMissingImports=false
@@ -21,7 +20,11 @@ from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.methods import METHODS
 from tests import adapters as tiny
 from tests.adapters.cases import CASES, FEW, config
-from tests.checkpoints.theirs import base_directory, their_logits, theirs
+from tests.checkpoints.transformers_reference import (
+    base_directory,
+    load_transformers,
+    transformers_logits,
+)
 from tests.tolerances import LOGITS
 
 torch = pytest.importorskip("torch")
@@ -77,15 +80,17 @@ def test_peft_reads_every_method(name: str, base: Path, tmp_path: Path):
     got = tiny.logits(tiny.randomize(model))
     assert tiny.error(got, tiny.logits(load_llama(base))) > 0.1
     save_adapter(model, tmp_path / "adapter", base_id=str(base))
-    peft_model = PeftModel.from_pretrained(theirs(base), tmp_path / "adapter").eval()
-    # every tensor of the file reached a module, and every module has one
+    peft_model = PeftModel.from_pretrained(
+        load_transformers(base), tmp_path / "adapter"
+    ).eval()
+    # every tensor of the file belongs to a module and vice versa
     layers = [n for n, m in peft_model.named_modules() if hasattr(m, "lora_A")]
     assert len(layers) == sum(r > 0 for m in adapters(model).values() for r in m.ranks)
-    assert tiny.error(got, their_logits(peft_model)) < LOGITS
-    assert tiny.error(got, their_logits(peft_model.merge_and_unload())) < LOGITS
+    assert tiny.error(got, transformers_logits(peft_model)) < LOGITS
+    assert tiny.error(got, transformers_logits(peft_model.merge_and_unload())) < LOGITS
 
 
-def test_peft_reads_what_truncation_leaves(base: Path, tmp_path: Path):
+def test_peft_reads_a_truncated_adapter(base: Path, tmp_path: Path):
     from peft import PeftModel
 
     attach(model := load_llama(base), AdapterConfig("loram_br", rank=4, targets=FEW))
@@ -95,8 +100,10 @@ def test_peft_reads_what_truncation_leaves(base: Path, tmp_path: Path):
         ranks = {r for m in adapters(model).values() for r in m.ranks}
         save_adapter(model, tmp_path / "a")
     assert len(ranks) > 1
-    peft_model = PeftModel.from_pretrained(theirs(base), tmp_path / "a").eval()
-    assert tiny.error(got, their_logits(peft_model)) < LOGITS
+    peft_model = PeftModel.from_pretrained(
+        load_transformers(base), tmp_path / "a"
+    ).eval()
+    assert tiny.error(got, transformers_logits(peft_model)) < LOGITS
 
 
 MERGED = [f"{method}-{inits(method)[0]}" for method in METHODS]
@@ -111,30 +118,35 @@ def test_transformers_reads_the_merged_model(case: str, base: Path, tmp_path: Pa
     got = tiny.logits(tiny.randomize(model))
     ml.merge(model)
     save_llama(model, tmp_path / "merged")
-    assert tiny.error(got, their_logits(theirs(tmp_path / "merged"))) < LOGITS
+    assert (
+        tiny.error(got, transformers_logits(load_transformers(tmp_path / "merged")))
+        < LOGITS
+    )
 
 
 def test_we_read_the_dora_of_peft(base: Path, tmp_path: Path):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "target_modules": FEW,
         "r": 2,
         "lora_alpha": 3,
         "use_dora": True,
         "rank_pattern": {"layers.1.self_attn.q_proj": 4},
     }
-    model = get_peft_model(theirs(base), LoraConfig(task_type="CAUSAL_LM", **given))
+    model = get_peft_model(
+        load_transformers(base), LoraConfig(task_type="CAUSAL_LM", **options)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
             if "magnitude" in name:
                 parameter.mul_(0.5 + torch.rand(parameter.shape))
-    model.save_pretrained(str(tmp_path / "theirs"))
-    needed = their_logits(model.eval())
-    load_adapter(ours := load_llama(base), tmp_path / "theirs")
+    model.save_pretrained(str(tmp_path / "peft"))
+    needed = transformers_logits(model.eval())
+    load_adapter(ours := load_llama(base), tmp_path / "peft")
     assert {m.config.method for m in adapters(ours).values()} == {"dora"}
     assert adapters(ours)["self_attn.q_proj"].ranks == (2, 4, 2)
     assert tiny.error(tiny.logits(ours), needed) < LOGITS
@@ -142,8 +154,8 @@ def test_we_read_the_dora_of_peft(base: Path, tmp_path: Path):
     from peft import PeftModel
 
     save_adapter(ours, tmp_path / "ours")
-    again = PeftModel.from_pretrained(theirs(base), tmp_path / "ours").eval()
-    assert tiny.error(their_logits(again), needed) < LOGITS
+    again = PeftModel.from_pretrained(load_transformers(base), tmp_path / "ours").eval()
+    assert tiny.error(transformers_logits(again), needed) < LOGITS
 
 
 def test_gradients_of_dora_are_those_of_peft(base: Path, tmp_path: Path):
@@ -165,7 +177,7 @@ def test_gradients_of_dora_are_those_of_peft(base: Path, tmp_path: Path):
 
     got = gradient(factors, frozen)["layers"]
     peft_model = PeftModel.from_pretrained(
-        theirs(base), tmp_path / "a", is_trainable=True
+        load_transformers(base), tmp_path / "a", is_trainable=True
     ).eval()
     logits = peft_model(torch.tensor(tiny.IDS)).logits
     (logits * torch.tensor(weights, dtype=torch.float32)).sum().backward()

@@ -1,4 +1,4 @@
-"""What stands beside PEFT's files: refused where the files do not say the same."""
+"""Our own files beside PEFT's: inconsistent ones are errors."""
 
 import json
 from collections.abc import Callable
@@ -88,14 +88,14 @@ def loaded(path: Path) -> dict[str, LowRankLinear]:
 
 
 @pytest.mark.parametrize("case", ["dora-kaiming", "stiefel_dora-random"])
-def test_lengths_changed_by_another_tool(case: str, tmp_path: Path):
+def test_magnitudes_changed_by_another_tool(case: str, tmp_path: Path):
     path = saved(case, tmp_path / "a")
     edit(path / WEIGHTS, scaled("lora_magnitude_vector"))
     refused(path, str(path / FACTORS), f"{FULL} differs")
 
 
 @pytest.mark.parametrize("case", [c for c in WITH_FACTORS if "dora" not in c])
-def test_factors_that_are_missing(case: str, tmp_path: Path):
+def test_missing_factors(case: str, tmp_path: Path):
     path = saved(case, tmp_path / "a")
     edit(path / FACTORS, lambda t: [t.pop(k) for k in list(t) if f"{FULL}." in k])
     refused(path, str(path / FACTORS), f"has no {FULL}.")
@@ -206,7 +206,7 @@ def test_an_adapter_of_another_base(tmp_path: Path):
     load_adapter(other, path, check_base=False)
     load_adapter(same_base := tiny.base(), path)
     same(ml.factors(other), ml.factors(same_base))
-    # an adapter of another's hand does not say which weights it was trained on
+    # an adapter of another tool does not record the base it was trained on
     (path / FACTORS).unlink()
     (path / EXTRA).unlink()
     another = tiny.base()
@@ -215,7 +215,7 @@ def test_an_adapter_of_another_base(tmp_path: Path):
 
 
 @pytest.mark.parametrize("part", ["embedding", "first norm", "last norm"])
-def test_the_fingerprint_is_that_of_the_weights(part: str):
+def test_the_fingerprint_depends_on_the_weights_only(part: str):
     assert fingerprint(tiny.base(jnp.bfloat16)) == fingerprint(tiny.base())
     model = tiny.base()
     norm = {
@@ -227,5 +227,5 @@ def test_the_fingerprint_is_that_of_the_weights(part: str):
     assert fingerprint(model) != fingerprint(tiny.base())
 
 
-def test_the_cases_are_there():
+def test_the_cases_exist():
     assert set(WITH_FACTORS) <= CASES.keys()

@@ -1,4 +1,4 @@
-"""PEFT's LoRA directories, written: exact copies, the recommended keys, whole."""
+"""Writing PEFT's LoRA directories: exact copies, standard keys, atomic."""
 
 import dataclasses
 import os
@@ -86,7 +86,7 @@ def test_the_plain_config_has_the_keys_that_every_peft_accepts(tmp_path: Path):
     }
 
 
-def test_further_keys_are_written_where_they_are_used(tmp_path: Path):
+def test_optional_keys_are_written_only_if_used(tmp_path: Path):
     save_adapter(attached(VARIED), tmp_path / "a")
     config = read(tmp_path / "a" / CONFIG)
     assert config["base_model_name_or_path"] is None
@@ -134,7 +134,7 @@ def test_the_directory_holds_three_readable_files(tmp_path: Path):
     assert modes == {CONFIG: 0o644, WEIGHTS: 0o644, EXTRA: 0o644}
 
 
-def test_factors_that_are_not_finite_are_saved_as_they_are(tmp_path: Path):
+def test_nan_and_infinite_factors_are_saved_unchanged(tmp_path: Path):
     model = attached(PLAIN)
     ml.set_factors(model, jax.tree.map(lambda x: x * np.nan, ml.factors(model)))
     save_adapter(model, tmp_path / "a")
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_the_older_adapter(
     assert not older or contents(path) == before
 
 
-def test_a_disk_that_changes_bytes_is_noticed(
+def test_a_disk_that_corrupts_bytes_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def damaged(tensors: dict[str, np.ndarray], filename: Path, **_: Any) -> None:

@@ -1,4 +1,4 @@
-"""PEFT's LoRA directories of others, read: any one of them is W + s B A."""
+"""Reading LoRA directories written by PEFT: each one is W + s B A."""
 
 import math
 from pathlib import Path
@@ -18,27 +18,27 @@ from tests.tolerances import LOGITS
 
 
 def test_without_our_own_file_it_is_lora(tmp_path: Path):
-    found = pairs({"self_attn.q_proj": 2, "mlp.up_proj": 2})
-    path = write(tmp_path / "a", found, lora_dropout=0.5, use_rslora=True)
+    matrices = pairs({"self_attn.q_proj": 2, "mlp.up_proj": 2})
+    path = write(tmp_path / "a", matrices, lora_dropout=0.5, use_rslora=True)
     load_adapter(model := tiny.base(), path)
     assert {type(m) for m in adapters(model).values()} == {LoRALinear}
     assert {m.config.dropout for m in adapters(model).values()} == {0.5}
     got = tiny.matrices(model)
-    assert got.keys() == found.keys()
-    for full, (a, b) in found.items():
+    assert got.keys() == matrices.keys()
+    for full, (a, b) in matrices.items():
         np.testing.assert_array_equal(got[full][0], a)
         np.testing.assert_array_equal(got[full][1], b)
-    needed = tiny.needed_logits(tiny.updated(found, 3 / math.sqrt(2)))
+    needed = tiny.needed_logits(tiny.updated(matrices, 3 / math.sqrt(2)))
     assert tiny.error(tiny.logits(model), needed) < LOGITS
 
 
 RANKS = {"self_attn.q_proj": 2, "self_attn.v_proj": 2, "mlp.down_proj": 2}
 
 
-def wider(found: tiny.Matrices, rank: int, *fulls: str) -> tiny.Matrices:
-    """The same with another rank in some modules."""
+def wider(matrices: tiny.Matrices, rank: int, *fulls: str) -> tiny.Matrices:
+    """The same matrices with another rank in some modules."""
     other = pairs({name: rank for name in RANKS})
-    return found | {full: other[full] for full in fulls}
+    return matrices | {full: other[full] for full in fulls}
 
 
 DOWN1, Q0, V2 = (
@@ -50,7 +50,7 @@ DOWN1, Q0, V2 = (
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["alpha/r", "rslora"])
 @pytest.mark.parametrize(
-    ("found", "config", "rank_of", "alpha_of"),
+    ("matrices", "config", "rank_of", "alpha_of"),
     [
         pytest.param(
             wider(pairs(RANKS), 5, DOWN1, Q0),
@@ -96,34 +96,34 @@ DOWN1, Q0, V2 = (
         ),
     ],
 )
-def test_layers_that_differ_are_read_as_they_are(
-    found: tiny.Matrices,
+def test_layers_of_different_ranks_and_scales(
+    matrices: tiny.Matrices,
     config: dict[str, Any],
     rank_of: dict[str, int],
     alpha_of: dict[str, float],
     rslora: bool,
     tmp_path: Path,
 ):
-    path = write(tmp_path / "a", found, **config, use_rslora=rslora)
+    path = write(tmp_path / "a", matrices, **config, use_rslora=rslora)
     load_adapter(model := tiny.base(), path)
 
     scales = {}
-    for full in found:
+    for full in matrices:
         rank = rank_of.get(full, 2)
         scales[full] = alpha_of.get(full, 3) / (math.sqrt(rank) if rslora else rank)
-    weights = tiny.updated(found, scales)
+    weights = tiny.updated(matrices, scales)
     modules = adapters(model)
     assert {type(m) for m in modules.values()} == {LoRALinear}
     for name, module in modules.items():
         fulls = [f"model.layers.{n}.{name}" for n in range(3)]
-        needed = [rank_of.get(full, 2) if full in found else 0 for full in fulls]
+        needed = [rank_of.get(full, 2) if full in matrices else 0 for full in fulls]
         assert module.ranks == tuple(needed)
         update = np.asarray(module.weight(), np.float64)
         for n in range(3):
             full = f"model.layers.{n}.{name}"
             needed = weights[f"{full}.weight"] - tiny.TENSORS[f"{full}.weight"]
             assert tiny.error(update[n].T, needed) < 1e-6, full
-            assert update[n].any() == (full in found)
+            assert update[n].any() == (full in matrices)
     assert tiny.error(tiny.logits(model), tiny.needed_logits(weights)) < LOGITS
 
     # and it is an adapter like any other from here on
@@ -135,9 +135,9 @@ def test_layers_that_differ_are_read_as_they_are(
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_rounded_files_are_read_exactly(dtype: Any, tmp_path: Path):
-    found = pairs({"self_attn.q_proj": 2})
-    load_adapter(model := tiny.base(), write(tmp_path / "a", found, dtype))
+    matrices = pairs({"self_attn.q_proj": 2})
+    load_adapter(model := tiny.base(), write(tmp_path / "a", matrices, dtype))
     for full, pair in tiny.matrices(model).items():
-        for got, x in zip(pair, found[full], strict=True):
+        for got, x in zip(pair, matrices[full], strict=True):
             assert got.dtype == np.float32
             np.testing.assert_array_equal(got, x.astype(dtype).astype(np.float32))

@@ -1,4 +1,4 @@
-"""The same adapter in Hugging Face's PEFT and here: the same logits."""
+"""Logits agree with Hugging Face's PEFT on the same adapter."""
 
 # peft is in the extra `hf` only
 # pyright: reportMissingImports=false
@@ -15,7 +15,11 @@ from manifold_lora.checkpoints.huggingface import load_llama
 from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.models import Llama
 from tests import adapters as tiny
-from tests.checkpoints.theirs import base_directory, their_logits, theirs
+from tests.checkpoints.transformers_reference import (
+    base_directory,
+    load_transformers,
+    transformers_logits,
+)
 from tests.tolerances import LOGITS
 
 torch = pytest.importorskip("torch")
@@ -70,15 +74,17 @@ def test_peft_reads_what_we_save(name: str, base: Path, tmp_path: Path):
     assert tiny.error(got, plain) > 0.1
     save_adapter(model, tmp_path / "adapter", base_id=str(base))
 
-    peft_model = PeftModel.from_pretrained(theirs(base), tmp_path / "adapter").eval()
+    peft_model = PeftModel.from_pretrained(
+        load_transformers(base), tmp_path / "adapter"
+    ).eval()
     # every tensor of the file reached a module, and every module has one
     layers = [n for n, m in peft_model.named_modules() if hasattr(m, "lora_A")]
     assert len(layers) == len(adapters(model)) * tiny.LAYERS
-    assert tiny.error(got, their_logits(peft_model)) < LOGITS
-    assert tiny.error(got, their_logits(peft_model.merge_and_unload())) < LOGITS
+    assert tiny.error(got, transformers_logits(peft_model)) < LOGITS
+    assert tiny.error(got, transformers_logits(peft_model.merge_and_unload())) < LOGITS
 
 
-THEIRS: dict[str, dict[str, Any]] = {
+PEFT_CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8},
     "all-linear": {"target_modules": "all-linear", "r": 2, "lora_alpha": 3},
     "rslora": {"target_modules": SUBSET, "r": 4, "lora_alpha": 2, "use_rslora": True},
@@ -116,12 +122,14 @@ THEIRS: dict[str, dict[str, Any]] = {
 }
 
 
-def their_adapter(base: Path, path: Path, config: dict[str, Any]) -> Any:
-    """An adapter made and saved by PEFT, with a B that is not zero."""
+def peft_adapter(base: Path, path: Path, config: dict[str, Any]) -> Any:
+    """A PEFT adapter with nonzero B, saved by PEFT."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    model = get_peft_model(theirs(base), LoraConfig(task_type="CAUSAL_LM", **config))
+    model = get_peft_model(
+        load_transformers(base), LoraConfig(task_type="CAUSAL_LM", **config)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -130,9 +138,11 @@ def their_adapter(base: Path, path: Path, config: dict[str, Any]) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", PEFT_CONFIGS)
 def test_we_read_what_peft_saves(name: str, base: Path, tmp_path: Path):
-    needed = their_logits(their_adapter(base, tmp_path / "adapter", THEIRS[name]))
+    needed = transformers_logits(
+        peft_adapter(base, tmp_path / "adapter", PEFT_CONFIGS[name])
+    )
     model = load_llama(base)
     plain = tiny.logits(model)
     load_adapter(model, tmp_path / "adapter")
@@ -142,19 +152,20 @@ def test_we_read_what_peft_saves(name: str, base: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["patterns", "layers-differ", "some-layers"])
-def test_there_and_back_again(name: str, base: Path, tmp_path: Path):
-    """PEFT's adapter, read and saved by us, is the same function in PEFT."""
+def test_round_trip_through_our_files(name: str, base: Path, tmp_path: Path):
+    """An adapter of PEFT, loaded and saved here, is the same function in PEFT."""
     from peft import PeftModel
 
-    needed = their_logits(their_adapter(base, tmp_path / "theirs", THEIRS[name]))
-    load_adapter(model := load_llama(base), tmp_path / "theirs")
+    peft_model = peft_adapter(base, tmp_path / "peft", PEFT_CONFIGS[name])
+    needed = transformers_logits(peft_model)
+    load_adapter(model := load_llama(base), tmp_path / "peft")
     save_adapter(model, tmp_path / "ours")
-    again = PeftModel.from_pretrained(theirs(base), tmp_path / "ours").eval()
-    assert tiny.error(their_logits(again), needed) < LOGITS
+    again = PeftModel.from_pretrained(load_transformers(base), tmp_path / "ours").eval()
+    assert tiny.error(transformers_logits(again), needed) < LOGITS
 
 
 def test_an_adapter_in_bfloat16(base: Path, tmp_path: Path):
-    model = their_adapter(base, tmp_path / "a", THEIRS["plain"])
+    model = peft_adapter(base, tmp_path / "a", PEFT_CONFIGS["plain"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -166,7 +177,7 @@ def test_an_adapter_in_bfloat16(base: Path, tmp_path: Path):
                 parameter.data = parameter.to(torch.float32)
     ours: Llama = load_llama(base, jnp.float32)
     load_adapter(ours, tmp_path / "b")
-    assert tiny.error(tiny.logits(ours), their_logits(model)) < LOGITS
+    assert tiny.error(tiny.logits(ours), transformers_logits(model)) < LOGITS
 
 
 def test_an_initialisation_that_changed_its_base_is_another_function(
@@ -178,12 +189,12 @@ def test_an_initialisation_that_changed_its_base_is_another_function(
     from manifold_lora.errors import InputError
 
     config = {"target_modules": SUBSET, "r": 2, "init_lora_weights": "olora"}
-    their_adapter(base, tmp_path / "a", config)
-    model = PeftModel.from_pretrained(theirs(base), tmp_path / "a").eval()
+    peft_adapter(base, tmp_path / "a", config)
+    model = PeftModel.from_pretrained(load_transformers(base), tmp_path / "a").eval()
     with pytest.raises(InputError, match="init_lora_weights='olora'"):
         load_adapter(load_llama(base), tmp_path / "a")
     written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     written["init_lora_weights"] = True
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(written))
     load_adapter(ours := load_llama(base), tmp_path / "a")
-    assert tiny.error(tiny.logits(ours), their_logits(model)) > 0.1
+    assert tiny.error(tiny.logits(ours), transformers_logits(model)) > 0.1

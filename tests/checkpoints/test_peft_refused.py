@@ -1,4 +1,4 @@
-"""PEFT directories that are refused, with what is wrong and what to do."""
+"""Invalid PEFT directories: the errors name the problem and the remedy."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tests.checkpoints.peft_files import CONFIG, EXTRA, WEIGHTS, pairs, read, wr
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A good adapter of another's hand."""
+    """A valid adapter, as another tool writes it."""
     return write(tmp_path / "adapter", pairs({"self_attn.q_proj": 2}))
 
 
@@ -39,14 +39,14 @@ def edit(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
     save_file(tensors, path / WEIGHTS)
 
 
-def test_files_that_are_absent(path: Path, tmp_path: Path):
+def test_missing_files(path: Path, tmp_path: Path):
     refused(tmp_path / "nowhere", "nowhere has no adapter_config.json", "PEFT LoRA")
     refused(path / CONFIG, "has no adapter_config.json")
     (path / WEIGHTS).rename(path / "adapter_model.bin")
     refused(path, "has no adapter_model.safetensors")
 
 
-def test_files_that_are_damaged(path: Path):
+def test_corrupt_files(path: Path):
     content = (path / WEIGHTS).read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"no tensors at all"):
         (path / WEIGHTS).write_bytes(damaged)
@@ -84,9 +84,7 @@ def test_files_that_are_damaged(path: Path):
         ),
     ],
 )
-def test_settings_that_would_be_another_function(
-    config: dict[str, Any], words: list[str], path: Path
-):
+def test_unsupported_settings(config: dict[str, Any], words: list[str], path: Path):
     (path / CONFIG).write_text(json.dumps(read(path / CONFIG) | config))
     refused(path, str(path / CONFIG), *words)
 
@@ -104,7 +102,7 @@ def test_a_config_without_rank_or_alpha(path: Path):
     refused(path, str(path / CONFIG), "r (got None), lora_alpha (got None)")
 
 
-def test_every_bad_tensor_is_named_once(path: Path):
+def test_one_error_names_every_bad_tensor_once(path: Path):
     stem = "base_model.model.model.layers"
 
     def damage(tensors: dict[str, np.ndarray]) -> None:
@@ -149,7 +147,7 @@ def test_the_rank_of_the_config_must_be_that_of_the_tensors(path: Path):
     load_adapter(tiny.base(), path)
 
 
-def test_dora_needs_its_lengths(path: Path):
+def test_dora_needs_its_magnitudes(path: Path):
     config = read(path / CONFIG) | {"use_dora": True}
     (path / CONFIG).write_text(json.dumps(config))
     stem = "base_model.model.model.layers"

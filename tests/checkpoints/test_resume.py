@@ -1,4 +1,4 @@
-"""A run goes on from its last whole checkpoint, damage is named, others refused."""
+"""A run resumes bit for bit; damage is named; checkpoints of other runs are errors."""
 
 import math
 import os
@@ -33,7 +33,7 @@ def small(step: int) -> dict[str, jax.Array]:
 
 
 def trained(steps: int = 3) -> tuple[State, Callable[[State], State]]:
-    """A state of every kind of leaf and node, and the step that donates it."""
+    """A state with every kind of leaf and node, and a step that donates it."""
     factors = {
         "wide": {"u": jax.random.normal(jax.random.key(0), (16, 4)), "none": None},
         "half": jnp.ones(3, jnp.bfloat16),
@@ -57,7 +57,7 @@ def trained(steps: int = 3) -> tuple[State, Callable[[State], State]]:
     return state, step
 
 
-def test_everything_comes_back_bit_for_bit(tmp_path: Path):
+def test_state_and_progress_are_restored_bit_for_bit(tmp_path: Path):
     state, step = trained()
     before, like = bits(state), jax.eval_shape(lambda: state)
     progress = {"loss": [1 / 3, math.inf, 5e-324], "best": None, "name": "Stiefel Vᵀ"}
@@ -128,7 +128,7 @@ def test_retention_resumes_with_the_run(keep: int, tmp_path: Path):
         assert checkpoints.steps == [5, 6]
 
 
-def test_a_step_that_is_there_is_not_written_again(tmp_path: Path):
+def test_an_existing_step_is_not_written_again(tmp_path: Path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, small(1), {"n": 1}, best_step=1)
         checkpoints.save(1, small(2), {"n": 2}, best_step=1)
@@ -174,7 +174,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
-def test_damage_to_any_file_is_named_and_the_one_before_used(
+def test_damage_to_any_file_is_named_and_the_previous_restored(
     damage: Callable[[Path], None], two: Path, tmp_path: Path
 ):
     assert len(files(two / "2")) > 8
@@ -187,24 +187,22 @@ def test_damage_to_any_file_is_named_and_the_one_before_used(
             assert restored is not None and restored.step == 1
             assert bits(restored.state) == bits(small(1))
             if damage is Path.unlink and file.name == "manifest.json":
-                assert checkpoints.skipped == []  # as if killed before its end
+                assert checkpoints.skipped == []  # as if killed before it was finished
                 continue
             [line] = checkpoints.skipped
             assert line.startswith(f"{path / '2'}: ")
             name = str(file.relative_to(path / "2"))
-            # a bit of the manifest may be one of another file's hash
+            # the flipped bit of the manifest may be in another file's hash
             assert name in line or (damage is flip and name == "manifest.json")
             with pytest.raises(CorruptCheckpointError, match="/2: "):
                 checkpoints.restore(2, SMALL)
 
 
-def test_a_damaged_one_is_replaced_and_does_not_count_as_kept(
-    two: Path, tmp_path: Path
-):
+def test_a_corrupt_checkpoint_is_replaced_and_does_not_count(two: Path, tmp_path: Path):
     path = shutil.copytree(two, tmp_path / "run")
     truncate(files(path / "2")[0])
     with opened(path) as checkpoints:
-        checkpoints.save(2, small(5), {"n": 5}, best_step=2)  # without a look before
+        checkpoints.save(2, small(5), {"n": 5}, best_step=2)  # without restoring before
         assert checkpoints.restore(2, SMALL).progress == {"n": 5}
         truncate(files(path / "2")[0])
         assert checkpoints.restore_latest(SMALL) is not None
@@ -213,7 +211,7 @@ def test_a_damaged_one_is_replaced_and_does_not_count_as_kept(
         assert checkpoints.steps == [1, 3]
 
 
-def test_checkpoints_of_a_past_that_was_left_are_deleted(two: Path, tmp_path: Path):
+def test_later_checkpoints_of_an_abandoned_run_are_deleted(two: Path, tmp_path: Path):
     path = shutil.copytree(two, tmp_path / "run")
     with opened(path) as checkpoints:
         assert checkpoints.restore(1, SMALL).step == 1
@@ -223,7 +221,18 @@ def test_checkpoints_of_a_past_that_was_left_are_deleted(two: Path, tmp_path: Pa
         assert checkpoints.steps == [0]
 
 
-def test_all_damaged_is_an_error_that_names_each(two: Path, tmp_path: Path):
+def test_other_files_and_directories_are_left_alone(two: Path, tmp_path: Path):
+    path = shutil.copytree(two, tmp_path / "run")
+    backup = shutil.copytree(two / "2", path / "2.backup")
+    for name in ("9.orbax-checkpoint-tmp", "4"):  # of killed processes
+        (path / name).mkdir()
+    with opened(path) as checkpoints:
+        checkpoints.save(3, small(3), {}, best_step=3)
+    assert sorted(os.listdir(path)) == ["1", "2", "2.backup", "3"]
+    assert len(files(backup)) == len(files(two / "2"))
+
+
+def test_if_all_are_corrupt_the_error_names_each(two: Path, tmp_path: Path):
     path = shutil.copytree(two, tmp_path / "run")
     (path / "1" / "run.json").unlink()
     truncate(path / "2" / "run.json")
@@ -234,7 +243,7 @@ def test_all_damaged_is_an_error_that_names_each(two: Path, tmp_path: Path):
     assert f"{path}/2: run.json has" in text and "--overwrite" in text
 
 
-def test_what_orbax_cannot_read_is_damaged(two: Path, tmp_path: Path):
+def test_what_orbax_cannot_read_is_corrupt(two: Path, tmp_path: Path):
     path = shutil.copytree(two, tmp_path / "run")
     for file in (path / "2" / "state" / "d").iterdir():
         truncate(file)
@@ -247,7 +256,7 @@ def test_what_orbax_cannot_read_is_damaged(two: Path, tmp_path: Path):
         assert bits(checkpoints.restore(2, SMALL).state) == bits(small(2))
 
 
-def test_nothing_or_only_what_was_not_finished_is_none(two: Path, tmp_path: Path):
+def test_without_a_finished_checkpoint_there_is_none(two: Path, tmp_path: Path):
     with opened(tmp_path / "none") as checkpoints:
         assert checkpoints.restore_latest(SMALL) is None and checkpoints.steps == []
         with pytest.raises(CorruptCheckpointError, match="none/7: is missing"):
@@ -256,7 +265,7 @@ def test_nothing_or_only_what_was_not_finished_is_none(two: Path, tmp_path: Path
     path = shutil.copytree(two, tmp_path / "run")
     for step in "12":
         (path / step / "manifest.json").unlink()
-    (path / "notes.txt").write_text("mine")
+    (path / "notes.txt").write_text("of the user")
     with opened(path) as checkpoints:
         assert checkpoints.restore_latest(SMALL) is None and checkpoints.skipped == []
         checkpoints.save(5, SMALL, {}, best_step=5)
@@ -266,7 +275,7 @@ def test_nothing_or_only_what_was_not_finished_is_none(two: Path, tmp_path: Path
 # Other runs
 
 
-def test_a_checkpoint_of_another_run_is_refused(two: Path):
+def test_a_checkpoint_of_another_run_raises(two: Path):
     identity = {"method": "lora", "base": "ab12", "rank": 16}
     other = CheckpointStore(two, identity=identity)
     with other, pytest.raises(InputError) as caught:
@@ -276,7 +285,7 @@ def test_a_checkpoint_of_another_run_is_refused(two: Path):
     assert "rank" not in text and "--out" in text and not other.skipped
 
 
-def test_other_arrays_are_refused(two: Path):
+def test_other_arrays_raise(two: Path):
     like = {"u": jnp.zeros((3, 5)), "v": {"key": jax.random.key(0, impl="rbg")}}
     with opened(two) as checkpoints, pytest.raises(InputError) as caught:
         checkpoints.restore_latest(like)

@@ -1,4 +1,4 @@
-"""Writes that fail, processes that are killed, and several that save as one."""
+"""Failing writes, killed processes, and several processes that save together."""
 
 import contextlib
 import gc
@@ -32,7 +32,7 @@ SMALL = {"u": jnp.arange(12.0).reshape(3, 4)}
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file may grow larger: writing fails as on a full disk, for root too."""
+    """Limit the size of files: writing fails as on a full disk, even for root."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -45,7 +45,7 @@ def largest_file(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-# Orbax leaves writes running when one has failed, whose errors nobody hears.
+# When one write has failed, Orbax leaves others running and ignores their errors.
 left_running = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -53,7 +53,7 @@ left_running = pytest.mark.filterwarnings(
 
 @left_running
 @pytest.mark.parametrize("size", [0, 200, 2000])
-def test_a_failed_write_is_one_error_and_what_was_there_stays(
+def test_a_failed_write_raises_once_and_earlier_checkpoints_stay(
     size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     big = {"u": jax.random.normal(jax.random.key(0), (100, 100))}
@@ -74,7 +74,7 @@ def test_a_failed_write_is_one_error_and_what_was_there_stays(
 
 
 @left_running
-def test_the_next_save_and_the_end_tell_of_a_failure(tmp_path: Path):
+def test_the_next_save_and_the_exit_raise_a_failure(tmp_path: Path):
     with opened(tmp_path) as checkpoints:
         with largest_file(0):
             checkpoints.save(1, SMALL, {}, best_step=1)
@@ -107,7 +107,7 @@ def test_a_failed_manifest_leaves_the_last_checkpoint(keep: int, tmp_path: Path)
         assert sorted(os.listdir(tmp_path)) == ["2"]
 
 
-def test_a_directory_that_cannot_be_made(tmp_path: Path):
+def test_a_directory_that_cannot_be_created(tmp_path: Path):
     (tmp_path / "file").write_text("no directory")
     with opened(tmp_path / "file") as checkpoints:
         with pytest.raises(CheckpointError, match="file/1 cannot be written: .*exists"):
@@ -121,7 +121,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         shutil.which("mount") is None
         or subprocess.run(mount, capture_output=True).returncode
     ):
-        pytest.skip("a file system of its own can only be mounted by root")
+        pytest.skip("only root can mount a file system")
     yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -148,9 +148,9 @@ def test_orbax_is_quiet_and_others_are_not(
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, SMALL, {}, best_step=1)
         checkpoints.restore(1, SMALL)
-    logging.getLogger("absl").info("of somebody else")
+    logging.getLogger("absl").info("from another package")
     messages = [record.message for record in caplog.records if record.name == "absl"]
-    assert messages == ["of somebody else"]
+    assert messages == ["from another package"]
 
 
 # Other processes
@@ -167,7 +167,7 @@ def start(*arguments: str | Path, devices: int = 1) -> subprocess.Popen[str]:
     )
 
 
-def test_killed_at_any_moment(tmp_path: Path):
+def test_killed_at_random_times(tmp_path: Path):
     newest = 0
     for seed in range(3):
         process = start(tmp_path)

@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot, and token ids spelled out by hand."""
+"""Small tokenizers, and a reference encoding of their token ids."""
 
 from pathlib import Path
 
@@ -21,15 +21,15 @@ PROMPT = (
     "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# As Llama 3 writes chats, content trimmed.
+# Llama 3's chat format, content trimmed.
 LLAMA3 = (
     "{% for message in messages %}" + HEADER + "{{ message.content | trim }}"
     "{{ '<|eot_id|>' }}{% endfor %}" + PROMPT
 )
 
 
-def llama3_with_marks(end_inside: bool) -> str:
-    """The same chats, the answers marked with or without the token that ends them."""
+def llama3_with_tags(end_inside: bool) -> str:
+    """The same format with {% generation %}, around the end-of-turn token or not."""
     inside, outside = ("{{ '<|eot_id|>' }}", "") if end_inside else ("", "<|eot_id|>")
     return (
         "{% for message in messages %}"
@@ -78,14 +78,14 @@ def make_tokenizer(
 
 
 def spell(*pieces: str) -> list[int]:
-    """Ids of the one-token-per-byte tokenizer, looked up letter by letter."""
+    """Token ids of the one-token-per-byte tokenizer, letter by letter."""
     ids = []
     for piece in pieces:
         if piece in SPECIAL:
             ids.append(SPECIAL.index(piece))
         else:
-            written = piece.replace(" ", "Ġ").replace("\n", "Ċ")
-            ids += [len(SPECIAL) + LETTERS.index(letter) for letter in written]
+            letters = piece.replace(" ", "Ġ").replace("\n", "Ċ")
+            ids += [len(SPECIAL) + LETTERS.index(letter) for letter in letters]
     return ids
 
 

@@ -26,7 +26,7 @@ DTYPES = {
 
 
 def make_examples(count: int, seed: int = 0) -> list[Example]:
-    """Examples that all differ: token 1000 + i stands first in the i-th."""
+    """Distinct examples: the i-th starts with token 1000 + i."""
     rng = np.random.default_rng(seed)
     examples = []
     for index in range(count):
@@ -44,8 +44,8 @@ def key(ids: Iterable[int], mask: Iterable[float]) -> tuple[tuple[int, bool], ..
 
 
 def segments(data: Iterable[Batch], batch_size: int) -> list[tuple]:
-    """Every segment of every row, in order, after checking the rows' form."""
-    found = []
+    """Every segment of every row, in order; checks dtypes, shapes and padding."""
+    all_segments = []
     for batch in data:
         assert {name: array.dtype for name, array in batch.items()} == DTYPES
         assert {array.shape for array in batch.values()} == {(batch_size, LENGTH)}
@@ -58,12 +58,12 @@ def segments(data: Iterable[Batch], batch_size: int) -> list[tuple]:
             count = segment_ids.max()
             assert set(segment_ids[~padding]) == set(range(1, count + 1))
             for segment in range(1, count + 1):
-                (here,) = np.nonzero(segment_ids == segment)
-                assert here.tolist() == list(range(here[0], here[-1] + 1))
-                assert positions[here].tolist() == list(range(len(here)))
-                assert mask[here[0]] == 0
-                found.append(key(ids[here], mask[here]))
-    return found
+                (at,) = np.nonzero(segment_ids == segment)
+                assert at.tolist() == list(range(at[0], at[-1] + 1))
+                assert positions[at].tolist() == list(range(len(at)))
+                assert mask[at[0]] == 0
+                all_segments.append(key(ids[at], mask[at]))
+    return all_segments
 
 
 def keys(examples: list[Example]) -> list[tuple]:
@@ -74,7 +74,7 @@ def first_tokens(data: Iterable[Batch], count: int) -> list[list[int]]:
     return [batch["input_ids"][:, 0].tolist() for batch in islice(data, count)]
 
 
-def test_unpacked_rows_by_hand() -> None:
+def test_unpacked_rows() -> None:
     examples = [
         Example(np.array([7, 8, 9], np.int32), np.array([False, False, True])),
         Example(np.array([5, 6], np.int32), np.array([True, True])),
@@ -91,7 +91,7 @@ def test_unpacked_rows_by_hand() -> None:
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_every_example_comes_once_per_epoch(
+def test_every_example_occurs_once_per_epoch(
     packing: bool, shuffle: bool, epochs: int
 ) -> None:
     examples = make_examples(150)
@@ -104,10 +104,10 @@ def test_every_example_comes_once_per_epoch(
         packing=packing,
         epochs=epochs,
     )
-    found = segments(data, batch_size=4)
-    assert Counter(found) == Counter(keys(examples) * epochs)
+    got = segments(data, batch_size=4)
+    assert Counter(got) == Counter(keys(examples) * epochs)
     if not packing:
-        assert (found == keys(examples) * epochs) == (not shuffle)
+        assert (got == keys(examples) * epochs) == (not shuffle)
 
 
 def test_packing_fills_rows() -> None:
@@ -133,7 +133,7 @@ def test_each_epoch_is_another_permutation() -> None:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_seed_decides_the_order(packing: bool) -> None:
+def test_the_seed_determines_the_order(packing: bool) -> None:
     examples = make_examples(40)
     orders = [
         first_tokens(
@@ -181,7 +181,7 @@ def test_a_restored_state_continues_with_the_same_batches(
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_fewer_examples_than_rows(packing: bool) -> None:
-    """For ever: epochs share a batch. One epoch: empty rows fill it up."""
+    """Without a limit, epochs share a batch; a single epoch is padded by empty rows."""
     examples = make_examples(3)
     options: dict[str, Any] = {
         "batch_size": 8,
@@ -195,7 +195,7 @@ def test_fewer_examples_than_rows(packing: bool) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 8, 11])
-def test_evaluation_takes_every_example_once_in_order(count: int) -> None:
+def test_evaluation_has_every_example_once_in_order(count: int) -> None:
     examples = make_examples(count)
     data = list(evaluation_batches(examples, batch_size=4, sequence_length=LENGTH))
     assert len(data) == -(-count // 4)
@@ -215,7 +215,7 @@ def test_padded_length(longest: int, sequence_length: int, expected: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"examples": []}, "no examples"),
         ({"batch_size": 0}, "--batch-size and --sequence-length must be .* got 0"),
@@ -223,41 +223,41 @@ def test_padded_length(longest: int, sequence_length: int, expected: int) -> Non
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
     ],
 )
-def test_wrong_values_are_refused_at_once(change: dict, words: str) -> None:
+def test_invalid_values_raise_at_once(change: dict, message: str) -> None:
     options: dict[str, Any] = {
         "examples": make_examples(3),
         "batch_size": 4,
         "sequence_length": LENGTH,
         "seed": 0,
     }
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         batches(**(options | change))
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_rows_of_several_processes_are_those_of_one(packing: bool) -> None:
+def test_rows_of_several_processes_equal_those_of_one(packing: bool) -> None:
     examples = make_examples(50)
     options: dict[str, Any] = {"batch_size": 4, "sequence_length": LENGTH, "seed": 1}
     options |= {"packing": packing, "epochs": 2}
     parts = [batches(examples, rows=rows, **options) for rows in ([0, 3], [1, 2])]
     count = 0
-    for whole, first, second in zip(batches(examples, **options), *parts, strict=True):
-        for name, x in whole.items():
+    for batch, first, second in zip(batches(examples, **options), *parts, strict=True):
+        for name, x in batch.items():
             np.testing.assert_array_equal(first[name], x[[0, 3]])
             np.testing.assert_array_equal(second[name], x[[1, 2]])
         count += 1
     assert count > 5
 
 
-def test_an_unpacked_row_reads_its_own_examples_only() -> None:
+def test_an_unpacked_row_reads_only_its_own_example() -> None:
     read: list[int] = []
 
-    class Watched(list[Example]):
+    class Recorded(list[Example]):
         def __getitem__(self, number: Any) -> Any:
             read.append(number)
             return super().__getitem__(number)
 
     options: dict[str, Any] = {"batch_size": 4, "sequence_length": LENGTH, "seed": 0}
-    data = batches(Watched(make_examples(8)), rows=[1, 2], shuffle=False, **options)
+    data = batches(Recorded(make_examples(8)), rows=[1, 2], shuffle=False, **options)
     next(iter(data))
     assert read == [1, 2]

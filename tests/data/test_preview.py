@@ -10,7 +10,7 @@ from manifold_lora.data.tokens import encode
 from tests.data import BOS, EOS, make_tokenizer
 
 RECORDS = [
-    Record(prompt="Q:", completion=" café [b]"),  # é is two tokens, [b] no markup
+    Record(prompt="Q:", completion=" café [b]"),  # é is two tokens, [b] is not markup
     Record(prompt="R:", completion=" x"),
 ]
 
@@ -40,7 +40,7 @@ def printed(color_system, *, packing: bool = False, rows: int = 4) -> str:
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_without_colour_trained_tokens_stand_in_marks() -> None:
+def test_without_colour_trained_tokens_are_enclosed_in_markers() -> None:
     assert printed(None).splitlines() == [
         "{+trained+} not trained",
         "row 1, segment 1: 14 tokens, 11 trained",
@@ -67,5 +67,5 @@ def test_packed_rows_show_each_segment() -> None:
     assert "row 1: 4 padding" in lines
 
 
-def test_more_rows_are_counted() -> None:
+def test_further_rows_are_counted() -> None:
     assert "... and 2 more rows" in printed(None, rows=1).splitlines()

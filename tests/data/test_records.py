@@ -87,7 +87,7 @@ def test_each_format_is_detected(value: dict[str, object], expected: Record) -> 
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "message"),
     [
         ([1], "must be an object, got list"),
         (
@@ -109,7 +109,7 @@ def test_each_format_is_detected(value: dict[str, object], expected: Record) -> 
         ({"messages": [{"role": "user", "content": "a"}]}, "no answer"),
         (
             {"messages": [{"role": "assistant", "content": "a"}]},
-            "begins with an answer",
+            "starts with an answer",
         ),
         (
             {"messages": [{"role": "user", "content": None}]},
@@ -129,16 +129,16 @@ def test_each_format_is_detected(value: dict[str, object], expected: Record) -> 
         ({"prompt": [], "completion": "a"}, "completion must be a list"),
         ({"question": "a", "answer": ["b"]}, "answer must be a string, got list"),
         ({"instruction": "a", "output": 3}, "output must be a string, got int"),
-        ({"text": "cut \ud83d"}, "text holds half of a surrogate pair"),
+        ({"text": "cut \ud83d"}, "text contains half of a surrogate pair"),
     ],
 )
-def test_a_wrong_record_is_refused(value: object, words: str) -> None:
-    with pytest.raises(InputError, match=words):
+def test_an_invalid_record_raises(value: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         parse_record(value)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
-def test_lines(tmp_path: Path, suffix: str) -> None:
+def test_json_lines(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"train{suffix}"
     # U+2028 is a line end to str.splitlines and an ordinary character to JSON.
     file.write_text('\ufeff{"text": "a\u2028b"}\r\n\n{"text": "c"}\n', encoding="utf-8")
@@ -160,7 +160,7 @@ def test_all_bad_lines_are_listed_with_their_numbers(tmp_path: Path) -> None:
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{file}:3: not JSON: Expecting value (column 10)"
     assert lines[1] == f"{file}:4: a record must be an object, got list"
-    assert lines[2].startswith(f"{file}:5: no known format: keys found: txt;")
+    assert lines[2].startswith(f"{file}:5: unknown format: keys found: txt;")
     assert len(lines) == 3
 
 
@@ -175,7 +175,7 @@ def test_many_bad_records_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
         ("absent.jsonl", None, "does not exist"),
         ("empty.jsonl", b"", "no records"),
@@ -188,16 +188,16 @@ def test_many_bad_records_are_counted(tmp_path: Path) -> None:
         ("number.json", b"3", "record 1: a record must be an object, got int"),
     ],
 )
-def test_a_wrong_file_is_refused(
-    tmp_path: Path, name: str, content: bytes | None, words: str
+def test_an_invalid_file_raises(
+    tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         read_records(tmp_path / name)
 
 
-def test_a_directory_is_refused(tmp_path: Path) -> None:
+def test_a_directory_raises(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a directory"):
         read_records(tmp_path)
 
@@ -205,7 +205,7 @@ def test_a_directory_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not COMMONSENSE.is_dir(), reason="needs ../shared/data/commonsense")
 @pytest.mark.parametrize("name", ["ARC-Challenge", "boolq", "openbookqa"])
 def test_commonsense_files(name: str) -> None:
-    """Records that have `output` and `answer`: the first is what is trained."""
+    """Records have both `output` and `answer`; `output` is the completion."""
     file = COMMONSENSE / name / "train.json"
     raw = json.loads(file.read_text(encoding="utf-8"))
     records = read_records(file)
@@ -215,14 +215,14 @@ def test_commonsense_files(name: str) -> None:
     ]
 
 
-def test_importing_the_room_is_light() -> None:
-    """Grain and transformers (a second or two) are loaded when they are used."""
+def test_importing_the_subpackage_is_light() -> None:
+    """grain and transformers take seconds to import, so only on first use."""
     code = (
         "import sys, manifold_lora.data.records, manifold_lora.data.tokens, "
         "manifold_lora.data.batches, manifold_lora.data.builtin; "
         "print({'grain', 'transformers', 'jax'} & set(sys.modules))"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "set()"
+    assert process.stdout.strip() == "set()"

@@ -14,7 +14,7 @@ from tests.data import (
     EOT,
     LLAMA3,
     START,
-    llama3_with_marks,
+    llama3_with_tags,
     make_tokenizer,
     saved,
     spell,
@@ -31,8 +31,8 @@ TWO_ANSWERS = Record(
 )
 TEMPLATES = {
     "prefixes": LLAMA3,
-    "marks": llama3_with_marks(end_inside=True),
-    "marks without end": llama3_with_marks(end_inside=False),
+    "tags": llama3_with_tags(end_inside=True),
+    "tags without end": llama3_with_tags(end_inside=False),
 }
 
 
@@ -52,8 +52,8 @@ def header(role: str) -> list[int]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_chat_ids_and_mask_by_hand(template: str) -> None:
-    """All three ways to find the answers agree with the chat written out by hand."""
+def test_chat_ids_and_mask(template: str) -> None:
+    """All three ways to locate the answers agree with the chat spelled out."""
     examples, report = encode([TWO_ANSWERS], make_tokenizer(template=template), 500)
     expected = pieces(
         (False, spell(BOS) + header("system") + spell("Be brief.", EOT)),
@@ -68,7 +68,7 @@ def test_chat_ids_and_mask_by_hand(template: str) -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_answers_given_in_the_prompt_are_not_trained(template: str) -> None:
+def test_answers_in_the_prompt_are_not_trained(template: str) -> None:
     turns = list(TWO_ANSWERS.turns)
     turns[2] = Turn("assistant", "Ho")
     examples, _ = encode([Record(tuple(turns))], make_tokenizer(template=template), 500)
@@ -76,7 +76,7 @@ def test_answers_given_in_the_prompt_are_not_trained(template: str) -> None:
     assert mask.sum() == 3 and mask[-3:].all()
 
 
-def test_prompt_and_completion_by_hand() -> None:
+def test_prompt_and_completion() -> None:
     records = [Record(prompt="Q:", completion=" A"), Record(completion="A b")]
     examples, report = encode(records, make_tokenizer(), 20)
     check(examples[0], pieces((False, spell(BOS, "Q:")), (True, spell(" A", EOS))))
@@ -90,7 +90,9 @@ def test_without_bos_the_first_token_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize("template", [None, LLAMA3])
-def test_one_bos_and_one_eos_when_the_text_brings_its_own(template: str | None) -> None:
+def test_one_bos_and_one_eos_if_the_text_contains_them(
+    template: str | None,
+) -> None:
     records = [
         Record(prompt=f"{BOS}Q:", completion=f" A{EOS}"),
         Record(completion=f"{BOS}abc"),
@@ -104,7 +106,7 @@ def test_one_bos_and_one_eos_when_the_text_brings_its_own(template: str | None) 
     assert (examples[0].input_ids == spell(EOS)[0]).sum() == 1
 
 
-def test_a_chat_template_decides_between_chat_and_plain_form() -> None:
+def test_a_chat_template_selects_the_chat_form() -> None:
     record = Record(
         (Turn("user", "Hi"), Turn("assistant", "Ho", trained=True)), "Q: Hi\nA:", " Ho"
     )
@@ -119,15 +121,15 @@ def test_records_of_all_kinds_keep_their_order() -> None:
     one = Record((Turn("user", "x"), Turn("assistant", "y", trained=True)))
     given = Record((*one.turns[:1], Turn("assistant", "z"), *one.turns))
     records = [Record(completion="a"), one, Record(completion="b"), given, one]
-    tokenizer = make_tokenizer(template=TEMPLATES["marks"])
+    tokenizer = make_tokenizer(template=TEMPLATES["tags"])
     examples, _ = encode(records, tokenizer, 99)
     alone = [encode([record], tokenizer, 99)[0][0] for record in records]
     for example, expected in zip(examples, alone, strict=True):
         check(example, (expected.input_ids.tolist(), expected.loss_mask.tolist()))
 
 
-def test_training_sees_the_tokens_that_generation_sees() -> None:
-    """With merges that would cross the border between prompt and completion."""
+def test_training_sees_the_same_tokens_as_generation() -> None:
+    """Even if merges would cross the boundary between prompt and completion."""
     tokenizer = make_tokenizer(lines=["Answer: yes", "yes yes Answer: yes"] * 4)
     joined = tokenizer("Answer: yes")["input_ids"]
     prompt = tokenizer("Answer: y")["input_ids"]
@@ -148,7 +150,7 @@ def test_training_sees_the_tokens_that_generation_sees() -> None:
         (3, "", "XY"),
     ],
 )
-def test_truncation_takes_the_left_of_the_prompt_first(
+def test_truncation_starts_at_the_left_of_the_prompt(
     length: int, prompt: str, answer: str
 ) -> None:
     records = [Record(prompt="abcd", completion="XY"), Record(completion="k")]
@@ -159,21 +161,21 @@ def test_truncation_takes_the_left_of_the_prompt_first(
     assert report.truncated == (length < 8) and report.longest == 8
 
 
-def test_truncation_without_bos_keeps_a_token_to_predict_from() -> None:
+def test_truncation_without_bos_keeps_one_token_of_context() -> None:
     records = [Record(prompt="abcd", completion="XYZ"), Record(completion="k")]
     examples, _ = encode(records, make_tokenizer(bos=False), 3)
     check(examples[0], pieces((False, spell("d")), (True, spell("XY"))))
 
 
-def test_train_on_prompt_marks_all_but_the_first() -> None:
+def test_train_on_prompt_trains_all_but_the_first_token() -> None:
     records = [Record(prompt="abcd", completion="XY"), Record(completion="k")]
     examples, _ = encode(records, make_tokenizer(), 5, train_on_prompt=True)
     check(examples[0], pieces((False, spell(BOS)), (True, spell("dXY", EOS))))
 
 
 def test_examples_without_answer_tokens_are_dropped_and_counted() -> None:
-    no_marks = "{% if false %}{% generation %}{% endgeneration %}{% endif %}" + LLAMA3
-    tokenizer = make_tokenizer(template=no_marks)
+    no_tags = "{% if false %}{% generation %}{% endgeneration %}{% endif %}" + LLAMA3
+    tokenizer = make_tokenizer(template=no_tags)
     chat = Record((Turn("user", "Hi"), Turn("assistant", "Ho", trained=True)))
     examples, report = encode([chat, Record(completion="k")], tokenizer, 99)
     assert len(examples) == report.kept == 1 and report.dropped == 1
@@ -183,27 +185,27 @@ def test_examples_without_answer_tokens_are_dropped_and_counted() -> None:
 
 def test_every_example_too_long() -> None:
     records = [Record(completion="abcdef"), Record(completion="abcdefgh")]
-    words = "shortest has 8 tokens, the longest 10, .* is 7. Raise --sequence-length"
-    with pytest.raises(InputError, match=words):
+    message = "shortest has 8 tokens, the longest 10, .* is 7. Raise --sequence-length"
+    with pytest.raises(InputError, match=message):
         encode(records, make_tokenizer(), 7)
 
 
 @pytest.mark.parametrize(
-    ("records", "length", "words"),
+    ("records", "length", "message"),
     [
         ([], 10, "no records"),
         ([Record(completion="a")], 1, "--sequence-length must be at least 2, got 1"),
     ],
 )
-def test_nothing_to_encode(records: list[Record], length: int, words: str) -> None:
-    with pytest.raises(InputError, match=words):
+def test_nothing_to_encode(records: list[Record], length: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         encode(records, make_tokenizer(), length)
 
 
 def test_chat_without_chat_template() -> None:
     records = [Record(completion="a"), TWO_ANSWERS]
-    words = r"no chat template, and 1 of 2 records are chats \(first: record 2\)"
-    with pytest.raises(InputError, match=words):
+    message = r"no chat template, and 1 of 2 records are chats \(first: record 2\)"
+    with pytest.raises(InputError, match=message):
         encode(records, make_tokenizer(), 99)
 
 
@@ -212,12 +214,12 @@ def test_no_end_of_sequence_token() -> None:
         encode([Record(completion="a")], make_tokenizer(eos=None), 99)
 
 
-@pytest.mark.parametrize("marks", ["", "{% generation %}{% endgeneration %}"])
-def test_a_template_that_refuses_a_chat(marks: str) -> None:
-    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
-    tokenizer = make_tokenizer(template=refuse + marks + "{% endif %}" + LLAMA3)
+@pytest.mark.parametrize("tags", ["", "{% generation %}{% endgeneration %}"])
+def test_a_template_that_rejects_a_chat(tags: str) -> None:
+    reject = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
+    tokenizer = make_tokenizer(template=reject + tags + "{% endif %}" + LLAMA3)
     chat = Record((Turn("user", "Hi"), Turn("assistant", "Ho", trained=True)))
-    with pytest.raises(InputError, match="record 2: .* refuses it: no system"):
+    with pytest.raises(InputError, match="record 2: .* rejects it: no system"):
         encode([chat, TWO_ANSWERS], tokenizer, 99)
 
 
@@ -229,7 +231,7 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
 
 @pytest.mark.parametrize("template", [None, LLAMA3])
 def test_load_tokenizer(tmp_path: Path, template: str | None) -> None:
-    """What is read back encodes as what was saved, also beside a LLaMA config."""
+    """The loaded tokenizer encodes as the saved one, also beside a LLaMA config."""
     tokenizer = make_tokenizer(template=template)
     path = saved(tokenizer, tmp_path)
     (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -239,8 +241,8 @@ def test_load_tokenizer(tmp_path: Path, template: str | None) -> None:
     assert loaded.chat_template == template
 
 
-def test_load_tokenizer_names_what_it_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="tokenizer.json or tokenizer.model, none is"):
+def test_load_tokenizer_names_the_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tokenizer.json or tokenizer.model, neither"):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="no such directory"):
         load_tokenizer(tmp_path / "absent")

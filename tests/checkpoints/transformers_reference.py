@@ -23,7 +23,7 @@ def base_directory(path: Path) -> Path:
     return path
 
 
-def theirs(path: Path) -> Any:
+def load_transformers(path: Path) -> Any:
     import torch
     from transformers import LlamaForCausalLM
 
@@ -32,7 +32,7 @@ def theirs(path: Path) -> Any:
     ).eval()
 
 
-def their_logits(model: Any) -> np.ndarray:
+def transformers_logits(model: Any) -> np.ndarray:
     import torch
 
     with torch.no_grad():
