@@ -7,22 +7,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from tests.compilation import xla_flags
+
 CODE = "from manifold_lora.cli.main import main; main()"
 
 
 def start(*arguments: Any, devices: int = 1, **env: str) -> subprocess.Popen[str]:
     """`manifold-lora` with these arguments, running; compiled quickly, not well."""
-    flags = (
-        f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    )
-    env = {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | env
+    flags = {"XLA_FLAGS": xla_flags(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", CODE, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | env,
+        env=os.environ | flags | env,
     )
 
 

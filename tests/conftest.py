@@ -1,19 +1,18 @@
 """Settings of all tests."""
 
 import os
-import tempfile
 
 import pytest
 
+from tests.compilation import cache_directory, xla_flags
+
+# Set before JAX is imported, and inherited by the tests' own processes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled in a fraction of the time, for programs whose speed is nothing.
-_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {_QUICK}")
+os.environ.setdefault("XLA_FLAGS", xla_flags(devices=8))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
-# One program is compiled once for all tests that need it. Set before JAX is imported.
-_CACHE = tempfile.TemporaryDirectory()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache_directory()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -32,7 +31,7 @@ def one_device(request, monkeypatch):
 
 @pytest.fixture
 def quick_compilation():
-    """Compiles in half of the time, for programs whose speed is nothing."""
+    """Compiles in half of the time, for programs whose speed does not matter."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)

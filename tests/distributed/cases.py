@@ -21,6 +21,7 @@ from manifold_lora.evaluation.heldout import make_evaluate
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.step import TrainState, make_step
+from tests.compilation import QUICK
 
 MESHES = ("fsdp=8", "data=4,fsdp=2", "data=2,fsdp=2,tensor=2")
 # Three layers and a vocabulary of 61, which no mesh divides.
@@ -34,8 +35,6 @@ CONFIG = ml.LlamaConfig(
     head_dim=8,
 )
 ROWS, LENGTH = 16, 6
-# A fifth of the time to compile, for programs whose speed is nothing.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def build_mesh(text: str, explicit: bool = False) -> Mesh:
