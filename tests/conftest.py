@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,19 @@ def one_device(request, monkeypatch):
     from manifold_lora.distributed import mesh
 
     monkeypatch.setattr(mesh, "all_devices", lambda: jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """Pictures are written without being drawn, but in tests marked `pictures`."""
+    if "pictures" in request.keywords:
+        return
+    from matplotlib.figure import Figure
+
+    def save(figure, path, **options):
+        Path(path).write_bytes(b"\x89PNG")
+
+    monkeypatch.setattr(Figure, "savefig", save)
 
 
 @pytest.fixture

@@ -13,10 +13,8 @@ def blocks():
     return [re.sub("^ {4}", "", block, flags=re.MULTILINE) for block in found]
 
 
-def test_two_commands_stand_at_the_top():
-    train, test = (b.strip() for b in blocks() if "python3 -m venv" in b)
-    assert train.endswith("pip install -q . && .venv/bin/manifold-lora train")
-    assert test.endswith("pip install -q '.[test]' && .venv/bin/pytest -q")
+def test_ci_runs_the_tests_as_printed():
+    (test,) = (block for block in blocks() if "bin/pytest" in block)
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert all(f"\n{part.strip()}\n" in ci for part in test.split("&&"))
 

@@ -121,6 +121,7 @@ def test_the_table(content, tmp_path):
         assert word in shown
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     "curves",
     [

@@ -250,6 +250,7 @@ def test_an_adapter_of_stella(tmp_path):
         assert numbers["factors"][key]["effective_rank"] == pytest.approx(3)
 
 
+@pytest.mark.pictures
 def test_what_is_written_and_shown(tmp_path, monkeypatch):
     run_directory(tmp_path / "run", "stiefel")
     before = sorted(p.name for p in (tmp_path / "run" / "adapter").iterdir())

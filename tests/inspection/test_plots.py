@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from manifold_lora.inspection import plots
 from manifold_lora.training.plot import plot_loss
 
+pytestmark = pytest.mark.pictures
+
 
 @pytest.fixture
 def figures(monkeypatch):

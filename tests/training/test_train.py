@@ -29,13 +29,12 @@ def files(tmp_path_factory):
     return model_directory(folder / "model"), data_file(folder / "train.jsonl")
 
 
-@pytest.fixture
-def settings(files, tmp_path):
+def settings_of(files, folder):
     model, data = files
     return {
         "model": model,
         "data": data,
-        "out": tmp_path / "run",
+        "out": folder / "run",
         "rank": 4,
         "targets": ("q_proj", "down_proj"),
         "steps": 12,
@@ -46,6 +45,18 @@ def settings(files, tmp_path):
         "warmup_steps": 2,
         "remat": False,
     }
+
+
+@pytest.fixture
+def settings(files, tmp_path):
+    return settings_of(files, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """The settings, the summary and the output of a run that no test changes."""
+    settings = settings_of(files, tmp_path_factory.mktemp("finished"))
+    return settings, *run(settings)
 
 
 def run(settings, **changes):
@@ -61,8 +72,8 @@ def rows(settings):
     return [json.loads(line) for line in lines]
 
 
-def test_a_run(settings):
-    summary, shown = run(settings)
+def test_a_run(finished):
+    settings, summary, shown = finished
     out = settings["out"]
     assert sorted(p.name for p in out.iterdir()) == [
         "adapter",
@@ -111,8 +122,8 @@ def test_a_run(settings):
     assert [word for word in words if word not in shown] == []
 
 
-def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(settings):
-    summary, _ = run(settings)
+def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(finished):
+    settings, summary, _ = finished
     model = ml.load_llama(settings["model"])
     ml.load_adapter(model, settings["out"] / "adapter")
     assert ml.manifold_tree(model)["layers"]["mlp"]["down_proj"]["b"] == ml.Stiefel(
@@ -167,8 +178,8 @@ def test_epochs_count_every_example(settings):
     assert summary["steps"] == 9
 
 
-def test_finished_run_is_not_run_again(settings):
-    summary, _ = run(settings)
+def test_finished_run_is_not_run_again(finished):
+    settings, summary, _ = finished
     stamp = (settings["out"] / "metrics.jsonl").stat().st_mtime_ns
     again, shown = run(settings)
     assert again == summary and "finished" in shown and str(settings["out"]) in shown
