@@ -9,19 +9,27 @@ from typing import Any
 
 from tests.compilation import xla_flags
 
-CODE = "from manifold_lora.cli.main import main; main()"
+CODE = """
+from matplotlib.figure import Figure
+from manifold_lora.cli.main import main
+Figure.savefig = lambda figure, path: open(path, "wb").close()
+main()
+"""
+_started: list[subprocess.Popen[str]] = []
 
 
 def start(*arguments: Any, devices: int = 1, **env: str) -> subprocess.Popen[str]:
     """`manifold-lora` with these arguments, running; compiled quickly, not well."""
     flags = {"XLA_FLAGS": xla_flags(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", CODE, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | flags | env,
     )
+    _started.append(process)
+    return process
 
 
 def end(process: subprocess.Popen[str], seconds: float = 100) -> tuple[int, str]:
@@ -31,6 +39,13 @@ def end(process: subprocess.Popen[str], seconds: float = 100) -> tuple[int, str]
     finally:
         process.kill()
     return process.returncode, output
+
+
+def kill_all() -> None:
+    """Kill what a failed test has left running, which would outlive it."""
+    while _started:
+        with _started.pop() as process:
+            process.kill()
 
 
 def wait(condition: Callable[[], bool], seconds: float = 100) -> None:

@@ -11,7 +11,10 @@ from typing import Any
 from packaging.version import Version
 
 # A fifth of the time to compile, for programs whose speed does not matter.
-QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
+QUICK: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_parallel_codegen_split_count": 1,  # the programs are small
+}
 if Version(version("jaxlib")) < Version("0.11.1"):
     # Newer XLA has no such option, and ends a process that asks for it.
     QUICK["xla_cpu_use_fusion_emitters"] = False

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import command
 from tests.compilation import cache_directory, xla_flags
 
 # Set before JAX is imported, and inherited by the tests' own processes.
@@ -28,6 +29,13 @@ def one_device(request, monkeypatch):
     from manifold_lora.distributed import mesh
 
     monkeypatch.setattr(mesh, "all_devices", lambda: jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def no_processes_left():
+    """The command's processes end with their test."""
+    yield
+    command.kill_all()
 
 
 @pytest.fixture(autouse=True)

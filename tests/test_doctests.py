@@ -8,6 +8,7 @@ import pytest
 
 import manifold_lora
 
+pytestmark = pytest.mark.smoke
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(manifold_lora.__path__, "manifold_lora.")

@@ -29,6 +29,7 @@ FORMS = [f"{method}-{inits(method)[0]}" for method in METHODS]
 FORMS += ["lora-pissa", "lora-diagonal_scaling=True", "stella-diagonal_s=True"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", FORMS)
 def test_logits_are_those_of_the_formula(case: str, tmp_path: Path):
     targets = "all-linear" if case in ("lora-kaiming", "stiefel-random") else FEW

@@ -36,6 +36,7 @@ def edit(path: Path, change: Callable[[reference.Tensors], object]) -> None:
     save_file(tensors, path / "model.safetensors")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("name", ["llama-3", "llama-3.2", "v5-llama3"])
 def test_tensors_survive_reading_and_writing(name: str, shards: int, tmp_path: Path):

@@ -75,6 +75,7 @@ def test_help_is_grouped_and_shows_resolved_defaults(capsys, name):
     assert [flag for flag in hidden[name] if flag in shown] == []
 
 
+@pytest.mark.smoke
 def test_flags_override_the_file_which_overrides_defaults(capsys, files, tmp_path):
     model, data = files
     settings = {"model": str(model), "data": str(data), "rank": 4, "steps": 2}
@@ -223,7 +224,11 @@ def test_unknown_command(capsys):
 
 def test_an_interruption_while_it_compiles_is_exit_code_130(files, tmp_path):
     model, data = files
-    code = "from manifold_lora.cli.main import main; main()"
+    # A shell that runs the tests in the background has its children ignore SIGINT.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from manifold_lora.cli.main import main; main()"
+    )
     arguments = ["train", "--model", model, "--data", data, "--out", tmp_path / "run"]
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code, *map(str, arguments)],

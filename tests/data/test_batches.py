@@ -151,6 +151,7 @@ def test_the_seed_determines_the_order(packing: bool) -> None:
     assert orders[0] == orders[1] != orders[2]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("consumed", [0, 1, 7, 30])
 def test_a_restored_state_continues_with_the_same_batches(

@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.manifolds.table import (
     FEASIBLE,
@@ -78,6 +79,7 @@ def geometry(manifold):
     return jax.jit(maps)
 
 
+@pytest.mark.smoke
 @over_shapes(GEOMETRIES)
 def test_projection_metric_gradient_and_transport(row, shape, dtype):
     rng = np.random.default_rng(0)

@@ -37,6 +37,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, reference.Te
     return load_llama(reference.write_checkpoint(path, config, tensors)), tensors
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", reference.CONFIGS)
 def test_logits_equal_the_reference(name: str, tmp_path: Path):
     config = reference.CONFIGS[name]

@@ -35,6 +35,7 @@ from tests.tolerances import FLOAT32, RESIDUAL
 HYPERPARAMETERS = 5e-5  # 1 − β₂ from a float32 β₂
 
 
+@pytest.mark.smoke
 @each
 def test_jit_traces_once_and_takes_unknown_arguments(row):
     params, gradients = row.problem()

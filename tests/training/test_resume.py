@@ -127,6 +127,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(settings, monkeypatch, changes):
     same_outcome(settings, summary)
 
 
+@pytest.mark.smoke
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(settings, monkeypatch):
     interrupt(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(training.Preempted, match="checkpoints/5 is written"):

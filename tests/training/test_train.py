@@ -72,6 +72,7 @@ def rows(settings):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.smoke
 def test_a_run(finished):
     settings, summary, shown = finished
     out = settings["out"]
