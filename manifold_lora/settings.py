@@ -170,6 +170,8 @@ def requirement(hint: Any, value: Any = None) -> str:
 
     >>> requirement(Probability, 2.0), requirement(int | None)
     ('in [0, 1)', 'an integer')
+    >>> requirement(dict[str, PositiveInt])
+    'a table of names, each value at least 1'
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -186,10 +188,10 @@ def requirement(hint: Any, value: Any = None) -> str:
         return "one of " + ", ".join(map(str, args))
     if origin in (tuple, Sequence):
         if args[1:] in ((...,), ()):
-            return f"a list, each item {requirement(args[0])}"
-        return f"{len(args)} items, each {requirement(args[0])}"
+            return f"a list, each item {requirement(args[0], 0)}"
+        return f"{len(args)} items, each {requirement(args[0], 0)}"
     if _is_mapping(hint):
-        return f"a table of names, each value {requirement(args[1])}"
+        return f"a table of names, each value {requirement(args[1], 0)}"
     return _WORDS.get(hint, str(hint))
 
 
