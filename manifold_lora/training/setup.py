@@ -1,4 +1,4 @@
-"""From a configuration to examples, a model with its adapter, and a number of steps."""
+"""Build what a run needs from its configuration: data, model and number of steps."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from manifold_lora.training.config import TrainConfig
 
 
 class Data(NamedTuple):
-    """Encoded examples, and what encoding did."""
+    """Encoded examples, and the counts of what encoding truncated and dropped."""
 
     train: list[Example]
     held_out: list[Example]
@@ -67,8 +67,8 @@ def _hold_out(
     count = min(config.data.eval_examples, max(1, len(records) // 10))
     order = np.random.default_rng(config.optimizer.seed).permutation(len(records))
     chosen = set(order[:count].tolist())
-    kept = [record for i, record in enumerate(records) if i not in chosen]
-    return kept, [record for i, record in enumerate(records) if i in chosen]
+    training = [record for i, record in enumerate(records) if i not in chosen]
+    return training, [record for i, record in enumerate(records) if i in chosen]
 
 
 def load_base(config: TrainConfig) -> Llama:
@@ -81,7 +81,7 @@ def load_base(config: TrainConfig) -> Llama:
 
 
 def load_model(config: TrainConfig) -> Llama:
-    """The base with a new adapter attached, or the one to go on from."""
+    """The base with a new adapter, or with the one to continue from."""
     model = load_base(config)
     if config.initial_adapter is None:
         attach(model, config.adapter, config.optimizer.seed)
@@ -106,7 +106,7 @@ def load_model(config: TrainConfig) -> Llama:
 
 
 def _comparable(config: AdapterConfig) -> dict[str, Any]:
-    """What an adapter must have in common with the run that continues it."""
+    """The settings that an adapter and the run that continues it must share."""
     settings = {name: getattr(config, name) for name in ("rank", "alpha", "rslora")}
     options = config.options.values("adapter")
     options.pop("init", None)  # only decides the factors before training
@@ -115,23 +115,23 @@ def _comparable(config: AdapterConfig) -> dict[str, Any]:
 
 def effective_ranks(model: Llama) -> list[float]:
     """The effective rank of B in ΔW = s B Aᵀ, adapted layer by adapted layer."""
-    found: list[float] = []
+    ranks: list[float] = []
     for module in adapters(model).values():
         _, b = module.pair()
-        each = effective_rank(to_host(b)).tolist()
-        found += [x for x, rank in zip(each, module.ranks, strict=True) if rank]
-    return found
+        by_layer = effective_rank(to_host(b)).tolist()
+        ranks += [x for x, rank in zip(by_layer, module.ranks, strict=True) if rank]
+    return ranks
 
 
 def check_mesh(config: TrainConfig, mesh: Any, model: LlamaConfig) -> None:
-    """Raise `InputError` for axes of the mesh that the model or the batch lacks."""
+    """Raise `InputError` where the mesh does not divide the model or the batch."""
     rows = config.batch.batch_size // config.batch.accumulate
     if errors := divisibility_errors(mesh.shape, model, rows):
         raise InputError("--mesh: " + "; ".join(errors) + ".")
 
 
 def check_agreement(config: TrainConfig, data: Data) -> None:
-    """Raise `InputError` where processes have other settings, data or code."""
+    """Raise `InputError` if processes differ in settings, data or code."""
     digest = hashlib.sha256()
     for example in [*data.train, *data.held_out]:
         digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
@@ -149,13 +149,13 @@ def held_out_batches(
     config: TrainConfig, data: Data, to_devices: BatchSharder
 ) -> list[Any]:
     """The held-out examples, on the devices."""
-    made = evaluation_batches(
+    host_batches = evaluation_batches(
         data.held_out,
         batch_size=config.batch.batch_size,
         sequence_length=padded_length(data.held_out, config.batch.sequence_length),
         rows=to_devices.local_rows,
     )
-    return [to_devices(batch) for batch in made]
+    return [to_devices(batch) for batch in host_batches]
 
 
 def training_batches(
@@ -177,7 +177,7 @@ def training_batches(
 
 
 def total_steps(config: TrainConfig, data: Data) -> int:
-    """Steps of the run; where rows are packed, only packing tells how many they are."""
+    """The number of steps; with packing it takes packing the data to know it."""
     steps, epochs = config.schedule.steps, config.schedule.epochs
     if steps is not None:
         return steps
