@@ -167,12 +167,9 @@ def manifold_tree(model: Any) -> dict[str, Any]:
     u, s and v of `FixedRank`, their manifold stands in place of the dict of them.
 
     Examples:
-        >>> from flax import nnx
         >>> import manifold_lora as ml
-        >>> config = ml.LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
-        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        ...     head_dim=4)
-        >>> model = ml.Llama(config, rngs=nnx.Rngs(0))
+        >>> from manifold_lora.data.builtin import BASE
+        >>> model = ml.load_llama(BASE)
         >>> ml.attach(model, ml.AdapterConfig("stella", rank=2, targets="q_proj"))
         >>> ml.manifold_tree(model)["layers"]["self_attn"]["q_proj"]["s"]
         Euclidean()

@@ -1,7 +1,7 @@
 """DoRA: a separate magnitude vector m, and LoRA for the direction."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.lora import LoRALinear, LoRAPlusOptions
 from manifold_lora.adapters.low_rank import Arrays
+from manifold_lora.adapters.options import initialisation
 from manifold_lora.models import Linear
-from manifold_lora.settings import setting
 
 MAGNITUDE = Factor(("out",), peft="lora_magnitude_vector")
 
@@ -25,9 +25,7 @@ class DoRAOptions(LoRAPlusOptions):
     paper = "Liu et al. 2024, arXiv:2402.09353"
     export = "DoRA"
 
-    init: Literal["kaiming", "gaussian"] = setting(
-        "kaiming", "initialisation of the factors", role="adapter"
-    )
+    init: Literal["kaiming", "gaussian"] = initialisation("kaiming")
 
 
 class DoRALinear(LoRALinear):
@@ -49,6 +47,7 @@ class DoRALinear(LoRALinear):
     """
 
     options = DoRAOptions
+    direction: ClassVar[type[LoRALinear]] = LoRALinear
 
     m: nnx.LoRAParam
 
@@ -57,17 +56,18 @@ class DoRALinear(LoRALinear):
         m0 = row_norms(base.kernel[...])
         self.m0 = nnx.Variable(m0, axes=self._mesh_axes(MAGNITUDE))
 
-    @staticmethod
-    def factors(config: AdapterConfig) -> dict[str, Factor]:
-        """A, B and m are free."""
-        return LoRALinear.factors(config) | {"m": MAGNITUDE}
+    @classmethod
+    def factors(cls, config: AdapterConfig) -> dict[str, Factor]:
+        """Those of the direction, and a free m."""
+        return cls.direction.factors(config) | {"m": MAGNITUDE}
 
-    @staticmethod
+    @classmethod
     def init(
-        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+        cls, key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
-        """LoRA's A and B, and m = ‖W‖."""
-        return {**LoRALinear.init(key, kernel, rank, config), "m": row_norms(kernel)}
+        """A and B of the direction, and m = ‖W‖."""
+        initial = cls.direction.init(key, kernel, rank, config)
+        return {**initial, "m": row_norms(kernel)}
 
     def delta(self, x: jax.Array) -> jax.Array:
         """The second part of y: (m/‖W + sBAᵀ‖) ⊙ s B Aᵀ x."""

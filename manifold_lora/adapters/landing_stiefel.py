@@ -1,19 +1,24 @@
 """Manifold-LoRA with B attracted to the Stiefel manifold."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.factor import Factor
+from manifold_lora.adapters.initialisers import random_point, tall_shapes
+from manifold_lora.adapters.lora import LoRALinear
+from manifold_lora.adapters.low_rank import Arrays
 from manifold_lora.adapters.options import (
     LearningRates,
     OptimizerInputs,
     WrapperOptions,
+    initialisation,
 )
-from manifold_lora.adapters.stiefel import StiefelLinear
-from manifold_lora.manifolds import Stiefel
+from manifold_lora.manifolds import Manifold, Stiefel
 from manifold_lora.optimizers import landing_adamw
 from manifold_lora.settings import PositiveFloat, setting
 
@@ -27,9 +32,7 @@ class LandingOptions(WrapperOptions):
     paper = "Manifold-LoRA 2024"
     learning_rates = LearningRates(2e-4, builtin=5e-3, grid=(2e-4, 5e-4, 1e-3))
 
-    init: Literal["random"] = setting(
-        "random", "initialisation of the factors", role="adapter"
-    )
+    init: Literal["random"] = initialisation("random")
     penalty_weight: PositiveFloat = setting(
         1.0, "weight μ of the penalty that attracts to the manifold", role="optimizer"
     )
@@ -62,7 +65,7 @@ class LandingOptions(WrapperOptions):
         )
 
 
-class LandingStiefelLinear(StiefelLinear):
+class LandingStiefelLinear(LoRALinear):
     """y = W x + s B (Aᵀ x), with B attracted to orthonormal columns but not held there.
 
     Trained by `manifold_lora.landing_adamw`, without retraction: B is near the
@@ -75,11 +78,21 @@ class LandingStiefelLinear(StiefelLinear):
     """
 
     options = LandingOptions
+    manifold: ClassVar[Manifold] = Stiefel()
 
-    @staticmethod
-    def factors(config: AdapterConfig) -> dict[str, Factor]:
-        """A is free, B near the Stiefel manifold."""
+    @classmethod
+    def factors(cls, config: AdapterConfig) -> dict[str, Factor]:
+        """A is free, B near the manifold."""
         return {
             "a": Factor(("in", "rank")),
-            "b": Factor(("out", "rank"), Stiefel(), padding="identity"),
+            "b": Factor(("out", "rank"), cls.manifold, padding="identity"),
         }
+
+    @classmethod
+    def init(
+        cls, key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+    ) -> Arrays:
+        """A random point for B, and A = 0."""
+        a_shape, b_shape = tall_shapes(kernel, rank)
+        b = random_point(cls.manifold, key, b_shape)
+        return {"a": jnp.zeros(a_shape, jnp.float32), "b": b}

@@ -23,6 +23,7 @@ from manifold_lora.adapters.options import (
     LearningRates,
     OptimizerInputs,
     WrapperOptions,
+    initialisation,
 )
 from manifold_lora.optimizers import FactorSpec, lora_plus
 from manifold_lora.settings import PositiveFloat, setting
@@ -54,8 +55,8 @@ class LoRAOptions(LoRAPlusOptions):
     update = "s B Aᵀ"
     paper = "Hu et al. 2021, arXiv:2106.09685"
 
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = setting(
-        "kaiming", "initialisation of the factors", role="adapter"
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = (
+        initialisation("kaiming")
     )
     fixed_a: Literal["random", "projection"] | None = setting(
         None, "do not train A, but fix it", role="adapter"
@@ -112,8 +113,8 @@ class LoRALinear(LowRankLinear):
     a: nnx.Variable
     b: nnx.LoRAParam
 
-    @staticmethod
-    def factors(config: AdapterConfig) -> dict[str, Factor]:
+    @classmethod
+    def factors(cls, config: AdapterConfig) -> dict[str, Factor]:
         """A and B are free, A unless it is fixed; A₀ and B₀ are not trained."""
         factors = {"a": a_factor(config), "b": Factor(("out", "rank"))}
         if config.options.init in ("pissa", "olora"):
@@ -121,9 +122,9 @@ class LoRALinear(LowRankLinear):
             factors["b0"] = Factor(("out", "rank"), trained=False)
         return factors
 
-    @staticmethod
+    @classmethod
     def init(
-        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+        cls, key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
         """A and B, and for "pissa" and "olora" the same again as "a0" and "b0"."""
         a_shape, b_shape = tall_shapes(kernel, rank)

@@ -11,7 +11,7 @@ from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.initialisers import orthonormal, tall_shapes
 from manifold_lora.adapters.loram_fr import LoRAMOptions
 from manifold_lora.adapters.low_rank import Arrays, LowRankLinear
-from manifold_lora.adapters.options import LearningRates
+from manifold_lora.adapters.options import LearningRates, initialisation
 from manifold_lora.manifolds import BoundedRank, Euclidean, Stiefel
 from manifold_lora.settings import NonNegativeFloat, setting
 
@@ -23,9 +23,7 @@ class LoRAMBoundedOptions(LoRAMOptions):
     update = "s A Vᵀ"
     learning_rates = LearningRates(1e-4, builtin=1e-3, grid=(5e-5, 1e-4, 2e-4))
 
-    init: Literal["zero"] = setting(
-        "zero", "initialisation of the factors", role="adapter"
-    )
+    init: Literal["zero"] = initialisation("zero")
     nuclear_decay: NonNegativeFloat = setting(
         0.0, "λ, subtracted from every singular value in a step", role="optimizer"
     )
@@ -60,8 +58,8 @@ class LoRAMBoundedLinear(LowRankLinear):
 
     options = LoRAMBoundedOptions
 
-    @staticmethod
-    def factors(config: AdapterConfig) -> dict[str, Factor]:
+    @classmethod
+    def factors(cls, config: AdapterConfig) -> dict[str, Factor]:
         """A and V are one point."""
         point = BoundedRank()
         return {
@@ -69,9 +67,9 @@ class LoRAMBoundedLinear(LowRankLinear):
             "v": Factor(("in", "rank"), Stiefel(), part_of=point, padding="identity"),
         }
 
-    @staticmethod
+    @classmethod
     def init(
-        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+        cls, key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
         """A = 0, and V uniform."""
         v, _ = orthonormal(key, kernel, rank)

@@ -12,7 +12,12 @@ from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.initialisers import orthonormal
 from manifold_lora.adapters.low_rank import Arrays
-from manifold_lora.adapters.options import LearningRates, MethodOptions, OptimizerInputs
+from manifold_lora.adapters.options import (
+    LearningRates,
+    MethodOptions,
+    OptimizerInputs,
+    initialisation,
+)
 from manifold_lora.adapters.three_factors import ThreeFactorLinear
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Euclidean, FixedRank, Stiefel
@@ -55,9 +60,7 @@ class LoRAMFixedOptions(LoRAMOptions):
     update = "s U S Vᵀ"
     learning_rates = LearningRates(5e-5, builtin=1e-3, grid=(3e-5, 5e-5, 1e-4))
 
-    init: Literal["identity", "zero"] = setting(
-        "identity", "initialisation of the factors", role="adapter"
-    )
+    init: Literal["identity", "zero"] = initialisation("identity")
 
 
 class LoRAMFixedLinear(ThreeFactorLinear):
@@ -91,8 +94,8 @@ class LoRAMFixedLinear(ThreeFactorLinear):
                 "leave out --rank-pattern for some of the layers."
             )
 
-    @staticmethod
-    def factors(config: AdapterConfig) -> dict[str, Factor]:
+    @classmethod
+    def factors(cls, config: AdapterConfig) -> dict[str, Factor]:
         """U, S and V are one point; what pads S must be regular, too."""
         point = FixedRank(
             "truncation" if config.options.init == "zero" else "orthographic"
@@ -104,9 +107,9 @@ class LoRAMFixedLinear(ThreeFactorLinear):
             "v": part(("in", "rank"), Stiefel()),
         }
 
-    @staticmethod
+    @classmethod
     def init(
-        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+        cls, key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
         """U, S and V."""
         v, u = orthonormal(key, kernel, rank)

@@ -100,15 +100,15 @@ class LowRankLinear(nnx.Module):
                 value = nnx.Variable(values[name], axes=axes)
             setattr(self, name, value)
 
-    @staticmethod
+    @classmethod
     @abc.abstractmethod
-    def factors(config: AdapterConfig) -> dict[str, Factor]:
+    def factors(cls, config: AdapterConfig) -> dict[str, Factor]:
         """Every array of the method by name, also those that are not trained."""
 
-    @staticmethod
+    @classmethod
     @abc.abstractmethod
     def init(
-        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+        cls, key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
         """Every array before the first step, from the kernel ((layers,) in, out)."""
 

@@ -97,6 +97,11 @@ class MethodOptions:
         raise NotImplementedError
 
 
+def initialisation(default: str) -> Any:
+    """The field `init` of a method's options; its type lists the initialisations."""
+    return setting(default, "initialisation of the factors", role="adapter")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WrapperOptions(MethodOptions):
     """Options of a method that any Optax optimiser can train."""

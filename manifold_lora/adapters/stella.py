@@ -15,6 +15,7 @@ from manifold_lora.adapters.options import (
     LearningRates,
     OptimizerInputs,
     WrapperOptions,
+    initialisation,
 )
 from manifold_lora.adapters.three_factors import ThreeFactorLinear
 from manifold_lora.manifolds import Stiefel
@@ -31,9 +32,7 @@ class StellaOptions(WrapperOptions):
     paper = "StelLA 2025, arXiv:2510.01938"
     learning_rates = LearningRates(5e-4, builtin=5e-3, grid=(2e-4, 5e-4, 1e-3))
 
-    init: Literal["random", "zero", "svd_major", "svd_minor"] = setting(
-        "random", "initialisation of the factors", role="adapter"
-    )
+    init: Literal["random", "zero", "svd_major", "svd_minor"] = initialisation("random")
     diagonal_s: bool = setting(False, "S is a diagonal", role="adapter")
 
     def transformation(self, inputs: OptimizerInputs) -> optax.GradientTransformation:
@@ -63,8 +62,8 @@ class StellaLinear(ThreeFactorLinear):
 
     options = StellaOptions
 
-    @staticmethod
-    def factors(config: AdapterConfig) -> dict[str, Factor]:
+    @classmethod
+    def factors(cls, config: AdapterConfig) -> dict[str, Factor]:
         """U and V are on the Stiefel manifold, S is free."""
         return {
             "u": Factor(("out", "rank"), Stiefel(), padding="identity"),
@@ -72,9 +71,9 @@ class StellaLinear(ThreeFactorLinear):
             "v": Factor(("in", "rank"), Stiefel(), padding="identity"),
         }
 
-    @staticmethod
+    @classmethod
     def init(
-        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+        cls, key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
         """U, S and V."""
         init = config.options.init

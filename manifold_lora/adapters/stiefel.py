@@ -16,6 +16,7 @@ from manifold_lora.adapters.options import (
     LearningRates,
     OptimizerInputs,
     WrapperOptions,
+    initialisation,
 )
 from manifold_lora.manifolds import Stiefel
 from manifold_lora.optimizers import stiefel_lora
@@ -33,9 +34,7 @@ class StiefelLoRAOptions(WrapperOptions):
     learning_rates = LearningRates(0.1, builtin=0.03, grid=(0.1, 0.2, 0.3))
     free_learning_rates = _FREE_RATES
 
-    init: Literal["random"] = setting(
-        "random", "initialisation of the factors", role="adapter"
-    )
+    init: Literal["random"] = initialisation("random")
     free_learning_rate: PositiveFloat = setting(
         UNSET, "of the free factors", default_text=_FREE_RATES.text(), role="rate"
     )
@@ -81,17 +80,17 @@ class StiefelLinear(LoRALinear):
 
     options = StiefelOptions
 
-    @staticmethod
-    def factors(config: AdapterConfig) -> dict[str, Factor]:
+    @classmethod
+    def factors(cls, config: AdapterConfig) -> dict[str, Factor]:
         """B is on the Stiefel manifold; A is free, or not trained."""
         return {
             "a": a_factor(config),
             "b": Factor(("out", "rank"), Stiefel("qr"), padding="identity"),
         }
 
-    @staticmethod
+    @classmethod
     def init(
-        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
+        cls, key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
     ) -> Arrays:
         """Orthonormal B, and A = 0 or the fixed one."""
         a_shape, b_shape = tall_shapes(kernel, rank)

@@ -2,12 +2,7 @@
 
 import dataclasses
 
-import jax
-
-from manifold_lora.adapters.config import AdapterConfig
-from manifold_lora.adapters.dora import MAGNITUDE, DoRALinear, row_norms
-from manifold_lora.adapters.factor import Factor
-from manifold_lora.adapters.low_rank import Arrays
+from manifold_lora.adapters.dora import DoRALinear
 from manifold_lora.adapters.stiefel import StiefelLinear, StiefelLoRAOptions
 
 
@@ -28,15 +23,4 @@ class StiefelDoRALinear(DoRALinear):
     """
 
     options = StiefelDoRAOptions
-
-    @staticmethod
-    def factors(config: AdapterConfig) -> dict[str, Factor]:
-        """Those of Stiefel-LoRA, and a free m."""
-        return StiefelLinear.factors(config) | {"m": MAGNITUDE}
-
-    @staticmethod
-    def init(
-        key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig
-    ) -> Arrays:
-        """Orthonormal B, A = 0 and m = ‖W‖."""
-        return {**StiefelLinear.init(key, kernel, rank, config), "m": row_norms(kernel)}
+    direction = StiefelLinear

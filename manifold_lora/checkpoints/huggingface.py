@@ -25,6 +25,7 @@ from manifold_lora.distributed.processes import is_main
 from manifold_lora.distributed.sharding import logical_axes, storage_spec
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
+from manifold_lora.models.config import read_json
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -216,19 +217,6 @@ def save_llama(
         config = json.dumps(model.config.to_hf(dtype.name), indent=2)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
         save_tensors(tensors, partial / _WEIGHTS)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; an `InputError` names the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{file} is not valid JSON ({error}): copy or download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} must hold a JSON object: copy or download it again.")
-    return content
 
 
 def read_llama_config(path: Path) -> LlamaConfig:

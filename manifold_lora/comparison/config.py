@@ -8,22 +8,13 @@ from typing import Any
 from manifold_lora.adapters.config import AdapterConfig, LowRankConfig
 from manifold_lora.adapters.options import fields_by_option, inits, options_class
 from manifold_lora.configuration.flat import part
-from manifold_lora.configuration.parts import (
-    BatchConfig,
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    OptimizerConfig,
-    OutputConfig,
-    ScheduleConfig,
-)
 from manifold_lora.methods import METHODS, check_method
 from manifold_lora.settings import PositiveInt, raise_all, setting, validate
-from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.config import RunConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(RunConfig):
     """A comparison of methods. All settings but the learning rates are shared by all.
 
     Args:
@@ -37,14 +28,7 @@ class CompareConfig:
         InputError: all that is wrong, in one message.
     """
 
-    model: ModelConfig = part(ModelConfig)
-    data: DataConfig = part(DataConfig)
     adapter: LowRankConfig = part(LowRankConfig)
-    optimizer: OptimizerConfig = part(OptimizerConfig)
-    schedule: ScheduleConfig = part(ScheduleConfig)
-    batch: BatchConfig = part(BatchConfig)
-    evaluation: EvaluationConfig = part(EvaluationConfig)
-    output: OutputConfig = part(OutputConfig)
 
     options: Mapping[str, Any] = dataclasses.field(
         default_factory=dict,
@@ -145,16 +129,8 @@ def _run_of(config: CompareConfig, name: str) -> TrainConfig:
         field.name: getattr(config.adapter, field.name)
         for field in dataclasses.fields(LowRankConfig)
     }
-    return TrainConfig(
-        model=config.model,
-        data=config.data,
-        adapter=AdapterConfig(name, options, **low_rank),
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        batch=config.batch,
-        evaluation=config.evaluation,
-        output=config.output,
-    )
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
+    return TrainConfig(**shared, adapter=AdapterConfig(name, options, **low_rank))
 
 
 def _grid(name: str, builtin: bool) -> tuple[float, ...]:

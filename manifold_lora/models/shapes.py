@@ -3,11 +3,10 @@
 The values are those of the models' config.json files.
 """
 
-import json
 from pathlib import Path
 
 from manifold_lora.errors import InputError, nearest
-from manifold_lora.models.config import LlamaConfig, RopeScaling
+from manifold_lora.models.config import LlamaConfig, RopeScaling, read_json
 
 
 def _llama2(hidden: int, mlp: int, layers: int, heads: int, kv: int) -> LlamaConfig:
@@ -98,15 +97,7 @@ def model_shape(model: str | Path) -> LlamaConfig:
 
 def _read(file: Path) -> LlamaConfig:
     try:
-        mapping = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{file} is not valid JSON ({error}): copy or download it again."
-        ) from error
-    if not isinstance(mapping, dict):
-        raise InputError(f"{file} must hold a JSON object: copy or download it again.")
-    try:
-        return LlamaConfig.from_hf(mapping)
+        return LlamaConfig.from_hf(read_json(file))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 

@@ -42,7 +42,20 @@ _EPOCHS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class RunConfig:
+    """What one run and the runs of a comparison have in common."""
+
+    model: ModelConfig = part(ModelConfig)
+    data: DataConfig = part(DataConfig)
+    optimizer: OptimizerConfig = part(OptimizerConfig)
+    schedule: ScheduleConfig = part(ScheduleConfig)
+    batch: BatchConfig = part(BatchConfig)
+    evaluation: EvaluationConfig = part(EvaluationConfig)
+    output: OutputConfig = part(OutputConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
     """A fine-tuning run.
 
     What is not given is filled in when it is made: learning rates from the method,
@@ -65,15 +78,8 @@ class TrainConfig:
         (0.005, 600, 16)
     """
 
-    model: ModelConfig = part(ModelConfig)
-    data: DataConfig = part(DataConfig)
     adapter: AdapterConfig = part(AdapterConfig, roles=typing.get_args(Role))
-    optimizer: OptimizerConfig = part(OptimizerConfig)
-    schedule: ScheduleConfig = part(ScheduleConfig)
-    batch: BatchConfig = part(BatchConfig)
-    evaluation: EvaluationConfig = part(EvaluationConfig)
     checkpoints: CheckpointConfig = part(CheckpointConfig)
-    output: OutputConfig = part(OutputConfig)
     launch: LaunchConfig = part(LaunchConfig)
 
     learning_rate: PositiveFloat = setting(

@@ -67,7 +67,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         Diverged: the loss became NaN or infinite; the best adapter so far is saved.
         Preempted: the run received SIGTERM; the same call resumes it.
         ProcessLost: another process of the run is gone; end this one without waiting.
-        CheckpointError: a checkpoint cannot be written; the earlier ones are intact.
+        CheckpointError: a checkpoint cannot be written; the last one is intact.
 
     Examples:
         >>> summary = train(TrainConfig(learning_rate=0.03))  # doctest: +SKIP

@@ -37,8 +37,8 @@ class OtherNames(LowRankLinear):
 
     options = LoRAOptions
 
-    @staticmethod
-    def factors(config: AdapterConfig) -> dict[str, Factor]:
+    @classmethod
+    def factors(cls, config: AdapterConfig) -> dict[str, Factor]:
         """L is orthonormal, R has unit columns, and `still` is not trained."""
         del config
         return {
@@ -50,8 +50,8 @@ class OtherNames(LowRankLinear):
             "shift": Factor(("out",), trained=False),
         }
 
-    @staticmethod
-    def init(key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig):
+    @classmethod
+    def init(cls, key: jax.Array, kernel: jax.Array, rank: int, config: AdapterConfig):
         """Random, and nothing is zero."""
         del config
         *batch, n, m = kernel.shape
