@@ -1,4 +1,4 @@
-"""The methods on the terminal: what their options declare, and what building shows."""
+"""The table of methods that `manifold-lora methods` prints."""
 
 import dataclasses
 from typing import Any
@@ -17,11 +17,11 @@ from manifold_lora.methods import METHODS
 from manifold_lora.models import Linear
 from manifold_lora.settings import default_text, flag, number
 
-SIZE, RANK = 4096, 16  # of the layer whose memory is shown
+SIZE, RANK = 4096, 16  # of the example layer whose memory is shown
 
 
 def show_methods(console: Console) -> None:
-    """Every method with its parametrisation, manifolds, defaults, memory and export."""
+    """Print every method with its update, manifolds, defaults, memory and export."""
     memory = {name: training_memory(name) for name in METHODS}
     for name in METHODS:
         adapter = adapter_class(name)
@@ -52,8 +52,8 @@ def show_methods(console: Console) -> None:
             table.add_row(key, value)
         console.print(table, "")
     console.print(
-        f"Memory is that of the factors and the optimiser's state of one {SIZE}×{SIZE} "
-        f"layer at rank {RANK}, float32.",
+        f"Memory: trained factors and optimiser state of one {SIZE}×{SIZE} layer, rank "
+        f"{RANK}, float32.",
         soft_wrap=True,
     )
 
@@ -63,7 +63,7 @@ def _rates(options: Any) -> str:
     tried = f"compare tries {', '.join(map(number, rates.grid))}"
     if free is None:
         return f"{rates.text()} ({tried})"
-    return f"{rates.text()} ({tried}); of free factors {free.text()}"
+    return f"{rates.text()} ({tried}); free factors: {free.text()}"
 
 
 def _options(options: Any) -> str:
@@ -75,24 +75,26 @@ def _options(options: Any) -> str:
 
 
 def _factors(manifolds: dict[str, Manifold]) -> str:
-    """The factors and where they live, such as "A free, B on Stiefel (qr)"."""
+    """The factors and their manifolds, such as "A free, B on Stiefel (qr)"."""
     groups: dict[Manifold, list[str]] = {}
     for name, manifold in manifolds.items():
         groups.setdefault(manifold, []).append(name.upper())
-    words = []
+    descriptions = []
     for manifold, names in groups.items():
-        kind, how = type(manifold).__name__, getattr(manifold, "retraction", "")
-        where = f"on {kind}" + (f" ({how})" if how else "")
+        kind, retraction = type(manifold).__name__, getattr(manifold, "retraction", "")
+        text = f"on {kind}" + (f" ({retraction})" if retraction else "")
         if manifold.parts:
-            where = f"together {where}"
-        words.append(f"{', '.join(names)} {'free' if kind == 'Euclidean' else where}")
-    return "; ".join(words)
+            text = f"jointly {text}"
+        if kind == "Euclidean":
+            text = "free"
+        descriptions.append(f"{', '.join(names)} {text}")
+    return "; ".join(descriptions)
 
 
 def training_memory(method: str) -> tuple[int, int]:
-    """Trained numbers of one layer, and bytes of them and their optimiser's state.
+    """Trained parameters of one layer, and bytes of them and their optimiser state.
 
-    From shapes alone: nothing is computed.
+    From abstract shapes: no array is allocated.
     """
     config = AdapterConfig(method, rank=RANK)
 

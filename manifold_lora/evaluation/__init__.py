@@ -1,1 +1,1 @@
-"""Held-out measures of a model."""
+"""Evaluation of a model on held-out data."""

@@ -1,4 +1,4 @@
-"""Loss and accuracy on held-out examples, and a few completions to look at."""
+"""Loss and accuracy on held-out examples, and sample completions."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,33 +22,33 @@ from manifold_lora.models.loss import token_loss
 
 
 class Evaluation(NamedTuple):
-    """Held-out performance."""
+    """Metrics on held-out examples."""
 
-    loss: float  # mean −log p of an answer token
-    accuracy: float  # share of examples whose greedy completion is the answer
+    loss: float  # mean negative log-likelihood per answer token
+    accuracy: float  # fraction of examples whose greedy completion is the answer
 
 
 def make_evaluate(
     rebuild: Callable[..., Any], axes: Any
 ) -> Callable[[Any, Any, Iterable[dict[str, np.ndarray]]], Evaluation]:
-    """A function (factors, frozen, batches) → `Evaluation`, compiled once.
+    """Make a function (factors, frozen, batches) → `Evaluation`, compiled once.
 
-    Greedy decoding gives an answer exactly when each of its tokens is the likeliest
-    after the true ones, so accuracy needs no generation. The end-of-sequence token
-    counts: an answer that does not end is wrong.
+    Greedy decoding yields the answer exactly if each of its tokens has the highest
+    probability given the true tokens before it, so accuracy needs no generation. The
+    end-of-sequence token counts: an answer that does not end there is incorrect.
 
     Args:
         rebuild: from `adapters.split`.
-        axes: names of the axes of the factors, from `adapters.axes`.
+        axes: logical axes of the factors, from `adapters.axes`.
     """
 
-    def sums_of_rows(factors, frozen, batch):
+    def sums_over_rows(factors, frozen, batch):
         nll, mask, hit = token_loss(rebuild(factors, frozen), batch)
-        asked = mask.any(axis=1)
-        right = asked & (hit | (mask == 0)).all(axis=1)
-        return jnp.stack([nll.sum(), mask.sum(), right.sum(), asked.sum()])
+        has_answer = mask.any(axis=1)
+        correct = has_answer & (hit | (mask == 0)).all(axis=1)
+        return jnp.stack([nll.sum(), mask.sum(), correct.sum(), has_answer.sum()])
 
-    sums = _by_groups(sums_of_rows, axes)
+    sums = _jit_over_groups(sums_over_rows, axes)
 
     def evaluate(factors, frozen, batches) -> Evaluation:
         total = np.zeros(4)
@@ -59,14 +59,14 @@ def make_evaluate(
     return evaluate
 
 
-def _by_groups(f: Callable[..., Any], axes: Any) -> Callable[..., Any]:
-    """`f(factors, frozen, batch)`, compiled, each group of devices on its own rows.
+def _jit_over_groups(f: Callable[..., Any], axes: Any) -> Callable[..., Any]:
+    """Jit `f(factors, frozen, batch)` such that each device group maps its own rows.
 
-    The results have an axis of groups in front, and are on every device.
+    The results have a leading axis of groups and are replicated on all devices.
     """
 
     def all_rows(factors, frozen, batch):
-        rows = jax.tree.map(lambda x: x[0], split_batch(batch))  # in one part
+        rows = jax.tree.map(lambda x: x[0], split_batch(batch))  # one micro-batch
         return vmap_over_groups(f)(replicate_per_group(factors, axes), frozen, rows)
 
     @jax.jit
@@ -77,9 +77,9 @@ def _by_groups(f: Callable[..., Any], axes: Any) -> Callable[..., Any]:
 
 
 def majority(train: Sequence[Example], held_out: Sequence[Example]) -> float:
-    """Accuracy of always giving the commonest answer of the training examples."""
-    commonest = Counter(map(answer, train)).most_common(1)[0][0]
-    return float(np.mean([answer(example) == commonest for example in held_out]))
+    """Accuracy of always predicting the most common answer of the training set."""
+    most_common = Counter(map(answer, train)).most_common(1)[0][0]
+    return float(np.mean([answer(example) == most_common for example in held_out]))
 
 
 def answer(example: Example) -> tuple[int, ...]:
@@ -98,33 +98,34 @@ def complete(
 ) -> list[list[int]]:
     """Greedy completions of the examples' prompts, without the stop token.
 
-    For a handful of examples to show: every token runs the whole row again.
+    For a handful of samples: it keeps no cache and recomputes the row for every token.
     """
     prompts = [example.input_ids[: example.loss_mask.argmax()] for example in examples]
     groups = group_count(jax.sharding.get_mesh().shape)
-    # Every group gets as many rows: some are added, whose completions nobody reads.
+    # Every group needs the same number of rows; completions of the padding are dropped.
     rows = [*prompts, *prompts[:1] * (-len(prompts) % groups)]
-    starts = np.array([len(row) for row in rows])
-    ids = np.zeros((len(rows), starts.max() + max_new_tokens), np.int32)
+    lengths = np.array([len(row) for row in rows])
+    ids = np.zeros((len(rows), lengths.max() + max_new_tokens), np.int32)
     for row, prompt in zip(ids, rows, strict=True):
         row[: len(prompt)] = prompt
 
-    def extended(factors, frozen, batch):
-        model, (ids, starts) = rebuild(factors, frozen), batch
+    def generated(factors, frozen, batch):
+        model, (ids, lengths) = rebuild(factors, frozen), batch
 
         def extend(step, ids):
-            end = starts + step  # what stands after it is unseen: attention is causal
+            end = lengths + step  # later positions are masked: attention is causal
             last = jnp.take_along_axis(
                 model.hidden_states(ids), (end - 1)[:, None, None], axis=1
             )
             token = model.unembed(last[:, 0]).argmax(-1).astype(ids.dtype)
-            return ids.at[jnp.arange(len(starts)), end].set(token)
+            return ids.at[jnp.arange(len(lengths)), end].set(token)
 
         return jax.lax.fori_loop(0, max_new_tokens, extend, ids)
 
-    found = to_host(_by_groups(extended, axes)(factors, frozen, (ids, starts)))
+    outputs = _jit_over_groups(generated, axes)(factors, frozen, (ids, lengths))
     completions = []
-    for row, prompt in zip(found.reshape(ids.shape), prompts, strict=False):
+    all_ids = to_host(outputs).reshape(ids.shape)
+    for row, prompt in zip(all_ids, prompts, strict=False):
         new = row[len(prompt) :][:max_new_tokens].tolist()
         end = next((i for i, token in enumerate(new) if token in stop), len(new))
         completions.append(new[:end])
