@@ -1,24 +1,23 @@
-"""Numbers that describe a factor, or a product of two. NumPy alone, in float64."""
+"""Spectral measures of a factor or of a product of two, in float64 NumPy."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-USED = 1e-2  # of the largest singular value: what a direction needs to count as used
-# Bytes of ΔW that are formed at a time, whatever its size.
-_BLOCK = 64 * 2**20
+RANK_THRESHOLD = 1e-2  # of the numerical rank, relative to the largest singular value
+_BLOCK = 64 * 2**20  # bytes of a block of ΔW, which is never formed as a whole
 
 
 class Cosines(NamedTuple):
-    """Cosine similarities between the columns of a matrix; NaN without any pair."""
+    """Statistics of the cosine similarities of columns; NaN if there are no pairs."""
 
     mean: float
     std: float
-    largest: float  # of the absolute values
+    largest: float  # in absolute value
 
 
-class Weight(NamedTuple):
-    """One entry of a matrix and its place."""
+class MatrixEntry(NamedTuple):
+    """An entry of a matrix and its indices."""
 
     row: int
     column: int
@@ -28,8 +27,8 @@ class Weight(NamedTuple):
 def effective_rank(x: np.ndarray) -> np.ndarray:
     """Entropy effective rank exp(−Σ p log p), p = σ/Σσ, one number per batch entry.
 
-    r for orthonormal columns; near 1 where one direction has taken over; 0 for a
-    matrix of zeros.
+    r for r orthonormal columns, near 1 if one direction dominates, 0 for the zero
+    matrix.
 
     Args:
         x: (…, rows, columns).
@@ -50,8 +49,8 @@ def effective_rank(x: np.ndarray) -> np.ndarray:
 def stable_rank(x: np.ndarray) -> np.ndarray:
     """Stable rank ‖x‖_F²/‖x‖₂² = Σσ²/σ₁², one number per batch entry.
 
-    Less affected by small singular values than `effective_rank`, and never above the
-    rank; 0 for a matrix of zeros.
+    Less sensitive to small singular values than `effective_rank`, and never above the
+    rank; 0 for the zero matrix.
 
     Args:
         x: (…, rows, columns).
@@ -69,15 +68,15 @@ def stable_rank(x: np.ndarray) -> np.ndarray:
     return np.sum((sigma / np.where(largest > 0, largest, 1)) ** 2, axis=-1)
 
 
-def used_rank(x: np.ndarray, threshold: float = USED) -> np.ndarray:
-    """How many singular values exceed `threshold` times the largest.
+def numerical_rank(x: np.ndarray, threshold: float = RANK_THRESHOLD) -> np.ndarray:
+    """Number of singular values above `threshold` times the largest.
 
     Args:
         x: (…, rows, columns).
-        threshold: share of the largest singular value.
+        threshold: relative to the largest singular value.
 
     Examples:
-        >>> int(used_rank(np.diag([5.0, 1.0, 0.01])))
+        >>> int(numerical_rank(np.diag([5.0, 1.0, 0.01])))
         2
     """
     sigma = singular_values(x)
@@ -89,31 +88,31 @@ def singular_values(x: np.ndarray) -> np.ndarray:
     return np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
 
 
-def core(b: np.ndarray, a: np.ndarray) -> np.ndarray:
+def compressed_product(b: np.ndarray, a: np.ndarray) -> np.ndarray:
     """A small matrix with the non-zero singular values of b aᵀ.
 
-    With b = Q_b R_b and a = Q_a R_a it is R_b R_aᵀ, so that everything above can be
-    computed of a product of tall matrices that is too large to form.
+    R_b R_aᵀ from the QR decompositions b = Q_b R_b and a = Q_a R_a. All measures above
+    are the same for it as for b aᵀ, which may be too large to form.
 
     Args:
         b: (…, m, r).
         a: (…, n, r).
 
     Returns:
-        (…, r, r), smaller where m or n is less than r.
+        (…, min(m, r), min(n, r)).
 
     Examples:
         >>> b, a = np.diag([3.0, 2.0]), np.ones((5, 2)) @ np.diag([1.0, 0.0])
-        >>> singular_values(core(b, a)).round(6).tolist()
+        >>> singular_values(compressed_product(b, a)).round(6).tolist()
         [6.708204, 0.0]
     """
-    _, right = np.linalg.qr(np.asarray(a, np.float64))
-    _, left = np.linalg.qr(np.asarray(b, np.float64))
-    return left @ right.swapaxes(-1, -2)
+    _, r_a = np.linalg.qr(np.asarray(a, np.float64))
+    _, r_b = np.linalg.qr(np.asarray(b, np.float64))
+    return r_b @ r_a.swapaxes(-1, -2)
 
 
 def gram(x: np.ndarray) -> np.ndarray:
-    """xᵀx in float64, of shape (…, columns, columns)."""
+    """The Gram matrix xᵀx in float64, (…, columns, columns)."""
     x = np.asarray(x, np.float64)
     return x.swapaxes(-1, -2) @ x
 
@@ -121,8 +120,8 @@ def gram(x: np.ndarray) -> np.ndarray:
 def column_cosines(x: np.ndarray) -> Cosines:
     """Cosine similarities of the columns: xᵢᵀxⱼ/(‖xᵢ‖‖xⱼ‖) for all pairs i < j.
 
-    0 for orthogonal columns, whatever their lengths. Columns of zeros have no
-    direction and are left out; with fewer than two others all numbers are NaN.
+    0 for orthogonal columns, whatever their norms. Zero columns are ignored; if fewer
+    than two others remain, all statistics are NaN.
 
     Args:
         x: (rows, columns).
@@ -132,12 +131,12 @@ def column_cosines(x: np.ndarray) -> Cosines:
         Cosines(mean=0.0, std=0.0, largest=0.0)
     """
     products = gram(x)
-    lengths = np.sqrt(np.diag(products))
-    products, lengths = products[np.ix_(lengths > 0, lengths > 0)], lengths[lengths > 0]
-    if len(lengths) < 2:
+    norms = np.sqrt(np.diag(products))
+    products, norms = products[np.ix_(norms > 0, norms > 0)], norms[norms > 0]
+    if len(norms) < 2:
         return Cosines(np.nan, np.nan, np.nan)
-    pairs = np.triu_indices(len(lengths), 1)
-    cosines = (products / lengths / lengths[:, None])[pairs]
+    pairs = np.triu_indices(len(norms), 1)
+    cosines = (products / norms / norms[:, None])[pairs]
     return Cosines(
         float(cosines.mean()), float(cosines.std()), float(np.abs(cosines).max())
     )
@@ -146,16 +145,17 @@ def column_cosines(x: np.ndarray) -> Cosines:
 def principal_angles(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Principal angles between the column spaces of two matrices, in degrees.
 
-    All 0 for the same subspace, whatever its basis; 90 for a direction of one that
-    is orthogonal to the other. From sines and cosines together, since a cosine alone
-    cannot tell angles below 1e-6 degrees.
+    All 0 for equal subspaces, whatever their bases; 90 for a direction of one that is
+    orthogonal to the other. Computed from sines and cosines, because cosines alone do
+    not resolve angles below 1e-6 degrees.
 
     Args:
         x: (rows, p).
         y: (rows, q).
 
     Returns:
-        As many as the smaller of the two ranks, ascending; none where one is zero.
+        As many angles as the smaller of the two ranks, ascending; none for the zero
+        matrix.
 
     References:
         Knyazev & Argentati, "Principal angles between subspaces in an A-based scalar
@@ -172,37 +172,37 @@ def principal_angles(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _basis(x: np.ndarray) -> np.ndarray:
-    """Orthonormal columns that span those of x, up to the rounding of float32."""
+    """An orthonormal basis of the column space, up to float32 rounding."""
     u, sigma, _ = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
     rounding = x.shape[1] * float(np.finfo(np.float32).eps)
     return u[:, sigma > rounding * sigma[0]]
 
 
-def largest_weights(b: np.ndarray, a: np.ndarray, count: int = 5) -> list[Weight]:
-    """The entries of b aᵀ that are largest in absolute value, largest first.
+def largest_entries(b: np.ndarray, a: np.ndarray, count: int = 5) -> list[MatrixEntry]:
+    """The entries of b aᵀ of largest absolute value, in descending order.
 
-    The product is formed in blocks of rows, so that memory stays at 64 MiB for any
-    model. They are searched for in float32 and returned in float64.
+    The product is formed in float32, one 64 MiB block of rows at a time; the values
+    returned are computed in float64.
 
     Args:
         b: (m, r).
         a: (n, r).
-        count: how many.
+        count: number of entries.
 
     Examples:
-        >>> largest_weights(np.array([[1.0], [-3.0]]), np.array([[1.0], [2.0]]), 1)
-        [Weight(row=1, column=1, value=-6.0)]
+        >>> largest_entries(np.array([[1.0], [-3.0]]), np.array([[1.0], [2.0]]), 1)
+        [MatrixEntry(row=1, column=1, value=-6.0)]
     """
     b, a = np.asarray(b, np.float64), np.asarray(a, np.float64)
     left, right = b.astype(np.float32), a.astype(np.float32).T
     height = max(1, _BLOCK // (4 * right.shape[1]))
-    tops = []
+    row_maxima = []
     for row in range(0, len(left), height):
         block = left[row : row + height] @ right
-        tops.append(np.maximum(block.max(axis=1), -block.min(axis=1)))
-    # The largest entries lie in the rows whose largest entries are largest.
-    rows = np.argsort(-np.concatenate(tops), kind="stable")[:count]
-    few = b[rows] @ a.T
-    order = np.argsort(-np.abs(few), axis=None, kind="stable")[:count]
-    places = zip(*np.unravel_index(order, few.shape), strict=True)
-    return [Weight(int(rows[i]), int(j), float(few[i, j])) for i, j in places]
+        row_maxima.append(np.maximum(block.max(axis=1), -block.min(axis=1)))
+    # The `count` largest entries are in the `count` rows with the largest maxima.
+    rows = np.argsort(-np.concatenate(row_maxima), kind="stable")[:count]
+    product = b[rows] @ a.T
+    order = np.argsort(-np.abs(product), axis=None, kind="stable")[:count]
+    indices = zip(*np.unravel_index(order, product.shape), strict=True)
+    return [MatrixEntry(int(rows[i]), int(j), float(product[i, j])) for i, j in indices]

@@ -21,7 +21,7 @@ from manifold_lora.adapters import (
     set_factors,
     split,
 )
-from manifold_lora.adapters.diagnostics import core, effective_rank
+from manifold_lora.adapters.diagnostics import compressed_product, effective_rank
 from manifold_lora.checkpoints.peft import save_adapter
 from manifold_lora.evaluation.heldout import Evaluation, make_evaluate
 from manifold_lora.training.artifacts import base_id, exporting
@@ -178,7 +178,7 @@ def _ranks(model: Any) -> dict[str, float]:
         adapted = np.array(module.ranks) > 0
         a, b = (np.asarray(x)[adapted] for x in module.pair())
         of_b += effective_rank(b).tolist()
-        of_update += effective_rank(core(b, a)).tolist()
+        of_update += effective_rank(compressed_product(b, a)).tolist()
     return {
         "effective_rank_b": float(np.mean(of_b)),
         "least_effective_rank_b": min(of_b),

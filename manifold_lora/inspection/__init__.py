@@ -1,1 +1,1 @@
-"""`manifold-lora inspect`: ranks, angles and spectra of an adapter, with plots."""
+"""`manifold-lora inspect`: ranks, angles and spectra of an adapter's factors."""

@@ -1,7 +1,7 @@
-"""What the factors of an adapter look like: as tables, as JSON and as pictures.
+"""Inspect the factors of an adapter: tables, JSON and plots.
 
-Works from the files alone, without the base model, on adapters of this library, of
-PEFT and of StelLA.
+Reads the files alone, without the base model: adapters of this library, of PEFT's LoRA
+and of StelLA.
 """
 
 import json
@@ -17,17 +17,19 @@ import numpy as np
 from rich.console import Console
 
 from manifold_lora.adapters.diagnostics import (
-    USED,
+    RANK_THRESHOLD,
     column_cosines,
-    core,
+    compressed_product,
     effective_rank,
     gram,
-    largest_weights,
+    largest_entries,
+    numerical_rank,
     principal_angles,
     singular_values,
     stable_rank,
-    used_rank,
 )
+from manifold_lora.adapters.factor import Factor
+from manifold_lora.adapters.options import adapter_class
 from manifold_lora.errors import InputError
 from manifold_lora.inspection.view import draw, show
 from manifold_lora.manifolds import Euclidean, Manifold
@@ -35,16 +37,15 @@ from manifold_lora.manifolds import Euclidean, Manifold
 if TYPE_CHECKING:
     from manifold_lora.checkpoints.adapter_file import AdapterFile, ModuleFactors
 
-NUMBERS = "inspect.json"
-# Over layers, the worst is what counts of these, and the mean of all others.
-_WORST = ("residual", "cosine_max", "angle_largest")
-# In the order of the computation; files have them in that of the alphabet.
+REPORT = "inspect.json"
+# Aggregated over layers by the maximum; all other measures by the mean.
+_MAXIMA = ("residual", "cosine_max", "angle_largest")
+# In the order of the computation; files are sorted by name.
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-_FACTORS = "abusv"
 
 
-class Place(NamedTuple):
-    """Where an adapter is, where it started, and where its report goes."""
+class Paths(NamedTuple):
+    """The directories of an adapter, of its initialisation and of its report."""
 
     adapter: Path
     start: Path | None
@@ -56,126 +57,125 @@ def inspect_adapter(
     out: str | os.PathLike[str] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure an adapter, show tables, and write inspect.json and three pictures.
+    """Measure an adapter, print tables, and write inspect.json and three plots.
 
     Args:
         path: a run, or the directory of an adapter of this library, PEFT or StelLA.
-        out: where to write; None: inspect/ in the run, or beside a lone adapter
-            under its name with -inspect added.
-        console: to show the tables on.
+        out: output directory. None: inspect/ in the run, or NAME-inspect/ beside an
+            adapter outside a run.
+        console: for the tables.
 
     Returns:
-        What inspect.json holds, as described at `measure`, with the paths.
+        The contents of inspect.json: the report of `measure`, and the paths.
 
     Raises:
-        InputError: there is no adapter, it or its start cannot be read, it has numbers
-            that are not finite, or `out` is a file or inside the adapter.
+        InputError: there is no adapter, it or its initialisation cannot be read, it
+            contains NaN or infinite values, or `out` is a file or inside the adapter.
     """
     from manifold_lora.checkpoints.adapter_file import read_adapter
 
     console = console or Console()
-    place = locate(Path(path), None if out is None else Path(out))
-    adapter = read_adapter(place.adapter)
-    start = None if place.start is None else read_adapter(place.start)
-    paths = {
-        "adapter": str(place.adapter),
-        "start": None if place.start is None else str(place.start),
+    paths = locate(Path(path), None if out is None else Path(out))
+    adapter = read_adapter(paths.adapter)
+    start = None if paths.start is None else read_adapter(paths.start)
+    sources = {
+        "adapter": str(paths.adapter),
+        "start": None if paths.start is None else str(paths.start),
     }
     with console.status("Measuring"):
-        report = paths | measure(adapter, start)
-    place.out.mkdir(parents=True, exist_ok=True)
+        report = sources | measure(adapter, start)
+    paths.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    (place.out / NUMBERS).write_text(text, encoding="utf-8")
-    grams = {
-        name: {key: gram(x) for key, x in matrices(module).items()}
-        for name, module in adapter.modules.items()
-    }
-    pictures = draw(place.out, report, grams)
+    (paths.out / REPORT).write_text(text, encoding="utf-8")
+    plots = draw(paths.out, report, gram_matrices(adapter))
     show(console, report)
-    files = ", ".join(str(place.out / name) for name in (NUMBERS, *pictures))
-    console.print(f"Written: {files}", markup=False, soft_wrap=True)
+    files = ", ".join(str(paths.out / name) for name in (REPORT, *plots))
+    console.print(f"Wrote {files}", markup=False, soft_wrap=True)
     return report
 
 
-def locate(path: Path, out: Path | None = None) -> Place:
-    """Find the adapter and its start from the path of a run or of an adapter.
+def locate(path: Path, out: Path | None = None) -> Paths:
+    """Find an adapter and its initialisation, given a run or the adapter itself.
 
     Raises:
-        InputError: nothing is there, or `out` will not do.
+        InputError: there is no adapter, or `out` is a file or inside the adapter.
     """
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise InputError(f"{path} {what}: give the directory of an adapter or a run.")
+        raise InputError(f"{path} {what}: pass the directory of an adapter or a run.")
     is_run = (path / "adapter").is_dir()
     if not is_run and (path / "config.toml").is_file():
         raise InputError(
-            f"{path} is a run without an adapter/: train it first, or give the "
+            f"{path} is a run without an adapter/: train it first, or pass the "
             "directory of an adapter."
         )
     adapter = path / "adapter" if is_run else path
-    # Only a run's own start/ belongs to the adapter; any other may be anything.
+    # Outside a run, a directory named start/ may be unrelated to the adapter.
     parent = path if is_run else path.resolve().parent
     in_run = is_run or (parent / "config.toml").is_file()
     start = parent / "start" if in_run and (parent / "start").is_dir() else None
     if out is None:
         name = adapter.resolve().name
-        own = in_run and name == "adapter"
-        out = parent / ("inspect" if own else f"{name}-inspect")
+        is_best = in_run and name == "adapter"
+        out = parent / ("inspect" if is_best else f"{name}-inspect")
     if out.is_file():
         raise InputError(f"--out {out} is a file: choose a directory.")
     if out.resolve().is_relative_to(adapter.resolve()):
         raise InputError(
-            f"--out {out} is inside the adapter, whose directory vLLM and PEFT read: "
+            f"--out {out} is inside the adapter directory, which vLLM and PEFT read: "
             "choose another."
         )
-    return Place(adapter, start, out)
+    return Paths(adapter, start, out)
 
 
 def measure(
     adapter: "AdapterFile", start: "AdapterFile | None" = None
 ) -> dict[str, Any]:
-    """All numbers of an adapter, module by module, by kind of module, and in all.
+    """Measure an adapter per module, per kind of module, and overall.
 
-    Of ΔW and of each factor that is a matrix (a vector S counts as a diagonal one):
-    `rank_used` (`used_rank`), `effective_rank`, `stable_rank`, `singular_values`. Of ΔW
-    its Frobenius norm and its largest entries. Of a factor, too: `residual`, the
-    distance from its manifold; `cosine_mean`, `cosine_std`, `cosine_max`
-    (`column_cosines`); `angle_mean`, `angle_largest`, between its column space now and
-    at the start, in degrees. None where a number has no meaning: the residual of a free
-    factor, cosines of one column, angles without a start, from zero, or of a square
-    factor. ΔW of DoRA is the update of the direction.
+    For ΔW and each matrix of `factor_matrices`: `rank_used` (`numerical_rank`),
+    `effective_rank`, `stable_rank` and `singular_values`. For ΔW, also its Frobenius
+    norm and its largest entries. For a factor, also `residual`, its constraint
+    violation; `cosine_mean`, `cosine_std`, `cosine_max` (`column_cosines`); and
+    `angle_mean`, `angle_largest`, the principal angles between its column space and
+    the initial one, in degrees. None where a measure is undefined: the constraint
+    violation of a free factor, cosines of a single column, and angles without an
+    initialisation, from zero, or of a square factor. For DoRA, ΔW is the update of the
+    direction.
 
-    A kind is a module's name without its layer. Over layers, all are means, but
-    residual, cosine_max and angle_largest are the largest.
+    A kind is a module's name without its layer. Over layers, measures are averaged,
+    except residual, cosine_max and angle_largest, of which the maximum is reported.
 
     Args:
         adapter: as read from its file.
         start: the same adapter before the first step.
 
     Raises:
-        InputError: numbers are not finite, or the start is not of this adapter.
+        InputError: NaN or infinite values, or `start` is of another adapter.
     """
     _check_finite(adapter)
+    declared = _declared(adapter)
     modules: dict[str, Any] = {}
     for name in sorted(adapter.modules, key=_order):
         factors = adapter.modules[name]
         layer, kind = _layer_and_kind(name)
-        before = {} if start is None else _start_factors(name, factors, start)
+        matrices = factor_matrices(factors, declared)
+        initial = {} if start is None else _initial_matrices(name, matrices, start)
         modules[name] = {
             "layer": layer,
             "kind": kind,
             "rank": factors.rank,
             "scale": float(factors.scale),
-            "delta_w": _update_numbers(factors),
+            "delta_w": _update_measures(factors),
             "factors": {
-                key: _factor_numbers(x, factors.manifolds.get(key), before.get(key))
-                for key, x in matrices(factors).items()
+                key: _factor_measures(x, factors.manifolds.get(key), initial.get(key))
+                for key, x in matrices.items()
             },
         }
     kinds = dict.fromkeys(module["kind"] for module in modules.values())
     return {
         "method": adapter.method,
-        "used_threshold": USED,
+        "used_threshold": RANK_THRESHOLD,
         "summary": _average(modules),
         "kinds": {
             kind: _average({n: m for n, m in modules.items() if m["kind"] == kind})
@@ -186,44 +186,46 @@ def measure(
 
 
 def _check_finite(adapter: "AdapterFile") -> None:
-    bad = []
+    errors = []
     for name, module in adapter.modules.items():
-        parts = module.factors | {"ΔW": np.hstack([module.b.ravel(), module.scale])}
-        wrong = [key for key, x in parts.items() if not np.isfinite(x).all()]
-        if wrong:
-            bad.append(f"{name}: {', '.join(wrong)}")
-    if bad:
+        arrays = module.factors | {"ΔW": np.hstack([module.b.ravel(), module.scale])}
+        non_finite = [key for key, x in arrays.items() if not np.isfinite(x).all()]
+        if non_finite:
+            errors.append(f"{name}: {', '.join(non_finite)}")
+    if errors:
         raise InputError(
-            f"{len(bad)} of {len(adapter.modules)} modules have numbers that are NaN "
-            "or infinite:\n  "
-            + "\n  ".join(bad[:8] + ["…"] * (len(bad) > 8))
-            + "\nThe training diverged: take an earlier adapter, or train again with a "
-            "lower --learning-rate."
+            f"{len(errors)} of {len(adapter.modules)} modules contain NaN or infinite "
+            "values:\n  "
+            + "\n  ".join(errors[:8] + ["…"] * (len(errors) > 8))
+            + "\nTraining diverged: use an earlier adapter, or retrain with a lower "
+            "--learning-rate."
         )
 
 
-def _start_factors(
-    name: str, module: "ModuleFactors", start: "AdapterFile"
+def _initial_matrices(
+    name: str, matrices: Mapping[str, np.ndarray], start: "AdapterFile"
 ) -> dict[str, np.ndarray]:
-    """The module's matrices at the start, which must fit those of now."""
-    before = matrices(start.modules[name]) if name in start.modules else {}
-    for key, x in matrices(module).items():
-        found = before[key].shape if key in before else "nothing"
-        if key not in before or before[key].shape[0] != x.shape[0]:
+    """The matrices of the module at initialisation, checked to fit the trained ones."""
+    initial: dict[str, np.ndarray] = {}
+    if name in start.modules:
+        initial = factor_matrices(start.modules[name], _declared(start))
+    for key, x in matrices.items():
+        if key not in initial or initial[key].shape[0] != x.shape[0]:
+            shape = initial[key].shape if key in initial else "missing"
             raise InputError(
-                f"start/ is not the start of this adapter: {name} has {key} of shape "
-                f"{x.shape} now and {found} there. Move start/ away, or copy the "
-                "adapter out of the run."
+                f"start/ is not the initialisation of this adapter: {name}.{key} has "
+                f"shape {x.shape} in the adapter, {shape} in start/. Move start/ "
+                "away, or copy the adapter out of the run."
             )
-    return before
+    return initial
 
 
 def _layer_and_kind(name: str) -> tuple[int | None, str]:
-    """0, "self_attn.q_proj" of "model.layers.0.self_attn.q_proj"."""
-    found = re.fullmatch(r"(.*?\.|)(\d+)\.(.+)", name)
-    if found is None:
+    """Split "model.layers.0.self_attn.q_proj" into 0 and "self_attn.q_proj"."""
+    match = re.fullmatch(r"(.*?\.|)(\d+)\.(.+)", name)
+    if match is None:
         return None, name
-    prefix, layer, kind = found.groups()
+    prefix, layer, kind = match.groups()
     return int(layer), prefix.removeprefix("model.layers.") + kind
 
 
@@ -231,80 +233,110 @@ def _order(name: str) -> tuple[float, int, str]:
     layer, kind = _layer_and_kind(name)
     projection = kind.rpartition(".")[2].removesuffix("_proj")
     known = projection in _PROJECTIONS
-    place = _PROJECTIONS.index(projection) if known else len(_PROJECTIONS)
-    return math.inf if layer is None else layer, place, name
+    position = _PROJECTIONS.index(projection) if known else len(_PROJECTIONS)
+    return math.inf if layer is None else layer, position, name
 
 
-def matrices(module: "ModuleFactors") -> dict[str, np.ndarray]:
-    """The factors that are matrices; a vector S is a diagonal, DoRA's m is none.
+def _declared(adapter: "AdapterFile") -> dict[str, Factor]:
+    """The factors that the adapter's method declares, by name."""
+    return adapter_class(adapter.config.method).factors(adapter.config)
 
-    Nor are A₀ and B₀ factors of their own, the fixed correction of some starts.
+
+def factor_matrices(
+    module: "ModuleFactors", declared: Mapping[str, Factor]
+) -> dict[str, np.ndarray]:
+    """The factors of a module that are matrices, in the order of their declaration.
+
+    A vector over the rank is a diagonal matrix; a vector over outputs, such as DoRA's
+    magnitudes, is not included. A fixed factor is, in place of a trained one, but not
+    if it is added to a trained factor with the same axes (the A₀ and B₀ of
+    initialisations that correct the base).
     """
+    trained_axes = {factor.axes for factor in declared.values() if factor.trained}
+    matrices = {}
+    for name, factor in declared.items():
+        is_correction = not factor.trained and factor.axes in trained_axes
+        if name in module.factors and "rank" in factor.axes and not is_correction:
+            x = module.factors[name]
+            matrices[name] = np.diag(x) if x.ndim == 1 else x
+    return matrices
+
+
+def gram_matrices(adapter: "AdapterFile") -> dict[str, dict[str, np.ndarray]]:
+    """XᵀX of the constrained factors, or else of the output factor, by module."""
+    declared = _declared(adapter)
+    names = [k for k, factor in declared.items() if _is_constrained(factor.manifold)]
+    names = names or [k for k, f in declared.items() if f.axes == ("out", "rank")]
     return {
-        key: np.diag(x) if key == "s" and x.ndim == 1 else x
-        for key, x in sorted(
-            module.factors.items(), key=lambda item: _FACTORS.find(item[0])
-        )
-        if key == "s" or (x.ndim == 2 and key not in ("a0", "b0"))
+        name: {
+            key: gram(x)
+            for key, x in factor_matrices(module, declared).items()
+            if key in names
+        }
+        for name, module in adapter.modules.items()
     }
+
+
+def _is_constrained(manifold: Manifold | None) -> bool:
+    return manifold is not None and not isinstance(manifold, Euclidean)
 
 
 def _spectrum(x: np.ndarray) -> dict[str, Any]:
     return {
-        "rank_used": int(used_rank(x)),
+        "rank_used": int(numerical_rank(x)),
         "effective_rank": float(effective_rank(x)),
         "stable_rank": float(stable_rank(x)),
         "singular_values": singular_values(x).tolist(),
     }
 
 
-def _update_numbers(module: "ModuleFactors") -> dict[str, Any]:
+def _update_measures(module: "ModuleFactors") -> dict[str, Any]:
     b = module.scale * module.b.astype(np.float64)
-    numbers = _spectrum(core(b, module.a))
-    largest = largest_weights(b, module.a)
-    return numbers | {
-        "norm": math.hypot(*numbers["singular_values"]),
-        "largest_weights": [weight._asdict() for weight in largest],
+    spectrum = _spectrum(compressed_product(b, module.a))
+    largest = largest_entries(b, module.a)
+    return spectrum | {
+        "norm": math.hypot(*spectrum["singular_values"]),
+        "largest_weights": [entry._asdict() for entry in largest],
     }
 
 
-def _factor_numbers(
-    x: np.ndarray, manifold: Manifold | None, start: np.ndarray | None
+def _factor_measures(
+    x: np.ndarray, manifold: Manifold | None, initial: np.ndarray | None
 ) -> dict[str, Any]:
     residual = None
-    if manifold is not None and not isinstance(manifold, Euclidean):
+    if manifold is not None and _is_constrained(manifold):
         residual = float(manifold.residual(jnp.asarray(x)))
     cosines = column_cosines(x)
     angles = np.zeros(0)
-    # A square factor of full rank spans everything, at the start as now.
-    if start is not None and x.shape[0] > x.shape[1]:
-        angles = principal_angles(start, x)
-    moved = angles.size > 0
+    # The columns of a square factor of full rank span the whole space.
+    if initial is not None and x.shape[0] > x.shape[1]:
+        angles = principal_angles(initial, x)
+    has_angles = angles.size > 0
     return {
         "manifold": "fixed" if manifold is None else type(manifold).__name__,
         "shape": list(x.shape),
         **_spectrum(x),
         "residual": residual,
-        "cosine_mean": _number(cosines.mean),
-        "cosine_std": _number(cosines.std),
-        "cosine_max": _number(cosines.largest),
-        "angle_mean": float(angles.mean()) if moved else None,
-        "angle_largest": float(angles.max()) if moved else None,
+        "cosine_mean": _none_if_nan(cosines.mean),
+        "cosine_std": _none_if_nan(cosines.std),
+        "cosine_max": _none_if_nan(cosines.largest),
+        "angle_mean": float(angles.mean()) if has_angles else None,
+        "angle_largest": float(angles.max()) if has_angles else None,
     }
 
 
-def _number(x: float) -> float | None:
+def _none_if_nan(x: float) -> float | None:
     return None if math.isnan(x) else x
 
 
 def _average(modules: Mapping[str, Any]) -> dict[str, Any]:
-    """Several modules in one: means, and of `_WORST` the largest."""
+    """The measures of several modules: means, and maxima of `_MAXIMA`."""
     rows = list(modules.values())
     name, largest = max(
         ((name, m["delta_w"]["largest_weights"][0]) for name, m in modules.items()),
         key=lambda item: abs(item[1]["value"]),
     )
-    where = {"module": name, "layer": modules[name]["layer"]}
+    location = {"module": name, "layer": modules[name]["layer"]}
     names = dict.fromkeys(key for row in rows for key in row["factors"])
     return {
         "modules": len(rows),
@@ -313,7 +345,7 @@ def _average(modules: Mapping[str, Any]) -> dict[str, Any]:
             key: _mean([row["delta_w"][key] for row in rows])
             for key in ("rank_used", "effective_rank", "stable_rank", "norm")
         }
-        | {"largest_weight": where | largest},
+        | {"largest_weight": location | largest},
         "factors": {
             name: _average_factor(
                 [row["factors"][name] for row in rows if name in row["factors"]]
@@ -327,8 +359,9 @@ def _average_factor(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     averaged: dict[str, Any] = {}
     for key in rows[0]:
         if key not in ("manifold", "shape", "singular_values"):
-            known = [row[key] for row in rows if row[key] is not None]
-            averaged[key] = max(known, default=None) if key in _WORST else _mean(known)
+            values = [row[key] for row in rows if row[key] is not None]
+            maximum = key in _MAXIMA
+            averaged[key] = max(values, default=None) if maximum else _mean(values)
     return averaged
 
 

@@ -1,4 +1,4 @@
-"""Pictures of an adapter."""
+"""Plots of the factors of an adapter."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,28 +7,28 @@ from typing import Any, TypeVar
 import numpy as np
 
 T = TypeVar("T")
-_AT_MOST = 8  # rows or columns of a picture that can still be read
+_MAX_PANELS = 8  # rows or columns of a plot that remain readable
 
 
 def plot_gram(
     path: Path, rows: Mapping[str, Mapping[int, np.ndarray]], title: str
 ) -> None:
-    """Heat maps of XᵀX, a row for each factor and a column for each layer, as a PNG.
+    """Heat maps of XᵀX, one row per factor and one column per layer, as a PNG.
 
-    Each is divided by the mean of its diagonal, so that one scale serves factors of
-    any size: orthonormal columns give the identity, and columns of length 1 are
-    drawn as they are. At most 16 rows and 8 layers, spread evenly.
+    Each is divided by the mean of its diagonal, so that all share one colour scale:
+    orthonormal columns give the identity, and unit-norm columns are not rescaled. At
+    most 16 rows and 8 layers are drawn, evenly spaced.
 
     Args:
-        path: where to write.
+        path: output file.
         rows: XᵀX, (r, r), by label and layer; ranks may differ.
-        title: of the picture.
+        title: of the figure.
 
     References:
         Figure 3 of "Manifold-LoRA", which draws BᵀB on the Stiefel and the oblique
         manifold.
     """
-    names = spread(list(rows), 2 * _AT_MOST)
+    names = spread(list(rows), 2 * _MAX_PANELS)
     layers = spread(sorted({layer for row in rows.values() for layer in row}))
     figure = _figure(1.6 + 0.95 * len(layers), 0.9 + 0.95 * len(names))
     grid = figure.subplots(len(names), len(layers), squeeze=False)
@@ -53,7 +53,9 @@ def plot_gram(
         axes.set_title(f"layer {layer}", fontsize=9)
     assert image is not None
     figure.colorbar(image, ax=grid, shrink=min(1, 3 / len(names)), extend="both")
-    figure.suptitle(f"{_plain(title)}\neach divided by the mean of its diagonal")
+    figure.suptitle(
+        f"{_escape_dollars(title)}\neach divided by the mean of its diagonal"
+    )
     figure.savefig(path)
 
 
@@ -63,13 +65,13 @@ def plot_effective_rank(
     rank: int,
     title: str,
 ) -> None:
-    """Entropy effective rank over layers, a panel a matrix, a line a kind, as a PNG.
+    """Effective rank over layers, one panel per matrix, one line per kind, as a PNG.
 
     Args:
-        path: where to write.
-        panels: effective rank by matrix ("ΔW", "B"), kind of module and layer.
-        rank: of the adapter's largest module, drawn as a dotted line.
-        title: of the picture.
+        path: output file.
+        panels: entropy effective rank by matrix ("ΔW", "B"), kind of module and layer.
+        rank: the largest rank of a module, drawn as a dotted line.
+        title: of the figure.
 
     References:
         Figure 3 of "Riemannian optimization for LoRA on the Stiefel manifold", 2025,
@@ -81,7 +83,7 @@ def plot_effective_rank(
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (matrix, kinds) in zip(grid, panels.items(), strict=True):
         axes.axhline(rank, color="black", linestyle=":", linewidth=1, label="rank")
-        # Lines at full rank lie on each other: the later ones are thinner.
+        # Lines at full rank coincide, so later ones are thinner.
         for index, (kind, values) in enumerate(kinds.items()):
             width = 1.2 + 2.4 * (1 - (index + 1) / len(kinds))
             axes.plot(
@@ -94,14 +96,14 @@ def plot_effective_rank(
         axes.set(xlabel="layer", title=matrix)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    # ΔW less a fixed correction may have up to twice the rank of its factors.
+    # With a fixed correction, ΔW may have up to twice the rank of its factors.
     values = [
         x for row in panels.values() for kind in row.values() for x in kind.values()
     ]
     grid[0].set(ylabel="effective rank", ylim=(0, 1.06 * max(rank, *values)))
     handles = grid[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", frameon=False)
-    figure.suptitle(_plain(title))
+    figure.suptitle(_escape_dollars(title))
     figure.savefig(path)
 
 
@@ -110,14 +112,14 @@ def plot_spectra(
     panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]],
     title: str,
 ) -> None:
-    """Singular values, a row a matrix, a column a kind, a line a layer, as a PNG.
+    """Singular values: rows are matrices, columns kinds, lines layers, as a PNG.
 
-    Values below the rounding of float32 are left out. At most 8 kinds, spread evenly.
+    Values below float32 rounding are omitted. At most 8 kinds are drawn, evenly spaced.
 
     Args:
-        path: where to write.
+        path: output file.
         panels: singular values by matrix ("ΔW", "B"), kind of module and layer.
-        title: of the picture.
+        title: of the figure.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -147,7 +149,7 @@ def plot_spectra(
         if not drawn:
             axes_row[0].set_yticks([])
         else:
-            # Half a decade at least, or a flat spectrum would be drawn as noise.
+            # At least half a decade, so that a flat spectrum does not look like noise.
             top, bottom = max(drawn), min(drawn)
             bottom = 10 ** np.floor(np.log10(min(bottom, top / 3)))
             axes_row[0].set(yscale="log", ylim=(0.8 * bottom, 1.5 * top))
@@ -158,28 +160,28 @@ def plot_spectra(
         scale = ScalarMappable(norm, colours)
         ticks = MaxNLocator(8, integer=True)
         figure.colorbar(scale, ax=grid, label="layer", ticks=ticks)
-    figure.suptitle(_plain(title))
+    figure.suptitle(_escape_dollars(title))
     figure.savefig(path)
 
 
-def spread(items: Sequence[T], most: int = _AT_MOST) -> list[T]:
-    """All items, or `most` of them from the first to the last, spread evenly.
+def spread(items: Sequence[T], limit: int = _MAX_PANELS) -> list[T]:
+    """All items, or `limit` evenly spaced ones, including the first and the last.
 
     >>> spread(range(32))
     [0, 4, 9, 13, 18, 22, 27, 31]
     """
-    if len(items) <= most:
+    if len(items) <= limit:
         return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def _figure(width: float, height: float) -> Any:
-    """A figure that needs no screen, in inches."""
+    """A figure without a display backend; sizes in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(max(width, 5), height), dpi=120, layout="constrained")
 
 
-def _plain(text: str) -> str:
-    """Text that is not read as mathematics, as a path with two $ would be."""
+def _escape_dollars(text: str) -> str:
+    """Escape $, which Matplotlib would read as maths, for example in a path."""
     return text.replace("$", r"\$")

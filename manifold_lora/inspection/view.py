@@ -1,4 +1,4 @@
-"""The report on an adapter as tables on the terminal and as pictures."""
+"""The report on an adapter as tables on the terminal and as plots."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ from rich.table import Table
 from manifold_lora.inspection.plots import plot_effective_rank, plot_gram, plot_spectra
 
 GRAM, RANKS, SPECTRA = "gram.png", "effective_rank.png", "spectra.png"
+_RANKS = ("num.\nrank", "eff.\nrank", "stable\nrank")  # headings; 80 columns hold them
 
 
 def draw(
@@ -19,14 +20,12 @@ def draw(
     report: Mapping[str, Any],
     grams: Mapping[str, Mapping[str, np.ndarray]],
 ) -> tuple[str, ...]:
-    """Write the three pictures into a directory and return their names.
-
-    XᵀX is drawn of the factors that a constraint is on, and of B where none is.
+    """Write the three plots into a directory and return their file names.
 
     Args:
-        out: where to write.
-        report: of `inspection.measure`, with the path of the adapter.
-        grams: XᵀX by module and factor.
+        out: output directory.
+        report: from `measure`, with the path of the adapter.
+        grams: XᵀX by module and factor, of the factors to draw.
     """
     modules = report["modules"]
     short = short_names(report["kinds"])
@@ -34,17 +33,16 @@ def draw(
     ranks: dict[str, dict[str, dict[int, float]]] = {}
     spectra: dict[str, dict[str, dict[int, list[float]]]] = {}
     for name, module in modules.items():
-        # A module outside the layers, such as lm_head, stands at the first.
+        # A module outside the layers, such as lm_head, is drawn at layer 0.
         layer, kind = module["layer"] or 0, short[module["kind"]]
-        for label, numbers in _labelled(module):
+        for label, measures in _labelled(module):
             of_kind = ranks.setdefault(label, {}).setdefault(kind, {})
-            of_kind[layer] = numbers["effective_rank"]
+            of_kind[layer] = measures["effective_rank"]
             of_kind = spectra.setdefault(label, {}).setdefault(kind, {})
-            of_kind[layer] = numbers["singular_values"]
-        held = [k for k, x in module["factors"].items() if x["residual"] is not None]
-        for key in held or ["b"]:
+            of_kind[layer] = measures["singular_values"]
+        for key, x in grams[name].items():
             label = f"{kind}  {key.upper()}ᵀ{key.upper()}"
-            rows.setdefault(label, {})[layer] = grams[name][key]
+            rows.setdefault(label, {})[layer] = x
     title = f"{report['method']}, {'/'.join(Path(report['adapter']).parts[-2:])}"
     plot_gram(out / GRAM, rows, f"Gram matrices: {title}")
     rank = max(module["rank"] for module in modules.values())
@@ -55,12 +53,12 @@ def draw(
 
 def _labelled(module: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield "ΔW", module["delta_w"]
-    for key, numbers in module["factors"].items():
-        yield key.upper(), numbers
+    for key, measures in module["factors"].items():
+        yield key.upper(), measures
 
 
 def short_names(kinds: Iterable[str]) -> dict[str, str]:
-    """The last part of every name, or the whole names where that is not unique.
+    """The last component of each name, or the full names if these are not unique.
 
     >>> short_names(["self_attn.q_proj", "mlp.up_proj"])
     {'self_attn.q_proj': 'q_proj', 'mlp.up_proj': 'up_proj'}
@@ -70,62 +68,63 @@ def short_names(kinds: Iterable[str]) -> dict[str, str]:
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
-    """A table of ΔW and one of the factors: a row for each kind, and one for all."""
+    """Print a table of ΔW and one of the factors: one row per kind, and one for all."""
     short = short_names(report["kinds"])
-    rows = [(short[kind], numbers) for kind, numbers in report["kinds"].items()]
+    rows = [(short[kind], measures) for kind, measures in report["kinds"].items()]
     rows.append(("all", report["summary"]))
     layers = {module["layer"] for module in report["modules"].values()} - {None}
     console.print(
-        f"{report['adapter']}: {report['method']}, modules: {len(report['modules'])}, "
-        f"layers: {len(layers)}",
+        f"{report['adapter']}: {report['method']}, {len(report['modules'])} modules in "
+        f"{len(layers)} layers",
         markup=False,
         soft_wrap=True,
     )
     console.print(_update_table(rows))
     console.print(_factor_table(rows))
     lines = [
-        "Means over layers; residual, cos max (of |cos|) and angle are the largest.",
-        f"used: singular values above {report['used_threshold']:.0%} of the largest. "
-        "cos: between columns.",
-        "angle: between the column spaces at the start and now, in degrees"
-        + ("." if report["start"] else "; unknown without start/."),
+        "Means over layers; maxima of violation, cos max (of |cos|) and angle.",
+        f"num. rank: singular values above {report['used_threshold']:.0%} of the "
+        "largest; eff.: entropy effective rank.",
+        "violation: of the manifold's constraint. cos: between columns.",
+        "angle: of the column space from the initial one, in degrees"
+        + ("." if report["start"] else "; not available without start/."),
     ]
     if report["method"].endswith("dora"):
-        lines.append("ΔW: the update of the direction, before its columns are scaled.")
+        lines.append("ΔW: the update of the direction, before scaling by magnitudes.")
     console.print("\n".join(lines), style="dim", markup=False)
 
 
 def _update_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Table:
-    table = _table("ΔW", "module", "rank", "used", "effective", "stable", "norm")
-    table.add_column("largest\nweight", justify="right", no_wrap=True)
+    table = _table("ΔW", "module", "rank", *_RANKS, "norm")
+    table.add_column("largest\nentry", justify="right", no_wrap=True)
     table.add_column("at", no_wrap=True)
-    for name, numbers in rows:
-        update = numbers["delta_w"]
-        weight = update["largest_weight"]
+    for name, measures in rows:
+        update = measures["delta_w"]
+        entry = update["largest_weight"]
         table.add_row(
             escape(name),
-            f"{numbers['rank']:.4g}",
+            f"{measures['rank']:.4g}",
             f"{update['rank_used']:.1f}",
             f"{update['effective_rank']:.2f}",
             f"{update['stable_rank']:.2f}",
             f"{update['norm']:#.3g}",
-            f"{weight['value']:.2e}",
-            escape(_place(weight)),
+            f"{entry['value']:.2e}",
+            escape(_location(entry)),
         )
     return table
 
 
-def _place(weight: Mapping[str, Any]) -> str:
-    layer = "" if weight["layer"] is None else f"layer {weight['layer']}, "
-    return f"{layer}{weight['row']}, {weight['column']}"
+def _location(entry: Mapping[str, Any]) -> str:
+    layer = "" if entry["layer"] is None else f"layer {entry['layer']}, "
+    return f"{layer}{entry['row']}, {entry['column']}"
 
 
 def _factor_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Table:
-    table = _table("Factors", "module", "", "used", "effective", "stable", "residual")
+    table = _table("Factors", "module", "", *_RANKS, "violation")
     for heading in ("cos\nmean", "cos\nstd", "cos\nmax", "angle"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, numbers in rows:
-        for index, (key, factor) in enumerate(numbers["factors"].items()):
+    for name, measures in rows:
+        for index, (key, factor) in enumerate(measures["factors"].items()):
             table.add_row(
                 escape(name) if index == 0 else "",
                 escape(key.upper()),
@@ -149,5 +148,5 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
-def _or_dash(x: float | None, form: str) -> str:
-    return "–" if x is None else format(x, form)
+def _or_dash(x: float | None, spec: str) -> str:
+    return "–" if x is None else format(x, spec)

@@ -11,16 +11,16 @@ import scipy.linalg
 from manifold_lora.adapters import diagnostics
 from manifold_lora.adapters.diagnostics import (
     Cosines,
-    Weight,
+    MatrixEntry,
     column_cosines,
-    core,
+    compressed_product,
     effective_rank,
     gram,
-    largest_weights,
+    largest_entries,
+    numerical_rank,
     principal_angles,
     singular_values,
     stable_rank,
-    used_rank,
 )
 from tests.tolerances import EFFECTIVE_RANK, FLOAT32, FLOAT64
 
@@ -40,13 +40,13 @@ def rng():
     return np.random.default_rng(0)
 
 
-# Singular values, their entropy effective rank, stable rank and used rank by hand.
+# Singular values, their entropy effective rank, stable rank and numerical rank.
 SPECTRA = {
     "orthonormal": ([1, 1, 1, 1], 4, 4, 4),
     "one": ([7], 1, 1, 1),
     "half": ([2, 1, 1], 2**1.5, 6 / 4, 3),  # p = 1/2, 1/4, 1/4
     "three quarters": ([3, 1], 4 / 3**0.75, 10 / 9, 2),
-    "one took over": ([1e5, 1], 1, 1, 1),
+    "one dominates": ([1e5, 1], 1, 1, 1),
     "deficient": ([3, 3, 0], 2, 2, 2),
     "zero": ([0, 0], 0, 0, 0),
 }
@@ -54,27 +54,27 @@ SPECTRA = {
 
 @pytest.mark.parametrize("name", SPECTRA)
 def test_ranks_of_known_spectra(rng, name):
-    values, effective, stable, used = SPECTRA[name]
+    values, effective, stable, numerical = SPECTRA[name]
     x = with_values(rng, 9, values)
     np.testing.assert_allclose(singular_values(x), values, rtol=FLOAT64, atol=FLOAT64)
-    near = EFFECTIVE_RANK if name == "one took over" else FLOAT64
+    near = EFFECTIVE_RANK if name == "one dominates" else FLOAT64
     assert effective_rank(x) == pytest.approx(effective, rel=near)
     assert stable_rank(x) == pytest.approx(stable, rel=near)
-    assert used_rank(x) == used
+    assert numerical_rank(x) == numerical
 
 
-def test_used_rank_counts_above_its_threshold(rng):
+def test_numerical_rank_counts_values_above_the_threshold(rng):
     x = with_values(rng, 6, [10, 1, 0.11, 0.09])
-    assert used_rank(x) == 3
-    assert used_rank(x, threshold=0.05) == 2
+    assert numerical_rank(x) == 3
+    assert numerical_rank(x, threshold=0.05) == 2
 
 
-def test_batches_are_single_matrices(rng):
+def test_leading_axes_are_batch_axes(rng):
     x = rng.normal(size=(2, 3, 7, 4))
-    for measure in (effective_rank, stable_rank, used_rank, singular_values):
-        whole = measure(x)
+    for measure in (effective_rank, stable_rank, numerical_rank, singular_values):
+        batched = measure(x)
         for i, j in np.ndindex(2, 3):
-            np.testing.assert_allclose(whole[i, j], measure(x[i, j]), rtol=FLOAT64)
+            np.testing.assert_allclose(batched[i, j], measure(x[i, j]), rtol=FLOAT64)
 
 
 def test_float32_is_measured_in_float64(rng):
@@ -84,10 +84,10 @@ def test_float32_is_measured_in_float64(rng):
 
 
 @pytest.mark.parametrize("m, n, r", [(9, 7, 4), (9, 3, 5), (2, 3, 5)])
-def test_core_has_the_singular_values_of_the_product(rng, m, n, r):
+def test_compressed_product_has_the_singular_values_of_the_product(rng, m, n, r):
     b, a = rng.normal(size=(m, r)), rng.normal(size=(n, r))
     full = np.linalg.svd(b @ a.T, compute_uv=False)
-    small = core(b, a)
+    small = compressed_product(b, a)
     assert small.shape == (min(m, r), min(n, r))
     rank = min(m, n, r)
     np.testing.assert_allclose(singular_values(small)[:rank], full[:rank], rtol=FLOAT64)
@@ -112,7 +112,7 @@ def test_cosines_are_those_of_all_pairs(rng):
     np.testing.assert_allclose(gram(x), x.T @ x)
 
 
-def test_columns_without_direction_have_no_cosine(rng):
+def test_zero_columns_are_ignored(rng):
     x = rng.normal(size=(8, 3))
     assert column_cosines(np.insert(x, 1, 0, axis=1)) == column_cosines(x)
     for few in (x[:, :1], np.zeros((8, 3)), np.insert(x[:, :1], 0, 0, axis=1)):
@@ -141,7 +141,7 @@ def test_angles_agree_with_scipy(rng, p, q):
     )
 
 
-def test_angles_of_a_deficient_factor_are_those_of_its_column_space(rng):
+def test_angles_of_a_rank_deficient_factor_use_its_column_space(rng):
     x, y = rng.normal(size=(9, 3)), rng.normal(size=(9, 4))
     wide = np.concatenate([x, x[:, :1] - x[:, 1:2], np.zeros((9, 1))], axis=1)
     wide = wide.astype(np.float32)
@@ -152,31 +152,31 @@ def test_angles_of_a_deficient_factor_are_those_of_its_column_space(rng):
 
 
 @pytest.mark.parametrize("block", [64, 4 * 11 * 3, 2**20])
-def test_largest_entries_are_those_of_the_whole_product(rng, monkeypatch, block):
+def test_largest_entries_agree_with_the_full_product(rng, monkeypatch, block):
     monkeypatch.setattr(diagnostics, "_BLOCK", block)
     b, a = rng.normal(size=(17, 3)), rng.normal(size=(11, 3))
     full = b @ a.T
     order = np.argsort(-np.abs(full), axis=None)[:5]
     expected = [(*divmod(int(i), 11), full.flat[i]) for i in order]
-    found = largest_weights(b, a)
-    assert [w[:2] for w in found] == [w[:2] for w in expected]
-    np.testing.assert_allclose([w.value for w in found], [w[2] for w in expected])
+    entries = largest_entries(b, a)
+    assert [w[:2] for w in entries] == [w[:2] for w in expected]
+    np.testing.assert_allclose([w.value for w in entries], [w[2] for w in expected])
 
 
 def test_largest_entries_of_small_and_zero_products():
-    one = largest_weights(np.array([[2.0]]), np.array([[-3.0]]))
-    assert one == [Weight(0, 0, -6.0)]
-    assert [w.value for w in largest_weights(np.zeros((3, 2)), np.ones((4, 2)), 2)] == [
+    one = largest_entries(np.array([[2.0]]), np.array([[-3.0]]))
+    assert one == [MatrixEntry(0, 0, -6.0)]
+    assert [w.value for w in largest_entries(np.zeros((3, 2)), np.ones((4, 2)), 2)] == [
         0,
         0,
     ]
 
 
-def test_largest_entries_need_no_whole_product(rng, monkeypatch):
+def test_largest_entries_do_not_form_the_full_product(rng, monkeypatch):
     monkeypatch.setattr(diagnostics, "_BLOCK", 2**20)
     b, a = rng.normal(size=(3000, 4)), rng.normal(size=(3000, 4))
     tracemalloc.start()
-    largest_weights(b, a)
+    largest_entries(b, a)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * 2**20  # the product in float32 is 34 MiB

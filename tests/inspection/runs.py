@@ -1,4 +1,4 @@
-"""Run directories without the training."""
+"""Run directories without training."""
 
 import jax
 import numpy as np

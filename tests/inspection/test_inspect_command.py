@@ -1,4 +1,4 @@
-"""`manifold-lora inspect` as a user meets it: help, exit codes and messages."""
+"""The command line of `manifold-lora inspect`: help, exit codes and messages."""
 
 import subprocess
 import sys
@@ -12,8 +12,8 @@ from manifold_lora.cli.main import main
 from tests.inspection.runs import run_directory
 
 
-def spoil(path, key, value):
-    """Put a value into a tensor of an adapter's file."""
+def corrupt(path, key, value):
+    """Write a value into a tensor of an adapter's file."""
     file = path / "adapter_model.safetensors"
     tensors = load_file(file)
     next(x for name, x in tensors.items() if key in name)[0, 0] = value
@@ -21,13 +21,13 @@ def spoil(path, key, value):
 
 
 def bad_inputs(folder):
-    """Name, arguments and what the message must say."""
+    """Arguments, and a part of the message, by case."""
     run = folder / "run"
     run_directory(run, "lora")
     nan = folder / "nan"
     run_directory(nan, "lora")
-    spoil(nan / "adapter", "layers.1.self_attn.q_proj.lora_A", np.nan)
-    spoil(nan / "adapter", "layers.0.mlp.down_proj.lora_B", np.inf)
+    corrupt(nan / "adapter", "layers.1.self_attn.q_proj.lora_A", np.nan)
+    corrupt(nan / "adapter", "layers.0.mlp.down_proj.lora_B", np.inf)
     other = folder / "other"
     run_directory(other, "lora")
     run_directory(folder / "stella", "stella")
@@ -44,13 +44,13 @@ def bad_inputs(folder):
     file = folder / "file"
     file.touch()
     return {
-        "nothing there": ((folder / "none",), "none does not exist"),
+        "missing": ((folder / "none",), "none does not exist"),
         "a file": ((file,), "is a file"),
         "neither": ((empty,), "adapter_config.json"),
         "unfinished": ((unfinished,), "a run without an adapter/"),
         "nan": ((nan,), "model.layers.1.self_attn.q_proj: a"),
         "all bad modules": ((nan,), "model.layers.0.mlp.down_proj: b"),
-        "another start": ((other,), "start/ is not the start of this adapter"),
+        "another start": ((other,), "start/ is not the initialisation of this adapter"),
         "out is a file": ((run, "--out", file), "file is a file"),
         "out is the adapter": ((run, "--out", run / "adapter"), "inside the adapter"),
         "out is in it": ((run, "--out", run / "adapter" / "x"), "inside the adapter"),
@@ -58,14 +58,14 @@ def bad_inputs(folder):
 
 
 def test_bad_input_is_one_message_and_exit_code_2(capsys, tmp_path):
-    wrong = {}
+    failures = {}
     for name, (arguments, message) in bad_inputs(tmp_path).items():
         with pytest.raises(SystemExit) as stopped:
             main(["inspect", *map(str, arguments)])
         error = capsys.readouterr().err
         if stopped.value.code != 2 or message not in error or "Traceback" in error:
-            wrong[name] = (stopped.value.code, error)
-    assert wrong == {}
+            failures[name] = (stopped.value.code, error)
+    assert failures == {}
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -89,8 +89,8 @@ def test_help_imports_no_jax():
         "except SystemExit as stopped: code = stopped.code\n"
         "print(code, sorted({'jax', 'flax', 'numpy', 'matplotlib'} & {*sys.modules}))"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip().endswith("0 []")
-    assert "--out" in done.stdout
+    assert process.stdout.strip().endswith("0 []")
+    assert "--out" in process.stdout

@@ -17,9 +17,11 @@ from manifold_lora.checkpoints.adapter_file import (
     ModuleFactors,
     read_adapter,
 )
+from manifold_lora.inspection import view
 from manifold_lora.inspection.inspect import inspect_adapter, locate, measure
 from manifold_lora.manifolds import Euclidean, Oblique, Stiefel
 from manifold_lora.methods import METHODS
+from tests.adapters.test_factor import OtherNames
 from tests.inspection.runs import run_directory
 from tests.tolerances import FLOAT32, FLOAT64, RESIDUAL
 
@@ -46,7 +48,7 @@ def module(a, b, manifolds=None, scale=2.0, factors=None):
 
 
 def update_of(model, name):
-    """ΔW (out, in) in float64 as the model applies it; of DoRA before its lengths."""
+    """ΔW (out, in) in float64 as the model applies it; of DoRA, without magnitudes."""
     *_, layer, block, projection = name.split(".")
     adapter = adapters(model)[f"{block}.{projection}"]
     a, b = (np.asarray(x[int(layer)], np.float64) for x in adapter.pair())
@@ -130,8 +132,8 @@ def test_a_subspace_turned_by_30_degrees():
     assert b["angle_mean"] == pytest.approx(15, abs=math.degrees(FLOAT64))
 
 
-def test_means_over_layers_and_the_worst():
-    """Columns at 60 and 90 degrees; B twice as long in the second layer."""
+def test_means_and_maxima_over_layers():
+    """Columns at 60 and 90 degrees; B has twice the norm in the second layer."""
     a = np.eye(6)[:, :2]
     skew = np.array([[1, 0.5], [0, math.sqrt(3) / 2], [0, 0]])
     modules = {
@@ -164,7 +166,7 @@ def test_means_over_layers_and_the_worst():
     assert one["cosine_mean"] is one["residual"] is None
 
 
-def test_a_vector_s_is_a_diagonal(tmp_path):
+def test_a_diagonal_s_is_a_diagonal_matrix(tmp_path):
     run_directory(tmp_path / "run", "stella", diagonal_s=True)
     report, _ = inspect(tmp_path / "run")
     modules = read_adapter(tmp_path / "run" / "adapter").modules
@@ -189,6 +191,42 @@ def test_a_fixed_factor_and_a_fixed_correction(tmp_path):
         sigma = np.linalg.svd(update_of(model, name), compute_uv=False)[:8]
         found = numbers["delta_w"]["singular_values"]
         np.testing.assert_allclose(found, sigma, atol=FLOAT32 * sigma[0])
+
+
+def test_a_method_with_other_names(tmp_path, monkeypatch):
+    """Matrices, their order and their plots follow from the declared factors."""
+    monkeypatch.setattr("manifold_lora.adapters.lora.LoRALinear", OtherNames)
+    drawn = {}
+    monkeypatch.setattr(view, "plot_gram", lambda path, rows, title: drawn.update(rows))
+    run_directory(tmp_path / "run", "lora")
+    report, _ = inspect(tmp_path / "run")
+    modules = read_adapter(tmp_path / "run" / "adapter").modules
+    for name, numbers in report["modules"].items():
+        x, factors = modules[name].factors, numbers["factors"]
+        # as declared, without the constant that is added to `right` and the vector
+        assert list(factors) == ["left", "core", "gains", "right"]
+        assert [f["manifold"] for f in factors.values()] == [
+            "Stiefel",
+            "Euclidean",
+            "Euclidean",
+            "Oblique",
+        ]
+        left = np.abs(x["left"].T @ x["left"] - np.eye(4)).max()
+        right = np.abs(np.sum(x["right"] ** 2, axis=0) - 1).max()
+        residuals = [f["residual"] for f in factors.values()]
+        assert residuals == pytest.approx([left, None, None, right], abs=RESIDUAL)
+        sigma = np.sort(np.abs(x["gains"]))[::-1]
+        np.testing.assert_allclose(factors["gains"]["singular_values"], sigma)
+        assert factors["gains"]["shape"] == [4, 4]
+        assert factors["core"]["angle_mean"] is None  # square
+        assert 0 < factors["left"]["angle_mean"] <= 90
+        product = x["left"] @ x["core"] @ (x["right"] * x["gains"] + x["still"]).T
+        update = numbers["scale"] * x["shift"][:, None] * product
+        sigma = np.linalg.svd(update, compute_uv=False)[:4]
+        np.testing.assert_allclose(
+            numbers["delta_w"]["singular_values"], sigma, rtol=FLOAT32
+        )
+    assert {label.split()[1] for label in drawn} == {"LEFTᵀLEFT", "RIGHTᵀRIGHT"}
 
 
 def write_foreign(path, config, tensors):
@@ -221,7 +259,7 @@ def test_an_adapter_of_peft_with_ranks_by_layer(tmp_path):
         found = numbers["delta_w"]["singular_values"]
         np.testing.assert_allclose(found, sigma, rtol=FLOAT32)
     assert report["start"] is None
-    assert "unknown without start/" in " ".join(shown.split())
+    assert "not available without start/" in " ".join(shown.split())
     assert sorted(p.name for p in (tmp_path / "foreign-inspect").iterdir()) == sorted(
         ["inspect.json", *PICTURES]
     )
@@ -251,14 +289,14 @@ def test_an_adapter_of_stella(tmp_path):
 
 
 @pytest.mark.pictures
-def test_what_is_written_and_shown(tmp_path, monkeypatch):
+def test_output_files_and_tables(tmp_path, monkeypatch):
     run_directory(tmp_path / "run", "stiefel")
     before = sorted(p.name for p in (tmp_path / "run" / "adapter").iterdir())
     report, shown = inspect(tmp_path / "run")
     out = tmp_path / "run" / "inspect"
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     text = (out / "inspect.json").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=refuse) == report
@@ -267,7 +305,7 @@ def test_what_is_written_and_shown(tmp_path, monkeypatch):
         pixels = image.imread(out / name)
         assert min(pixels.shape[:2]) > 100 and pixels.std() > 0.01, name
     assert sorted(p.name for p in (tmp_path / "run" / "adapter").iterdir()) == before
-    assert max(map(len, shown.partition("Written")[0].splitlines())) <= 80 + len(
+    assert max(map(len, shown.partition("Wrote")[0].splitlines())) <= 80 + len(
         str(tmp_path)
     )
     update, factors = shown.split("Factors")
@@ -275,14 +313,14 @@ def test_what_is_written_and_shown(tmp_path, monkeypatch):
         lines = [line for line in table.splitlines() if "." in line and "  " in line]
         assert len([x for x in lines if x.split()[0] != "angle:"]) >= rows
     assert " q_proj " in update and " down_proj " in factors and " all " in factors
-    # A second time, and by the adapter's own path: the same place, the same numbers.
+    # Again, given the adapter itself: the same output directory and the same measures.
     again, _ = inspect(tmp_path / "run" / "adapter")
     assert again["modules"] == report["modules"]
     monkeypatch.chdir(tmp_path / "run" / "adapter")
     assert locate(type(tmp_path)(".")).out.resolve() == out
 
 
-def test_where_reports_go(tmp_path):
+def test_output_directories(tmp_path):
     run, lone = tmp_path / "run", tmp_path / "mine"
     for path in (run / "adapter", run / "start", run / "best", lone):
         path.mkdir(parents=True)
@@ -290,13 +328,13 @@ def test_where_reports_go(tmp_path):
     assert locate(run) == (run / "adapter", run / "start", run / "inspect")
     assert locate(run / "adapter")[1:] == (run / "start", run / "inspect")
     assert locate(run / "best")[1:] == (run / "start", run / "best-inspect")
-    (tmp_path / "start").mkdir()  # of something else: the folder is no run
+    (tmp_path / "start").mkdir()  # unrelated: the directory is not a run
     assert locate(lone) == (lone, None, tmp_path / "mine-inspect")
     assert locate(lone, tmp_path / "out").out == tmp_path / "out"
 
 
 def test_an_update_of_zeros(tmp_path):
-    """At the start, B = 0: nothing is used, and nothing has a direction."""
+    """B = 0 at initialisation: rank 0, and no cosines or angles."""
     run_directory(tmp_path / "run", "lora")
     report, shown = inspect(tmp_path / "run" / "start")
     update = report["summary"]["delta_w"]

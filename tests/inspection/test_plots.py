@@ -1,4 +1,4 @@
-"""What stands in the pictures of an adapter, read back from the figures."""
+"""The contents of the plots of an adapter, read back from the figures."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,9 @@ def test_gram_maps_are_divided_by_their_mean_diagonal(figures, tmp_path):
     x = np.array([[4.0, 1], [1, 2]])
     rows = {
         "q_proj BᵀB": {0: x, 3: np.eye(3)},  # ranks may differ
-        "v_proj BᵀB": {0: np.zeros((2, 2))},  # at the start; not adapted in layer 3
+        "v_proj BᵀB": {
+            0: np.zeros((2, 2))
+        },  # at initialisation; not adapted in layer 3
     }
     plots.plot_gram(tmp_path / "gram.png", rows, "costs $ and $")
     maps = figures[0].axes[:4]
@@ -49,7 +51,7 @@ def test_gram_maps_are_divided_by_their_mean_diagonal(figures, tmp_path):
     assert r"costs \$ and \$" in figures[0].get_suptitle()
 
 
-def test_a_big_adapter_makes_a_picture_that_can_be_read(figures, tmp_path):
+def test_a_large_adapter_makes_a_readable_plot(figures, tmp_path):
     rows = {f"row {i}": dict.fromkeys(range(80), np.eye(2)) for i in range(40)}
     plots.plot_gram(tmp_path / "gram.png", rows, "")
     *maps, _ = figures[0].axes
@@ -60,7 +62,7 @@ def test_a_big_adapter_makes_a_picture_that_can_be_read(figures, tmp_path):
     assert max(height, width) < 2500
 
 
-def test_spread_keeps_the_ends():
+def test_spread_includes_the_ends():
     assert plots.spread([3, 4]) == [3, 4]
     assert plots.spread(range(10), 4) == [0, 3, 6, 9]
 
@@ -89,7 +91,7 @@ def test_spectra(figures, tmp_path):
     }
     plots.plot_spectra(tmp_path / "spectra.png", panels, "")
     grid = np.array(figures[0].axes[:6]).reshape(3, 2)
-    # What float32 cannot tell from zero has no place on a logarithmic axis.
+    # Values below float32 rounding are not drawn on the logarithmic axis.
     np.testing.assert_allclose(lines(grid[0, 0])[1, 2], [3.0, 1.0])
     np.testing.assert_allclose(lines(grid[0, 0])[(1,)], [2.0])
     np.testing.assert_allclose(lines(grid[0, 1])[1, 2], [1.0, 0.5])
@@ -100,7 +102,7 @@ def test_spectra(figures, tmp_path):
     assert [axes.get_title() for axes in grid[0]] == ["q_proj", "v_proj"]
 
 
-def test_one_layer_needs_no_scale_of_layers(figures, tmp_path):
+def test_one_layer_has_no_colour_bar(figures, tmp_path):
     plots.plot_spectra(tmp_path / "one.png", {"ΔW": {"q_proj": {5: [1.0]}}}, "")
     assert len(figures[0].axes) == 1
 
