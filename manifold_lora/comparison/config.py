@@ -1,4 +1,4 @@
-"""What a comparison is: the parts of a run that all methods share, and a search."""
+"""The configuration of a comparison: settings that all methods share, and a search."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,17 @@ from manifold_lora.training.config import RunConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig(RunConfig):
-    """A comparison of methods. All settings but the learning rates are shared by all.
+    """A comparison of methods that share all settings but the learning rates.
 
     Args:
-        options: of methods, by name; each goes to the methods that have it.
-        methods: names, with spaces or commas between them.
-        learning_rates: grid for all methods; "auto": each method's own.
-        seeds: runs of every method at its best rate, with --seed and those after it.
-        search_steps: length of a run of the grid.
+        options: method options by name; each is passed to the methods that have it.
+        methods: names, separated by spaces or commas.
+        learning_rates: one grid for all methods, or "auto" for each method's own.
+        seeds: number of runs of every method at its best learning rate.
+        search_steps: length of the runs of the search.
 
     Raises:
-        InputError: all that is wrong, in one message.
+        InputError: all problems, in one message.
     """
 
     adapter: LowRankConfig = part(LowRankConfig)
@@ -36,16 +36,16 @@ class CompareConfig(RunConfig):
         metadata={"roles": ("adapter", "optimizer", "export")},
     )
     methods: tuple[str, ...] = setting(
-        tuple(METHODS), "names, with spaces or commas between them"
+        tuple(METHODS), "names, separated by spaces or commas"
     )
     learning_rates: tuple[str | float, ...] = setting(
-        ("auto",), "grid for all methods, or auto: each method's own"
+        ("auto",), "one grid for all methods, or auto for each method's own"
     )
     seeds: PositiveInt = setting(
-        3, "runs of every method at its best learning rate: --seed and those after it"
+        3, "runs of every method at its best learning rate, with seeds from --seed on"
     )
     search_steps: PositiveInt | None = setting(
-        None, "length of a run of the grid", default_text="a third of the run"
+        None, "length of the runs of the search", default_text="a third of the run"
     )
 
     def __post_init__(self):
@@ -54,16 +54,16 @@ class CompareConfig(RunConfig):
 
     @property
     def run_directory(self) -> Path:
-        """Where the comparison is written: `--out`, or runs/compare."""
+        """The output directory: `--out`, or runs/compare."""
         return self.output.out or Path("runs") / "compare"
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A comparison with every choice made."""
+    """A comparison with all defaults resolved."""
 
     shared: CompareConfig
-    runs: dict[str, TrainConfig]  # of every method
+    runs: dict[str, TrainConfig]  # by method
     grids: dict[str, tuple[float, ...]]
     baseline: str
     seeds: tuple[int, ...]
@@ -71,17 +71,17 @@ class Comparison:
 
 
 def resolve_comparison(config: CompareConfig) -> Comparison:
-    """The runs and grids that a configuration asks for.
+    """Resolve the runs and grids of a configuration.
 
     Raises:
-        InputError: all that is wrong, in one message.
+        InputError: all problems, in one message.
     """
-    names = list(dict.fromkeys(_words(config.methods)))
+    names = list(dict.fromkeys(_split_words(config.methods)))
     for name in names:
         check_method(name)
     problems = [] if names else ["--methods must name at least one method"]
     rates: set[float] = set()
-    texts = _words(config.learning_rates)
+    texts = _split_words(config.learning_rates)
     for text in texts if texts != ["auto"] else []:
         try:
             rate = float(text)
@@ -93,7 +93,7 @@ def resolve_comparison(config: CompareConfig) -> Comparison:
                 f"--learning-rates needs positive numbers or auto, got {text}"
             )
     for option, value in config.options.items():
-        if not any(_takes(name, option, value) for name in names):
+        if not any(_has_option(name, option, value) for name in names):
             problems.append(f"no method of the comparison takes {option}={value}")
     raise_all(problems)
     runs = {name: _run_of(config, name) for name in names}
@@ -110,21 +110,21 @@ def resolve_comparison(config: CompareConfig) -> Comparison:
     )
 
 
-def _words(items: Sequence[str | float]) -> list[str]:
-    """What is between the spaces and commas."""
+def _split_words(items: Sequence[str | float]) -> list[str]:
+    """Split items at spaces and commas."""
     return [word for item in items for word in str(item).replace(",", " ").split()]
 
 
-def _takes(name: str, option: str, value: Any) -> bool:
-    """Whether a method has an option, or the initialisation that is asked for."""
+def _has_option(name: str, option: str, value: Any) -> bool:
+    """Whether a method has the option, or for `init` the requested initialisation."""
     if option == "init":
         return value in inits(name)
     return name in fields_by_option().get(option, {})
 
 
 def _run_of(config: CompareConfig, name: str) -> TrainConfig:
-    """The run of one method, with those of the options that it has."""
-    options = {k: v for k, v in config.options.items() if _takes(name, k, v)}
+    """The run of one method, with the options that it has."""
+    options = {k: v for k, v in config.options.items() if _has_option(name, k, v)}
     low_rank = {
         field.name: getattr(config.adapter, field.name)
         for field in dataclasses.fields(LowRankConfig)
@@ -135,6 +135,6 @@ def _run_of(config: CompareConfig, name: str) -> TrainConfig:
 
 def _grid(name: str, builtin: bool) -> tuple[float, ...]:
     rates = options_class(name).learning_rates
-    if builtin:  # the small base learns at other rates than the papers'
+    if builtin:  # the small base needs other learning rates than the papers' models
         return rates.builtin / 3, rates.builtin, rates.builtin * 3
     return rates.grid

@@ -11,13 +11,13 @@ def plot_comparison(
 ) -> None:
     """Held-out loss over steps of several methods, as a PNG.
 
-    The mean of the runs, in a band from the least to the largest; the baseline is
-    dashed, and a line shows where it ends.
+    Lines are means over runs, bands their ranges. The baseline is dashed, and a dotted
+    line marks its final loss.
 
     Args:
-        path: where to write.
-        curves: of every method (evaluations, 1 + runs): steps and losses; in the order
-            of the legend, which gives the last losses.
+        path: output file.
+        curves: steps and losses by method, (evaluations, 1 + runs), in the order of
+            the legend, which shows the final losses.
         baseline: the method to compare with.
     """
     from matplotlib.figure import Figure
@@ -38,18 +38,18 @@ def plot_comparison(
         axes.axhline(
             curves[baseline][-1, 1:].mean(), color="black", linestyle=":", linewidth=0.8
         )
-    # The start is the same for most and would press all else together.
+    # Early losses are large and similar; they would compress the rest of the axis.
     late = [curve[len(curve) // 6 :, 1:].mean(1) for curve in curves.values()]
     low = min(map(np.min, late), default=0)
     high = max(map(np.max, late), default=0)
     axes.set(xlabel="step", ylabel="held-out loss per answer token", yscale="log")
     if 0 < low < high:
         axes.set_ylim(low * (low / high) ** 0.05, high * (high / low) ** 0.05)
-        if high < 10 * low:  # within a decade there would be hardly a number
+        if high < 10 * low:  # less than a decade has hardly any logarithmic tick
             axes.yaxis.set_major_locator(AutoLocator())
             axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     if curves:
-        axes.legend(title="at the end", loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(title="final loss", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)

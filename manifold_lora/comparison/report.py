@@ -1,4 +1,4 @@
-"""What came of a comparison: numbers, a table and a picture."""
+"""The results of a comparison: a summary, a table and a plot."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,58 +8,64 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from manifold_lora.comparison.cells import PICTURE, TABLE
 from manifold_lora.comparison.plot import plot_comparison
+from manifold_lora.comparison.results import PLOT, TABLE
 
-Cell = dict[str, Any]
+Result = dict[str, Any]
 _COLUMNS = (
     "method",
     "rank",
     "parameters",
-    "rate",
+    "learning rate",
     "held-out loss",
     "accuracy",
     "steps to baseline",
-    "seconds to it",
-    "overhead",
-    "residual",
-    "rank of B",
-    "rank of ΔW",
+    "seconds to baseline",
+    "step time",
+    "constraint violation",
+    "effective rank of B",
+    "effective rank of ΔW",
 )
-# Those that 80 columns hold; the file has all.
-_ON_TERMINAL = ("method", "rate", "held-out loss", "steps to baseline", "overhead")
+# The columns that fit into a terminal of 80 characters.
+_ON_TERMINAL = (
+    "method",
+    "learning rate",
+    "held-out loss",
+    "steps to baseline",
+    "step time",
+)
 
 
 def summarise(content: dict[str, Any], steps: int) -> list[dict[str, Any]]:
-    """A row for every method, best first, from the runs of full length.
+    """One row per method from its full-length runs, best first.
 
-    Numbers are over the runs that did not diverge; a method without any has none.
-    Steps and seconds to the baseline are to where the mean of a method's curves is as
-    low as that of the baseline's in the end: of the held-out loss and, in `training`,
-    of the smoothed training loss.
+    Statistics are over the runs that did not diverge, and missing if all did. Steps and
+    seconds to the baseline are those until the mean curve of the method reaches the
+    final mean loss of the baseline: the held-out loss and, under `training`, the
+    smoothed training loss.
     """
     baseline, seconds = content["settings"]["baseline"], content["step_seconds"]
     rows = []
     for name in content["settings"]["runs"]:
-        cells, whole = _final(content, name), _whole(content, name)
+        results, converged = _full_runs(content, name), _converged(content, name)
         row: dict[str, Any] = {
             "method": name,
-            "rank": cells[0]["rank"],
-            "parameters": cells[0]["trainable"],
-            "rates": cells[0]["rates"],
-            "seeds": len(cells),
-            "diverged": len(cells) - len(whole),
+            "rank": results[0]["rank"],
+            "parameters": results[0]["trainable"],
+            "rates": results[0]["rates"],
+            "seeds": len(results),
+            "diverged": len(results) - len(converged),
             "overhead": seconds[name] / seconds[baseline],
             "step_seconds": seconds[name],
         }
 
-        def race(
-            curve: Callable[[list[Cell]], np.ndarray], name: str = name
+        def to_baseline(
+            curve: Callable[[list[Result]], np.ndarray], name: str = name
         ) -> dict[str, Any]:
-            reached, rivals = None, _whole(content, baseline)
-            if rivals:
-                goal = float(curve(rivals)[-1, 1:].mean())
-                reached = steps_to(curve(_whole(content, name)), goal)
+            reached, references = None, _converged(content, baseline)
+            if references:
+                target = float(curve(references)[-1, 1:].mean())
+                reached = steps_to(curve(_converged(content, name)), target)
             never = reached is None
             return {
                 "steps_to_baseline": reached,
@@ -67,90 +73,96 @@ def summarise(content: dict[str, Any], steps: int) -> list[dict[str, Any]]:
                 "seconds_to_baseline": None if never else reached * seconds[name],
             }
 
-        if whole:
-            row |= _numbers(whole) | race(mean_curve)
-            row["training"] = race(training_curve)
+        if converged:
+            row |= _statistics(converged) | to_baseline(mean_curve)
+            row["training"] = to_baseline(training_curve)
         rows.append(row)
     return sorted(rows, key=lambda row: row.get("loss", [float("inf")])[0])
 
 
-def _numbers(cells: list[Cell]) -> dict[str, Any]:
-    """Those of runs that did not diverge."""
-    last = [cell["final"] for cell in cells]
+def _statistics(results: list[Result]) -> dict[str, Any]:
+    """Statistics over the runs of a method, none of which diverged."""
+    final = [result["final"] for result in results]
     return {
-        "loss": _mean_std([end["loss"] for end in last]),
-        "accuracy": _mean_std([end["accuracy"] for end in last]),
-        "training_loss": _mean_std(training_curve(cells)[-1, 1:]),
-        "largest_residual": max(cell["largest_residual"] for cell in cells),
-        "last_residual": max(cell["last_residual"] for cell in cells),
-        "effective_rank_b": _mean_std([cell["effective_rank_b"] for cell in cells]),
-        "least_effective_rank_b": min(cell["least_effective_rank_b"] for cell in cells),
+        "loss": _mean_std([evaluation["loss"] for evaluation in final]),
+        "accuracy": _mean_std([evaluation["accuracy"] for evaluation in final]),
+        "training_loss": _mean_std(training_curve(results)[-1, 1:]),
+        "largest_residual": max(result["largest_residual"] for result in results),
+        "last_residual": max(result["last_residual"] for result in results),
+        "effective_rank_b": _mean_std(
+            [result["effective_rank_b"] for result in results]
+        ),
+        "least_effective_rank_b": min(
+            result["least_effective_rank_b"] for result in results
+        ),
         "effective_rank_update": _mean_std(
-            [cell["effective_rank_update"] for cell in cells]
+            [result["effective_rank_update"] for result in results]
         ),
     }
 
 
-def _final(content: dict[str, Any], name: str) -> list[Cell]:
-    """The runs of full length of a method."""
+def _full_runs(content: dict[str, Any], name: str) -> list[Result]:
+    """The full-length runs of a method."""
     return [
-        cell
-        for key, cell in content["cells"].items()
-        if cell["method"] == name and not key.endswith(" search")
+        result
+        for key, result in content["cells"].items()
+        if result["method"] == name and not key.endswith(" search")
     ]
 
 
-def _whole(content: dict[str, Any], name: str) -> list[Cell]:
-    """Those that did not diverge."""
-    return [cell for cell in _final(content, name) if not cell["diverged"]]
+def _converged(content: dict[str, Any], name: str) -> list[Result]:
+    """The full-length runs of a method that did not diverge."""
+    return [run for run in _full_runs(content, name) if not run["diverged"]]
 
 
-def mean_curve(cells: list[Cell]) -> np.ndarray:
-    """Steps and held-out loss of every evaluation, (evaluations, 1 + runs)."""
-    steps = [point["step"] for point in cells[0]["curve"]]
-    losses = [[point["loss"] for point in cell["curve"]] for cell in cells]
+def mean_curve(results: list[Result]) -> np.ndarray:
+    """Steps and held-out losses of every evaluation, (evaluations, 1 + runs)."""
+    steps = [point["step"] for point in results[0]["curve"]]
+    losses = [[point["loss"] for point in result["curve"]] for result in results]
     return np.array([steps, *losses], float).T
 
 
-def training_curve(cells: list[Cell]) -> np.ndarray:
-    """Likewise of the training loss: its mean over the last tenth of a run's steps."""
-    window = max(1, len(cells[0]["losses"]) // 10)
+def training_curve(results: list[Result]) -> np.ndarray:
+    """Steps and training losses, averaged over a tenth of a run, (steps, 1 + runs)."""
+    window = max(1, len(results[0]["losses"]) // 10)
     weights = np.full(window, 1 / window)
-    smooth = [np.convolve(cell["losses"], weights, mode="valid") for cell in cells]
+    smooth = [
+        np.convolve(result["losses"], weights, mode="valid") for result in results
+    ]
     return np.array([window + np.arange(len(smooth[0])), *smooth], float).T
 
 
-def steps_to(curve: np.ndarray, goal: float) -> float | None:
-    """The first step at which the mean of the runs is as low as the goal, or None.
+def steps_to(curve: np.ndarray, target: float) -> float | None:
+    """The first step at which the mean loss of the runs reaches the target, or None.
 
-    Between evaluations the loss is taken to be a straight line.
+    Losses are interpolated linearly between evaluations.
 
     >>> steps_to(np.array([[0.0, 3.0], [10.0, 1.0]]), 2.0)
     5.0
     """
     steps, losses = curve[:, 0], curve[:, 1:].mean(1)
-    below = np.flatnonzero(losses <= goal)
+    below = np.flatnonzero(losses <= target)
     if not below.size:
         return None
     i = below[0]
     if i == 0:
         return float(steps[0])
-    share = (losses[i - 1] - goal) / (losses[i - 1] - losses[i])
+    share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
     return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
 
 
 def _mean_std(values: Sequence[float] | np.ndarray) -> list[float]:
-    """Mean and standard deviation (of a sample; 0 for one value)."""
+    """Mean and sample standard deviation (0 for one value)."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return [float(np.mean(values)), spread]
 
 
 def at_edge(content: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether a best rate of a method is the least or the largest that was tried."""
+    """Whether a best rate of the method is the smallest or the largest tried."""
     tried = [
-        cell["rates"]
-        for key, cell in content["cells"].items()
-        if cell["method"] == row["method"] and key.endswith(" search")
+        result["rates"]
+        for key, result in content["cells"].items()
+        if result["method"] == row["method"] and key.endswith(" search")
     ]
     return any(
         rate in (min(rates), max(rates))
@@ -159,7 +171,7 @@ def at_edge(content: dict[str, Any], row: dict[str, Any]) -> bool:
 
 
 def _texts(row: dict[str, Any], content: dict[str, Any]) -> list[str]:
-    """The row's cells, in the order of `_COLUMNS`."""
+    """The cells of a row, in the order of `_COLUMNS`."""
     rates = " / ".join(f"{rate:g}" for rate in row["rates"])
     rates += " (edge)" if at_edge(content, row) else ""
     texts = [row["method"], str(row["rank"]), f"{row['parameters']:,}", rates]
@@ -183,20 +195,20 @@ def _texts(row: dict[str, Any], content: dict[str, Any]) -> list[str]:
 
 
 def show_table(console: Console, content: dict[str, Any]) -> None:
-    """The table on the terminal."""
+    """Print the table."""
     table = Table(title="Comparison, best first", title_justify="left", box=None)
     shown = [_COLUMNS.index(name) for name in _ON_TERMINAL]
     for name in _ON_TERMINAL:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in content["summary"]:
         texts = _texts(row, content)
-        table.add_row(*[texts[place] for place in shown])
+        table.add_row(*[texts[i] for i in shown])
     console.print(table)
     console.print(_note(content), style="dim", soft_wrap=True)
 
 
 def write(out: Path, content: dict[str, Any]) -> None:
-    """The table as Markdown, and the picture."""
+    """Write the table as Markdown, and the plot."""
     lines = ["| " + " | ".join(_COLUMNS) + " |"]
     lines.append("|---|" + "---:|" * (len(_COLUMNS) - 1))
     for row in content["summary"]:
@@ -205,11 +217,11 @@ def write(out: Path, content: dict[str, Any]) -> None:
     text = "\n".join([*lines, "", _note(content)]) + "\n"
     (out / TABLE).write_text(text, encoding="utf-8")
     curves = {
-        row["method"]: mean_curve(_whole(content, row["method"]))
+        row["method"]: mean_curve(_converged(content, row["method"]))
         for row in content["summary"]
         if "loss" in row
     }
-    plot_comparison(out / PICTURE, curves, content["settings"]["baseline"])
+    plot_comparison(out / PLOT, curves, content["settings"]["baseline"])
 
 
 def _note(content: dict[str, Any]) -> str:
@@ -217,9 +229,9 @@ def _note(content: dict[str, Any]) -> str:
     seeds = len(content["settings"]["seeds"])
     edges = any(at_edge(content, row) for row in content["summary"])
     return (
-        ("(edge): a best rate is the least or the largest tried. " if edges else "")
-        + f"Mean ± standard deviation over {seeds} seeds. To baseline: steps and "
-        f"seconds until the held-out loss with which {baseline} ends; overhead: median "
-        f"time of a step over {baseline}'s; residual: largest distance from the "
-        "manifold; ranks: entropy effective ranks, mean over layers and modules."
+        ("(edge): a best rate is the smallest or the largest tried. " if edges else "")
+        + f"Mean ± standard deviation over {seeds} seeds. To baseline: until the "
+        f"held-out loss reaches the final one of {baseline}; step time: median, "
+        f"relative to {baseline}; constraint violation: maximum over the run; "
+        "effective rank: entropy effective rank, mean over layers and modules."
     )

@@ -1,4 +1,4 @@
-"""One method, compiled once, and its runs at any rates, seeds and lengths."""
+"""The runs of one method, for any rates, seeds and lengths of one compiled step."""
 
 import dataclasses
 import math
@@ -34,8 +34,8 @@ from manifold_lora.training.step import TrainState, make_step
 class Runner:
     """The runs of one method on a base that all methods share.
 
-    Rates and the number of steps are data of the compiled step, and a seed only makes
-    other factors to begin with: whatever is run, the step is compiled once.
+    Learning rates and the number of steps are arguments of the compiled step, and the
+    seed only changes the initial factors, so the step is compiled once for all runs.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Runner:
         self.data = data
         self.held_out = held_out
         self._base = nnx.split(base)
-        model = self.attached(config.optimizer.seed)
+        model = self.adapted_model(config.optimizer.seed)
         rebuild, factors, _ = split(model)
         self.trainable = sum(x.size for x in jax.tree.leaves(factors))
         tags, width = manifold_tree(model), model.config.hidden_size
@@ -59,43 +59,43 @@ class Runner:
         self.step = make_step(rebuild, self.tx, tags, names, config.batch.accumulate)
         self.evaluate = make_evaluate(rebuild, names)
 
-    def attached(self, seed: int) -> Any:
-        """A model of its own around the shared base weights."""
+    def adapted_model(self, seed: int) -> Any:
+        """A new model with an adapter, sharing the base weights."""
         model = nnx.merge(*self._base)
         attach(model, self.config.adapter, seed)
         return model
 
-    def begin(self, seed: int) -> tuple[Any, TrainState, Any]:
-        """A model, the state before its first step, and its frozen part."""
-        model = self.attached(seed)
+    def initial_state(self, seed: int) -> tuple[Any, TrainState, Any]:
+        """A model, its training state before the first step, and its frozen part."""
+        model = self.adapted_model(seed)
         _, factors, frozen = split(model)
-        factors = jax.tree.map(jnp.copy, factors)  # the step donates its own
-        moments = jax.jit(self.tx.init)(factors)
-        return model, TrainState(factors, moments, jax.random.key(seed)), frozen
+        factors = jax.tree.map(jnp.copy, factors)  # the step donates its state
+        opt_state = jax.jit(self.tx.init)(factors)
+        return model, TrainState(factors, opt_state, jax.random.key(seed)), frozen
 
     def run(
         self,
         rates: Rates,
         seed: int,
         steps: int,
-        every: int,
-        show: Callable[[int, float], None],
+        eval_every: int,
+        on_step: Callable[[int, float], None],
         save: Path | None = None,
     ) -> dict[str, Any]:
-        """One run, as JSON can hold it; a run that diverges ends there.
+        """Train once and return the JSON-serialisable result; stop if it diverges.
 
         Args:
-            rates: peaks of the learning rates.
-            seed: of the start, the order of the data and dropout.
-            steps: of the run.
-            every: steps between the evaluations of a run that is saved; the others are
-                evaluated at the end only.
-            show: is called with every step and its loss.
-            save: where the last adapter goes; None: nowhere.
+            rates: peak learning rates.
+            seed: of the initialisation, the order of the data and dropout.
+            steps: number of steps.
+            eval_every: steps between evaluations of a saved run; other runs are only
+                evaluated at the end.
+            on_step: called with the number of every step and its loss.
+            save: directory for the final adapter; None: it is not saved.
         """
-        model, state, frozen = self.begin(seed)
-        extra = {"rates": _as_data(rates), "steps": jnp.int32(steps)}
-        losses, seconds, residual = [], [], 0.0
+        model, state, frozen = self.initial_state(seed)
+        extra = {"rates": _as_arrays(rates), "steps": jnp.int32(steps)}
+        losses, seconds, largest_residual = [], [], 0.0
         curve = []
 
         def evaluate(number: int) -> Evaluation:
@@ -106,55 +106,57 @@ class Runner:
 
         if save is not None:
             evaluate(0)
-        now: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         optimizer = dataclasses.replace(self.config.optimizer, seed=seed)
-        order = dataclasses.replace(self.config, optimizer=optimizer)
+        config = dataclasses.replace(self.config, optimizer=optimizer)
         for number, batch in zip(
-            range(1, steps + 1), training_batches(order, self.data), strict=False
+            range(1, steps + 1), training_batches(config, self.data), strict=False
         ):
             started = time.perf_counter()
             state, arrays = self.step(state, frozen, batch, extra)
-            now = {name: float(value) for name, value in arrays.items()}
+            metrics = {name: float(value) for name, value in arrays.items()}
             seconds.append(time.perf_counter() - started)
-            losses.append(now["loss"])
-            residual = max(residual, now["residual"])
-            show(number, now["loss"])
-            if not math.isfinite(now["loss"] + now["grad_norm"]):
+            losses.append(metrics["loss"])
+            largest_residual = max(largest_residual, metrics["residual"])
+            on_step(number, metrics["loss"])
+            if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 break
-            if save is not None and number % every == 0 and number != steps:
+            if save is not None and number % eval_every == 0 and number != steps:
                 evaluate(number)
         final = evaluate(len(losses))
-        cell: dict[str, Any] = {
+        diverged = not math.isfinite(losses[-1] + metrics["grad_norm"] + final.loss)
+        result: dict[str, Any] = {
             "method": self.config.adapter.method,
             "rank": self.config.adapter.rank,
             "trainable": self.trainable,
             "rates": [rate for rate in rates if rate is not None],
             "seed": seed,
             "steps": len(losses),
-            "diverged": not math.isfinite(losses[-1] + now["grad_norm"] + final.loss),
-            # JSON has no word for what is no number.
+            "diverged": diverged,
+            # JSON cannot represent NaN and infinity.
             "losses": [round(x, 5) if math.isfinite(x) else None for x in losses],
             "curve": curve,
             "step_seconds": statistics.median(seconds[1:] or seconds),
         }
-        if not cell["diverged"]:
-            cell |= {"largest_residual": residual, "last_residual": now["residual"]}
-            cell["final"] = final._asdict()
+        if not diverged:
+            result["largest_residual"] = largest_residual
+            result["last_residual"] = metrics["residual"]
+            result["final"] = final._asdict()
             set_factors(model, state.factors)
-            cell |= _ranks(model)
+            result |= _effective_ranks(model)
             if save is not None and not self.config.adapter.merge_only:
                 with exporting(self.config, model):
                     save_adapter(model, save, base_id=base_id(self.config))
-        return cell
+        return result
 
-    def seconds_of(self, steps: int) -> Callable[[], list[float]]:
-        """A function that runs some more steps and gives the seconds of each."""
-        _, state, frozen = self.begin(self.config.optimizer.seed)
+    def step_timer(self, steps: int) -> Callable[[], list[float]]:
+        """A function that runs `steps` more steps and returns their durations."""
+        _, state, frozen = self.initial_state(self.config.optimizer.seed)
         rates = Rates(self.config.learning_rate, self.config.free_learning_rate)
-        extra = {"rates": _as_data(rates), "steps": jnp.int32(1000)}
+        extra = {"rates": _as_arrays(rates), "steps": jnp.int32(1000)}
         batch = next(iter(training_batches(self.config, self.data)))
 
-        def more() -> list[float]:
+        def time_steps() -> list[float]:
             nonlocal state
             seconds = []
             for _ in range(steps):
@@ -164,15 +166,15 @@ class Runner:
                 seconds.append(time.perf_counter() - started)
             return seconds
 
-        return more
+        return time_steps
 
 
-def _as_data(rates: Rates) -> Rates:
+def _as_arrays(rates: Rates) -> Rates:
     return jax.tree.map(jnp.float32, rates)
 
 
-def _ranks(model: Any) -> dict[str, float]:
-    """Effective ranks of B and of ΔW over modules and layers."""
+def _effective_ranks(model: Any) -> dict[str, float]:
+    """Effective ranks of B and ΔW over modules and layers."""
     of_b, of_update = [], []
     for module in adapters(model).values():
         adapted = np.array(module.ranks) > 0

@@ -1,30 +1,30 @@
-"""The best point of a grid, which grows while the best is at its edge."""
+"""Grid search for a learning rate, extending the grid while the best is at its edge."""
 
 import math
 from collections.abc import Callable, Sequence
 
 from manifold_lora.errors import InputError
 
-LIMIT = 4  # points that may be added on either side
+MAX_EXTENSIONS = 4  # points added on either side
 
 
 def search(
     what: str,
     grid: Sequence[float],
     loss: Callable[[float], float],
-    tell: Callable[[float], str] | None = None,
+    describe: Callable[[float], str] | None = None,
 ) -> tuple[float, dict[float, float]]:
-    """The rate of the least loss, and the loss at every rate that was tried.
+    """The rate with the lowest loss, and the losses of all rates tried.
 
-    Where the best is the smallest or the largest, the grid goes on in that direction by
-    the same factor, or by 2 if that is less, at most `LIMIT` times a side. A loss that
-    is no number means that the run diverged.
+    While the best rate is the smallest or the largest, the grid is extended in that
+    direction by the same factor, but at least 2, up to `MAX_EXTENSIONS` times per side.
+    A NaN or infinite loss means that the run diverged.
 
     Args:
-        what: is searched, for the message.
+        what: name of the searched quantity, for the message.
         grid: rates, positive.
-        loss: of a rate.
-        tell: what became of a rate that diverged, for the message; None: its loss.
+        loss: maps a rate to its loss.
+        describe: describes a diverged rate in the message; None: shows its loss.
 
     Raises:
         InputError: every rate diverges.
@@ -35,29 +35,29 @@ def search(
         8.0
     """
     grid = sorted(grid)
-    found = {rate: loss(rate) for rate in grid}
-    low = high = 0
+    losses = {rate: loss(rate) for rate in grid}
+    below = above = 0  # extensions on either side
     while True:
-        finite = {rate: x for rate, x in found.items() if math.isfinite(x)}
+        finite = {rate: x for rate, x in losses.items() if math.isfinite(x)}
         if not finite:
-            tell = tell or (lambda rate: str(found[rate]))
-            tried = ", ".join(f"{rate:g}: {tell(rate)}" for rate in found)
+            describe = describe or (lambda rate: str(losses[rate]))
+            tried = ", ".join(f"{rate:g}: {describe(rate)}" for rate in losses)
             raise InputError(
-                f"{what} diverges at every rate (loss at each: {tried}). Give smaller "
-                "--learning-rates, a longer --warmup-steps, or a smaller --clip."
+                f"{what} diverges at every rate tried ({tried}). Try smaller "
+                "--learning-rates, more --warmup-steps, or a smaller --clip."
             )
         best = min(finite, key=finite.__getitem__)
-        rates = sorted(found)
-        if best == rates[-1] and high < LIMIT:
-            new, high = best * _factor(rates[-2:]), high + 1
-        elif best == rates[0] and low < LIMIT:
-            new, low = best / _factor(rates[:2]), low + 1
+        rates = sorted(losses)
+        if best == rates[-1] and above < MAX_EXTENSIONS:
+            new, above = best * _factor(rates[-2:]), above + 1
+        elif best == rates[0] and below < MAX_EXTENSIONS:
+            new, below = best / _factor(rates[:2]), below + 1
         else:
-            return best, dict(sorted(found.items()))
+            return best, dict(sorted(losses.items()))
         new = float(f"{new:.3g}")
-        found[new] = loss(new)
+        losses[new] = loss(new)
 
 
 def _factor(pair: list[float]) -> float:
-    """The ratio of the two points at an edge, at least 2; 3 for a single point."""
+    """The ratio of the two rates at an edge, but at least 2; 3 for a single rate."""
     return max(pair[1] / pair[0], 2.0) if len(pair) > 1 else 3.0

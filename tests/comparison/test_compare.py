@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 import manifold_lora as ml
 from manifold_lora.adapters import axes, split
 from manifold_lora.comparison import compare as study
-from manifold_lora.comparison.cells import Cells
 from manifold_lora.comparison.config import resolve_comparison
+from manifold_lora.comparison.results import ResultsFile
 from manifold_lora.comparison.runner import Runner
 from manifold_lora.errors import InputError
 from manifold_lora.evaluation import heldout
@@ -237,26 +237,26 @@ def test_finished_cells_are_not_run_again(settings, finished, tmp_path, monkeypa
 
 
 def test_other_settings_are_refused(settings, finished):
-    message = r"other settings.*runs\.lora\.rank = 4 there, 2 now.*--overwrite"
+    message = r"other settings.*runs\.lora\.rank was 4, is 2.*--overwrite"
     with pytest.raises(InputError, match=message):
         compare(settings | {"rank": 2})
 
 
 def test_overwriting_removes_a_comparison_and_nothing_else(tmp_path):
-    Cells(tmp_path, {"seeds": [0]})["one"] = {"loss": 1}
+    ResultsFile(tmp_path, {"seeds": [0]})["one"] = {"loss": 1}
     (tmp_path / "adapters" / "lora-seed0").mkdir(parents=True)
     (tmp_path / "compare.md").touch()
     (tmp_path / "notes.txt").touch()
-    assert "one" in Cells(tmp_path, {"seeds": [0]})
-    assert "one" not in Cells(tmp_path, {"seeds": [1]}, overwrite=True)
+    assert "one" in ResultsFile(tmp_path, {"seeds": [0]})
+    assert "one" not in ResultsFile(tmp_path, {"seeds": [1]}, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    with pytest.raises(InputError, match="holds no comparison"):
-        Cells(tmp_path, {"seeds": [0]})
+    with pytest.raises(InputError, match="does not contain a comparison"):
+        ResultsFile(tmp_path, {"seeds": [0]})
     (tmp_path / "compare.json").write_text('{"settings": {}}')
-    with pytest.raises(InputError, match="is damaged"):
-        Cells(tmp_path, {"seeds": [0]})
+    with pytest.raises(InputError, match="is corrupt"):
+        ResultsFile(tmp_path, {"seeds": [0]})
     with pytest.raises(InputError, match="is a file"):
-        Cells(tmp_path / "notes.txt", {})
+        ResultsFile(tmp_path / "notes.txt", {})
 
 
 def test_a_larger_method_gets_a_lower_rank(settings, finished, monkeypatch):
@@ -296,7 +296,7 @@ def test_divergence_everywhere(settings, tmp_path):
     each = re.findall(r"([13]e\+38): diverged at step \d with loss (?:nan|\d)", message)
     assert each == ["1e+38", "3e+38"]
     assert message.startswith("lora: the learning rate diverges at every rate")
-    assert "smaller --learning-rates, a longer --warmup-steps" in message
+    assert "smaller --learning-rates, more --warmup-steps" in message
     text = (tmp_path / "compare.json").read_text()
     cells = json.loads(text, parse_constant=pytest.fail)["cells"]
     assert [cell["diverged"] for cell in cells.values()] == [True, True]
@@ -315,7 +315,7 @@ def test_an_interrupted_comparison_resumes(settings, finished, tmp_path, monkeyp
         return content["cells"][ran[-1]]
 
     monkeypatch.setattr(Runner, "run", run)
-    monkeypatch.setattr(study._Study, "timing", lambda _: content["step_seconds"])
+    monkeypatch.setattr(study._Study, "time_steps", lambda _: content["step_seconds"])
     for stop in (2, len(content["cells"]) - 1):
         with pytest.raises(KeyboardInterrupt):
             compare(settings)

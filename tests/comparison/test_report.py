@@ -1,4 +1,4 @@
-"""The summary of cells whose numbers can be seen by eye."""
+"""The summary of results whose statistics are obvious."""
 
 import io
 
@@ -66,16 +66,16 @@ def content():
     }
 
 
-def test_numbers(content):
+def test_statistics(content):
     stiefel, lora = summarise(content, 20)  # the better one first
     assert (lora["method"], lora["seeds"], lora["diverged"]) == ("lora", 3, 1)
-    # 1.5 and 2.5; the seed that diverged counts in nothing
+    # 1.5 and 2.5; the seed that diverged is ignored
     assert lora["loss"] == pytest.approx([2.0, 0.5**0.5])
     assert lora["accuracy"] == pytest.approx([0.55, 0.1 * 0.5**0.5])
     assert lora["effective_rank_b"] == pytest.approx([3.5, 0.5**0.5])
     assert lora["least_effective_rank_b"] == 2.0
     assert (lora["steps_to_baseline"], lora["share_of_steps"]) == (20, 1)
-    # The mean goes from 3 at step 0 to 1 at step 10: 2 is at step 5, of 0.6 s each.
+    # The mean falls from 3 at step 0 to 1 at step 10: 2 is at step 5, of 0.6 s each.
     assert stiefel["steps_to_baseline"] == pytest.approx(5)
     assert stiefel["share_of_steps"] == pytest.approx(0.25)
     assert stiefel["seconds_to_baseline"] == pytest.approx(3.0)
@@ -86,7 +86,7 @@ def test_numbers(content):
     assert stiefel["training_loss"] == pytest.approx([2.0, 0.0])
 
 
-def test_a_goal_that_is_not_reached_and_one_that_is_not_there(content):
+def test_a_target_that_is_not_reached_and_a_missing_one(content):
     for name in ("stiefel 0", "stiefel 1"):
         content["cells"][name]["curve"] = [{"step": 0, "loss": 9.0}]
     row = next(r for r in summarise(content, 20) if r["method"] == "stiefel")
@@ -132,7 +132,7 @@ def test_the_table(content, tmp_path):
         {f"m{i}": np.array([[0.0, 90], [5, 0.1 * i + 0.1]]) for i in range(9)},
     ],
 )
-def test_a_picture_of_anything(tmp_path, curves):
-    """Warnings of Matplotlib, which are errors here, would tell of a wrong picture."""
+def test_plots_of_extreme_curves(tmp_path, curves):
+    """Matplotlib warns about a broken plot, and warnings are errors in tests."""
     plot_comparison(tmp_path / "p.png", curves, "lora")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from manifold_lora.comparison.search import LIMIT, search
+from manifold_lora.comparison.search import MAX_EXTENSIONS, search
 from manifold_lora.errors import InputError
 
 
@@ -39,7 +39,9 @@ def test_the_grid_grows_until_the_best_is_inside(grid, best, tried):
 
 def test_the_growth_has_a_limit():
     _, found = search("rate", [1.0, 10.0], lambda rate: -rate)
-    assert len(found) == 2 + LIMIT and max(found) == pytest.approx(10.0 ** (1 + LIMIT))
+    assert len(found) == 2 + MAX_EXTENSIONS and max(found) == pytest.approx(
+        10.0 ** (1 + MAX_EXTENSIONS)
+    )
 
 
 def test_rates_that_diverge_are_passed_over():

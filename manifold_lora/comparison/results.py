@@ -1,4 +1,4 @@
-"""The file of a comparison: its settings, and every run that has been finished."""
+"""compare.json: the settings of a comparison and the results of its finished runs."""
 
 import json
 import os
@@ -8,24 +8,25 @@ from typing import Any
 
 from manifold_lora.errors import InputError
 
-FILE, ADAPTERS, TABLE, PICTURE = "compare.json", "adapters", "compare.md", "compare.png"
+RESULTS, TABLE, PLOT = "compare.json", "compare.md", "compare.png"
+ADAPTERS = "adapters"
 
 
-class Cells:
-    """Finished runs by name; whatever is put in is on disk at once.
+class ResultsFile:
+    """Results of finished runs by name; each assignment is written to disk at once.
 
     Args:
-        out: the directory.
-        settings: of the comparison, as JSON can hold them.
-        overwrite: begin anew instead of going on.
+        out: the directory of the comparison.
+        settings: of the comparison, JSON-serialisable.
+        overwrite: restart instead of resuming.
 
     Raises:
-        InputError: the directory holds a comparison with other settings, or something
-            that is none, and `overwrite` is off.
+        InputError: without `overwrite`, the directory contains a comparison with other
+            settings or other files.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], overwrite: bool = False):
-        self.file = out / FILE
+        self.file = out / RESULTS
         self.content: dict[str, Any] = {"settings": settings, "cells": {}}
         if out.is_file():
             raise InputError(f"--out {out} is a file: choose a directory.")
@@ -35,37 +36,37 @@ class Cells:
             self.content = self._read(settings)
         elif out.is_dir() and any(out.iterdir()):
             raise InputError(
-                f"--out {out} is not empty and holds no comparison: choose another "
-                "directory, or give --overwrite to write into it."
+                f"--out {out} is not empty and does not contain a comparison: choose "
+                "another directory, or pass --overwrite to write into it."
             )
 
     def _clear(self) -> None:
-        """Take away an earlier comparison, and nothing else."""
+        """Delete an earlier comparison, and nothing else."""
         if self.file.is_file():
             shutil.rmtree(self.file.parent / ADAPTERS, ignore_errors=True)
-            for name in (FILE, TABLE, PICTURE):
+            for name in (RESULTS, TABLE, PLOT):
                 (self.file.parent / name).unlink(missing_ok=True)
 
     def _read(self, settings: dict[str, Any]) -> dict[str, Any]:
         try:
             content = json.loads(self.file.read_text(encoding="utf-8"))
-            before, _ = flat(content["settings"]), dict(content["cells"])
+            before, _ = dotted(content["settings"]), dict(content["cells"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{self.file} is damaged ({error}): choose another --out, or give "
+                f"{self.file} is corrupt ({error}): choose another --out, or pass "
                 "--overwrite."
             ) from error
-        now = flat(settings)
+        now = dotted(settings)
         changed = [
-            f"{k} = {before.get(k, 'unset')} there, {now.get(k, 'unset')} now"
+            f"{k} was {before.get(k, 'unset')}, is {now.get(k, 'unset')}"
             for k in sorted(before | now)
             if before.get(k) != now.get(k)
         ]
         if changed:
             shown = ", ".join(changed[:6] + ["…"] * (len(changed) > 6))
             raise InputError(
-                f"--out {self.file.parent} holds a comparison with other settings "
-                f"({shown}). Choose another --out, or give --overwrite to replace it."
+                f"--out {self.file.parent} contains a comparison with other settings "
+                f"({shown}). Choose another --out, or pass --overwrite to replace it."
             )
         return content
 
@@ -75,12 +76,12 @@ class Cells:
     def __getitem__(self, name: str) -> dict[str, Any]:
         return self.content["cells"][name]
 
-    def __setitem__(self, name: str, cell: dict[str, Any]) -> None:
-        self.content["cells"][name] = cell
+    def __setitem__(self, name: str, result: dict[str, Any]) -> None:
+        self.content["cells"][name] = result
         self.write()
 
     def write(self) -> None:
-        """The whole file, complete or not at all."""
+        """Write the file atomically."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
         text = json.dumps(self.content, indent=1, allow_nan=False) + "\n"
@@ -88,14 +89,14 @@ class Cells:
         os.replace(partial, self.file)
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names.
+def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as a flat dict with dotted keys.
 
-    >>> flat({"runs": {"lora": {"rank": 4}}, "seeds": [0]})
+    >>> dotted({"runs": {"lora": {"rank": 4}}, "seeds": [0]})
     {'runs.lora.rank': 4, 'seeds': [0]}
     """
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
-        inside = isinstance(value, dict) and value
-        found |= flat(value, f"{prefix}{key}.") if inside else {prefix + key: value}
-    return found
+        nested = isinstance(value, dict) and value
+        flat |= dotted(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
