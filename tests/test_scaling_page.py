@@ -1,4 +1,4 @@
-"""The plans printed in docs/scaling.md, against what their commands plan today.
+"""The plans printed in docs/scaling.md agree with those of their commands.
 
 Compiling them takes minutes each; counts and bytes follow from shapes alone.
 """
@@ -83,8 +83,8 @@ def test_counts_and_bytes(command, printed):
 def test_rates_follow_from_the_step_time(command, printed):
     step = number(r"step +N ms", printed) / 1000
     tokens = number("N rows of", printed) * number("rows of N", printed)
-    rate = number("tokens +N a second", printed)
+    rate = number("throughput +N tokens/s", printed)
     assert rate == pytest.approx(tokens / step, rel=1e-4)
-    chips = number("devices +N ", printed) * number("N a chip-hour", printed)
-    cost = number("cost +N for a billion tokens", printed)
+    chips = number("devices +N ", printed) * number("N per chip-hour", printed)
+    cost = number("cost +N per billion tokens", printed)
     assert cost == pytest.approx(chips / 3600 * 1e9 / rate, rel=1e-3)

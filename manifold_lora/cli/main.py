@@ -12,7 +12,7 @@ from rich.console import Console
 from tyro.extras import SubcommandApp
 
 from manifold_lora.errors import InputError
-from manifold_lora.planning.chips import without_accelerator
+from manifold_lora.planning.chips import hide_accelerators
 from manifold_lora.settings import check_renamed
 
 
@@ -60,7 +60,7 @@ def plan(config: Any) -> None:
 
     try:
         plan.plan(config)
-    except (plan.NotFittingError, plan.CompilerError) as error:
+    except (plan.DoesNotFitError, plan.CompilerError) as error:
         stop(error, 1)
 
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     chosen = arguments[0] if arguments else ""
     if chosen == plan.__name__:
-        without_accelerator()  # before JAX is imported
+        hide_accelerators()  # before JAX is imported
     try:
         check_renamed(arguments)
         app = SubcommandApp()

@@ -126,7 +126,7 @@ class _Study:
         self._runners: dict[str, Runner] = {}
 
     def find_rates(self, name: str) -> Rates:
-        """The learning rates of the lowest held-out loss in short runs with one seed."""
+        """The learning rates with the lowest held-out loss in short runs."""
         config = self.comparison.runs[name]
         best = Rates(config.learning_rate, config.free_learning_rate)
         grid = self.comparison.grids[name]

@@ -1,4 +1,4 @@
-"""A whole run as shapes: what `train` builds, without an array of it."""
+"""A training run as abstract shapes: what `train` builds, without any array."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from manifold_lora.training.step import TrainState, make_step
 
 
 class AbstractRun(NamedTuple):
-    """A run's programs and their arguments, as shapes placed on a mesh."""
+    """The programs of a run and their arguments, as shapes with shardings on a mesh."""
 
     mesh: Mesh
     step: Any  # jitted, as in training
@@ -32,29 +32,29 @@ class AbstractRun(NamedTuple):
     tx: optax.GradientTransformation
 
     def traced(self) -> Any:
-        """The training step, traced and ready to be lowered."""
+        """The traced training step, ready to be lowered."""
         with jax.set_mesh(self.mesh):
             return self.step.trace(self.state, self.frozen, self.batch)
 
-    def optimizer(self) -> Any:
-        """The optimiser's part of it alone, traced likewise."""
+    def traced_update(self) -> Any:
+        """The traced optimiser update alone."""
 
         def update(grads: Any, opt_state: Any, factors: Any) -> Any:
             updates, opt_state = self.tx.update(grads, opt_state, factors)
             return optax.apply_updates(factors, updates), opt_state
 
         factors, opt_state, _ = self.state
-        placed = jax.tree.map(lambda x: x.sharding, (factors, opt_state))
-        jitted = jax.jit(update, out_shardings=placed, donate_argnums=(1, 2))
+        shardings = jax.tree.map(lambda x: x.sharding, (factors, opt_state))
+        jitted = jax.jit(update, out_shardings=shardings, donate_argnums=(1, 2))
         with jax.set_mesh(self.mesh):
             return jitted.trace(factors, opt_state, factors)
 
 
 def abstract_model(config: TrainConfig, shape: LlamaConfig) -> Llama:
-    """The model of a run with its adapter, of that shape and without arrays.
+    """The model of a run with its adapter, as abstract shapes.
 
     Raises:
-        InputError: as in `attach`, or the layers of a module differ in rank.
+        InputError: as in `attach`, or layers of a module have different ranks.
     """
 
     def build() -> Llama:
@@ -67,61 +67,61 @@ def abstract_model(config: TrainConfig, shape: LlamaConfig) -> Llama:
         return nnx.eval_shape(build)
     except jax.errors.ConcretizationTypeError as error:
         raise InputError(
-            "a plan needs one rank for all layers of a module, and --targets or "
-            "--rank-pattern give them different ones: name modules only, such as "
+            "a plan needs one rank for all layers of a module, but --targets or "
+            "--rank-pattern give them different ranks: name modules only, such as "
             "q_proj, and plan with the largest rank."
         ) from error
 
 
 def abstract_run(config: TrainConfig, model: Llama, mesh: Mesh) -> AbstractRun:
-    """The run of a configuration with such a model, on that mesh."""
+    """The run of a configuration on a mesh, with the model of `abstract_model`."""
     rebuild, factors, frozen = split(model)
-    tags, named = manifold_tree(model), axes(model)
+    tags, factor_axes = manifold_tree(model), axes(model)
     steps = config.schedule.steps or 1
     tx, _ = build_optimizer(config, tags, steps, model.config.hidden_size)
 
-    def put(x: Any, spec: P) -> jax.ShapeDtypeStruct:
+    def place(x: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
         )
 
     opt_state = jax.eval_shape(tx.init, factors)
-    where = specs_like(opt_state, factors, named, mesh)
-    key: Any = put(jax.eval_shape(lambda: jax.random.key(0)), P())
+    specs = specs_like(opt_state, factors, factor_axes, mesh)
+    key: Any = place(jax.eval_shape(lambda: jax.random.key(0)), P())
     state = TrainState(
         jax.tree.map(
-            lambda x, a: put(x, storage_spec(a, x.shape, mesh)), factors, named
+            lambda x, a: place(x, storage_spec(a, x.shape, mesh)), factors, factor_axes
         ),
-        jax.tree.map(put, opt_state, where),
+        jax.tree.map(place, opt_state, specs),
         key,
     )
     leaves, tree = jax.tree.flatten(frozen)
     variables = [variable for _, variable in nnx.to_flat_state(frozen)]
     placed = [
-        put(leaf, storage_spec(logical_axes(variable), leaf.shape, mesh))
+        place(leaf, storage_spec(logical_axes(variable), leaf.shape, mesh))
         for leaf, variable in zip(leaves, variables, strict=True)
     ]
-    step = make_step(rebuild, tx, tags, named, config.batch.accumulate)
+    step = make_step(rebuild, tx, tags, factor_axes, config.batch.accumulate)
     return AbstractRun(
-        mesh, step, state, tree.unflatten(placed), _batch(config, put), tx
+        mesh, step, state, tree.unflatten(placed), _batch(config, place), tx
     )
 
 
-def _batch(config: TrainConfig, put: Callable[..., Any]) -> dict[str, Any]:
+def _batch(config: TrainConfig, place: Callable[..., Any]) -> dict[str, Any]:
     shape = (config.batch.batch_size, config.batch.sequence_length)
-    whole = jax.ShapeDtypeStruct(shape, jnp.int32)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     names = ("input_ids", "positions", "segment_ids")
-    arrays = dict.fromkeys(names, put(whole, P(BATCH_AXES)))
+    arrays = dict.fromkeys(names, place(ids, P(BATCH_AXES)))
     mask = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return arrays | {"loss_mask": put(mask, P(BATCH_AXES))}
+    return arrays | {"loss_mask": place(mask, P(BATCH_AXES))}
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that the largest part of every array of a placed tree takes, in all."""
+    """Bytes that the shards of a tree's arrays occupy on each device."""
     total = 0
     for x in jax.tree.leaves(tree):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            continue  # of no size worth the name
-        part = x.sharding.shard_shape(x.shape)
-        total += x.dtype.itemsize * math.prod(part)
+            continue  # a few bytes, without an itemsize
+        shard = x.sharding.shard_shape(x.shape)
+        total += x.dtype.itemsize * math.prod(shard)
     return total

@@ -1,4 +1,4 @@
-"""TPU generations and slices of them: what a plan needs to know. Imports no JAX."""
+"""TPU generations and slices, with their specifications. Imports no JAX."""
 
 import math
 import os
@@ -10,27 +10,27 @@ from manifold_lora.errors import InputError, nearest
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip of a generation."""
+    """Specifications of one chip of a TPU generation."""
 
-    flops: float  # a second, bfloat16, at peak
-    memory: float  # bytes that a program may use, by the compiler's own word
-    memory_bandwidth: float  # bytes a second
-    link: float  # bytes a second of one link in one direction
-    dimensions: int  # of the torus; two links in each
-    price: float  # dollars of a chip-hour
-    slices: tuple[str, ...]  # that can be rented, the usual ones
+    flops: float  # peak bfloat16 FLOP/s
+    memory: float  # bytes that the compiler lets a program use
+    memory_bandwidth: float  # bytes/s
+    link: float  # bytes/s of one link in one direction
+    dimensions: int  # of the torus; two links per dimension
+    price: float  # dollars per chip-hour
+    slices: tuple[str, ...]  # common sizes offered
 
 
 _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
-# Peak, memory bandwidth, shapes of slices, and the link as the bandwidth of a chip
-# over its links: Google Cloud's pages "TPU v5e", "TPU v5p", "TPU v6e" (400, 1200 and
-# 800 GB/s over 4, 6 and 4 links, both directions) and "TPU v4"; v4's links and memory
-# bandwidth: Jouppi et al. 2023, "TPU v4: An Optically Reconfigurable Supercomputer".
-# Memory: the "available HBM" of libtpu's message for a program that is too large.
-# Prices: Google Cloud's page "Cloud TPU pricing", United States, on demand, as of
-# 2025; they change, and --price takes another.
+# Peak FLOP/s, memory bandwidth, slice shapes, and link bandwidth (of a chip, divided
+# by its links): Google Cloud's pages "TPU v5e", "TPU v5p", "TPU v6e" (400, 1200 and 800
+# GB/s over 4, 6 and 4 links, both directions) and "TPU v4"; links and memory bandwidth
+# of v4: Jouppi et al. 2023, "TPU v4: An Optically Reconfigurable Supercomputer".
+# Memory: the "available HBM" in libtpu's message for a program that is too large.
+# Prices: Google Cloud's page "Cloud TPU pricing", United States, on demand, as of 2025;
+# --price overrides them.
 CHIPS = {
     "v4": Chip(275e12, 30.75 * 2**30, 1200e9, 50e9, 3, 3.22, _CUBES),
     "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 50e9, 2, 1.20, _SQUARES),
@@ -41,7 +41,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: a generation, and how many chips it has in each direction."""
+    """A TPU slice: its generation and its number of chips per dimension."""
 
     generation: str
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
-        """What each of its chips is."""
+        """The specifications of its chips."""
         return CHIPS[self.generation]
 
     @property
@@ -61,10 +61,10 @@ class Topology:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """In which directions the last chip is linked with the first.
+        """Whether each dimension has a wraparound link, which makes it a ring.
 
-        In three dimensions in all if the slice is made of whole cubes of 4×4×4, in two
-        only in a direction as long as the pod, 16.
+        In a 3-D slice all dimensions do, if it consists of complete 4×4×4 cubes; in a
+        2-D slice only those of the full length of a pod, 16.
         """
         if len(self.shape) == 3:
             return (all(size % 4 == 0 for size in self.shape),) * 3
@@ -72,10 +72,10 @@ class Topology:
 
 
 def read_topology(text: str) -> Topology:
-    """The slice of a name such as "v5p:8x8x8".
+    """Parse the name of a slice, such as "v5p:8x8x8".
 
     Raises:
-        InputError: an unknown generation, or sizes that no slice of it has.
+        InputError: unknown generation, or sizes that are not those of a slice.
     """
     generation, _, sizes = text.partition(":")
     if generation not in CHIPS:
@@ -90,7 +90,7 @@ def read_topology(text: str) -> Topology:
 
 
 def unknown_slice(text: str, why: str) -> InputError:
-    """The error for a slice that there is not, with those that there are."""
+    """The error for a slice that does not exist, with the known slices."""
     generation = text.partition(":")[0]
     known = [f"{generation}:{sizes}" for sizes in CHIPS[generation].slices]
     return InputError(
@@ -98,17 +98,17 @@ def unknown_slice(text: str, why: str) -> InputError:
     )
 
 
-def without_accelerator() -> None:
-    """Let JAX compile on this machine's CPU only; call it before JAX is imported.
+def hide_accelerators() -> None:
+    """Restrict JAX to the CPU of this machine; call it before JAX is imported.
 
-    A plan must not take the accelerators of a machine that has some. libtpu is told
-    not to look for a TPU, to write no logs, and that another process may use it too.
+    Planning must not occupy accelerators. The variables for libtpu keep it from probing
+    for a TPU and from logging, and let other processes load it as well.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; the topology says which
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; the topology determines the chip
         "TPU_LOG_DIR": "disabled",
         "TPU_MIN_LOG_LEVEL": "3",
         "TPU_STDERR_LOG_LEVEL": "3",

@@ -1,4 +1,4 @@
-"""What a plan is: the parts of a run that decide its step, and devices to plan for."""
+"""The configuration of a plan: the settings of a training step, and devices for it."""
 
 import dataclasses
 from pathlib import Path
@@ -35,11 +35,11 @@ class PlanConfig:
         topology: TPU slice, as in v5p:8x8x8.
         devices: number of CPU devices, instead of a TPU slice.
         mesh: sizes of the mesh axes, as in fsdp=128,tensor=4, or auto.
-        price: dollars of a chip-hour.
-        out: JSON file to write the plan to.
+        price: dollars per chip-hour.
+        out: JSON file for the plan.
 
     Raises:
-        InputError: all that is wrong, in one message.
+        InputError: all problems, in one message.
     """
 
     model: ModelConfig = part(ModelConfig)
@@ -57,9 +57,9 @@ class PlanConfig:
         default_text="all devices on fsdp",
     )
     price: PositiveFloat | None = setting(
-        None, "dollars of a chip-hour", default_text="the list price"
+        None, "dollars per chip-hour", default_text="the list price"
     )
-    out: Path | None = setting(None, "JSON file to write the plan to")
+    out: Path | None = setting(None, "JSON file for the plan")
 
     def __post_init__(self):
         validate(self)
@@ -68,27 +68,27 @@ class PlanConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is planned, with every choice made."""
+    """A plan with all defaults resolved."""
 
     run: TrainConfig
     topology: Topology | None  # None: CPU devices
-    count: int  # of devices
+    count: int  # number of devices
     mesh: dict[str, int] | None  # sizes of its axes; None: all devices on fsdp
-    search: bool  # for the best mesh
-    price: float | None  # dollars of a chip-hour; None: unknown
+    search: bool  # whether to search for the best mesh
+    price: float | None  # dollars per chip-hour; None: unknown
 
 
 def resolve_plan(config: PlanConfig) -> Target:
-    """The run, the devices and the mesh that a configuration asks for.
+    """Resolve the run, the devices and the mesh of a configuration.
 
     Raises:
-        InputError: all that is wrong, in one message.
+        InputError: all problems, in one message.
     """
     problems: list[str] = []
 
-    def checked(read: Any, *arguments: Any) -> Any:
+    def checked(f: Any, *arguments: Any) -> Any:
         try:
-            return read(*arguments)
+            return f(*arguments)
         except InputError as error:
             problems.append(str(error))
 
@@ -96,7 +96,7 @@ def resolve_plan(config: PlanConfig) -> Target:
     if (config.topology is None) == (config.devices is None):
         got = "neither" if config.topology is None else "both"
         problems.append(
-            "a plan needs --topology of a TPU slice, as in v5e:4x4 or v5p:8x8x8 "
+            "a plan needs --topology, a TPU slice such as v5e:4x4 or v5p:8x8x8 "
             f"(generations: {', '.join(CHIPS)}), or --devices, a number of CPU "
             f"devices; got {got}"
         )
@@ -114,7 +114,7 @@ def resolve_plan(config: PlanConfig) -> Target:
 
 
 def _run_of(config: PlanConfig) -> TrainConfig:
-    """The run, with the defaults of a run on data of the user's own."""
+    """The run, with the defaults for the user's own model and data."""
     model, batch = config.model, config.batch
     if model.path is not None:
         batch = fill(batch, batch_size=16, sequence_length=512)

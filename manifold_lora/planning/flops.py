@@ -6,20 +6,20 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# Passes in bfloat16 that TPU's compiler makes of a float32 product, by its precision.
+# bfloat16 passes into which the TPU compiler splits a float32 product, by precision.
 _PASSES = {"HIGHEST": 6, "HIGH": 3}
 
 
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr, passes: bool = False) -> int:
-    """Those of all matrix products, over all devices: two for each multiply-add.
+    """FLOPs of all matrix products over all devices, two per multiply-add.
 
-    XLA's own count takes the body of a loop once; here a scan counts as often as it
-    runs, and what a layer computes again in the backward pass counts again. A loop
-    whose length depends on data counts once, of a condition the longest branch.
+    XLA's cost analysis counts the body of a loop once. Here a scan is multiplied by its
+    length, and recomputation in the backward pass is included. A loop of data-dependent
+    length counts once, and a conditional as its most expensive branch.
 
     Args:
         jaxpr: the traced program.
-        passes: count a product as often as a TPU makes it in bfloat16.
+        passes: count a float32 product as the bfloat16 passes that a TPU needs.
 
     Examples:
         >>> import jax
@@ -31,25 +31,25 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr, passes: bool = False) -> int:
         jaxpr = jaxpr.jaxpr
     total = 0
     for eqn in jaxpr.eqns:
-        inside = [matmul_flops(inner, passes) for inner in _inner(eqn.params.values())]
+        inner = [matmul_flops(j, passes) for j in _inner_jaxprs(eqn.params.values())]
         match eqn.primitive.name:
             case "dot_general":
                 (contracted, _), _ = eqn.params["dimension_numbers"]
                 operand, result = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
                 depth = math.prod(operand[axis] for axis in contracted)
-                times = _passes(eqn) if passes else 1
-                total += times * 2 * depth * math.prod(result)
+                factor = _passes(eqn) if passes else 1
+                total += factor * 2 * depth * math.prod(result)
             case "scan":
-                total += eqn.params["length"] * sum(inside)
+                total += eqn.params["length"] * sum(inner)
             case "cond":
-                total += max(inside, default=0)
-            case "shard_map":  # shapes inside are those of one device
+                total += max(inner, default=0)
+            case "shard_map":  # the inner shapes are those of one device
                 sizes = dict(eqn.params["mesh"].shape)
                 manual = eqn.params["newly_manual_axes"]
                 copies = math.prod(sizes[name] for name in manual)
-                total += copies * sum(inside)
+                total += copies * sum(inner)
             case _:
-                total += sum(inside)
+                total += sum(inner)
     return total
 
 
@@ -57,16 +57,16 @@ def _passes(eqn: Any) -> int:
     precision = eqn.params["precision"]
     if precision is None or any(v.aval.dtype != "float32" for v in eqn.invars):
         return 1
-    given = precision if isinstance(precision, tuple) else (precision,)
-    return max(_PASSES.get(getattr(p, "name", ""), 1) for p in given)
+    precisions = precision if isinstance(precision, tuple) else (precision,)
+    return max(_PASSES.get(getattr(p, "name", ""), 1) for p in precisions)
 
 
-def _inner(values: Any) -> Iterator[Jaxpr | ClosedJaxpr]:
+def _inner_jaxprs(values: Any) -> Iterator[Jaxpr | ClosedJaxpr]:
     for value in values:
         if isinstance(value, Jaxpr | ClosedJaxpr):
             yield value
         elif isinstance(value, tuple | list):
-            yield from _inner(value)
+            yield from _inner_jaxprs(value)
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

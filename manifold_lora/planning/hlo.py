@@ -1,8 +1,8 @@
-"""The text of a compiled program: computations, instructions and groups of devices.
+"""A parser for HLO text: computations, instructions and replica groups.
 
-XLA has no public reader of its own programs, so their text is read. Only what a plan
-needs is kept: of every instruction its shape, its kind, its operands and the rest of
-the line.
+XLA has no public Python API for compiled programs, so their text is parsed. Only what a
+plan needs is kept: the shape, opcode and operands of every instruction, and the rest of
+its line.
 """
 
 import math
@@ -27,7 +27,7 @@ class Array:
     """One array of an instruction's shape."""
 
     bytes: float
-    in_hbm: bool  # and not in the memory beside the compute units
+    in_hbm: bool  # rather than in on-chip memory
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,24 @@ class Instruction:
     """One line of a computation."""
 
     name: str
-    arrays: tuple[Array, ...]  # its result, several of a tuple
-    kind: str  # such as "fusion" or "all-gather-start"
+    arrays: tuple[Array, ...]  # of its result; several for a tuple
+    kind: str  # the opcode, such as "fusion" or "all-gather-start"
     operands: tuple[str, ...]  # names in the same computation
     rest: str  # the line after its operands
     root: bool
 
     @property
     def bytes(self) -> float:
-        """Of the result."""
+        """Bytes of the result."""
         return sum(array.bytes for array in self.arrays)
 
     @property
     def called(self) -> tuple[str, ...]:
-        """The computations that it runs; reducers and conditions are not among them."""
+        """The computations that it runs, without reducers and loop conditions."""
         if self.kind not in _CALLERS:
             return ()
-        found = _CALLED.findall(self.rest)
-        return tuple(name for part in found for name in re.findall(r"[\w.\-]+", part))
+        called = _CALLED.findall(self.rest)
+        return tuple(name for item in called for name in re.findall(r"[\w.\-]+", item))
 
 
 _CALLERS = {"while", "fusion", "call", "conditional", "custom-call", "async-start"}
@@ -61,16 +61,16 @@ Computation = dict[str, Instruction]
 
 @dataclass(frozen=True)
 class Module:
-    """A whole program."""
+    """A compiled program."""
 
     computations: dict[str, Computation]
     entry: str
 
-    def trips(self, loop: Instruction) -> int:
-        """How often a loop runs; 1 where only its data decides.
+    def trip_count(self, loop: Instruction) -> int:
+        """The trip count of a loop; 1 if it depends on data.
 
-        Known to the compiler, or the constant that the counter of a loop from 0 is
-        compared with.
+        Either annotated by the compiler, or the constant with which the condition
+        compares a counter that starts at 0.
         """
         if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
             return int(known[1])
@@ -87,7 +87,7 @@ class Module:
         return 1
 
     def walk(self) -> Iterator[tuple[str, Instruction, int, bool]]:
-        """Every instruction that runs: its computation, how often, whether fused."""
+        """Executed instructions: computation, instruction, count, and whether fused."""
         yield from self._visit(self.entry, 1, False)
 
     def _visit(
@@ -95,14 +95,14 @@ class Module:
     ) -> Iterator[tuple[str, Instruction, int, bool]]:
         for line in self.computations[name].values():
             yield name, line, times, fused
-            inside = times * (self.trips(line) if line.kind == "while" else 1)
-            within = fused or line.kind in ("fusion", "async-start", "custom-call")
+            inner_times = times * (self.trip_count(line) if line.kind == "while" else 1)
+            inner_fused = fused or line.kind in ("fusion", "async-start", "custom-call")
             for called in line.called:
-                yield from self._visit(called, inside, within)
+                yield from self._visit(called, inner_times, inner_fused)
 
 
 def read_module(text: str) -> Module:
-    """The program in a text such as `compiled.as_text()`."""
+    """Parse the text of a program, such as `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -112,34 +112,34 @@ def read_module(text: str) -> Module:
                 entry = header[2] if header[1] else entry
         elif line.startswith("}"):
             current = None
-        elif found := _INSTRUCTION.match(line):
-            root, name, shape, kind, after = found.groups()
-            inner, rest = _split(after)
-            # A constant's value and a parameter's number stand where operands do.
+        elif match := _INSTRUCTION.match(line):
+            root, name, shape, kind, after = match.groups()
+            operands, rest = _split_operands(after)
+            # The parentheses of a constant or parameter contain its value or number.
             value = kind in ("constant", "parameter")
             current[name] = Instruction(
                 name,
                 arrays_of(shape),
                 kind,
-                () if value else tuple(re.findall(r"%([\w.\-]+)", inner)),
+                () if value else tuple(re.findall(r"%([\w.\-]+)", operands)),
                 after if value else rest,
                 root is not None,
             )
     return Module(computations, entry)
 
 
-def _split(after: str) -> tuple[str, str]:
-    """The text to the parenthesis that closes the operands, and the one after it."""
+def _split_operands(after: str) -> tuple[str, str]:
+    """Split at the parenthesis that closes the operands."""
     depth = 1
-    for place, letter in enumerate(after):
-        depth += (letter == "(") - (letter == ")")
+    for i, character in enumerate(after):
+        depth += (character == "(") - (character == ")")
         if depth == 0:
-            return after[:place], after[place + 1 :]
+            return after[:i], after[i + 1 :]
     return after, ""
 
 
 def arrays_of(shape: str) -> tuple[Array, ...]:
-    """The arrays of a shape or of a tuple of them.
+    """The arrays of a shape, or of a tuple of shapes.
 
     >>> [array.bytes for array in arrays_of("(bf16[2,3]{1,0}, f32[])")]
     [12.0, 4.0]
@@ -159,11 +159,11 @@ def _bits(kind: str) -> int:
 
 
 def groups_of(rest: str, devices: int) -> np.ndarray:
-    """The groups in which devices talk, (groups, members), from a collective's line.
+    """The replica groups of a collective, (groups, members), from its line.
 
-    Devices are numbered by their place in the mesh. Three spellings are read: lists,
-    `{{0,1},{2,3}}`; a transposed range, `[2,2]<=[2,2]T(1,0)`; and axes of a mesh of
-    the compiler's own, `mesh['a'=2,'b'=2] {'a'}`.
+    Devices are numbered by their position in the mesh. Three formats are supported:
+    lists, `{{0,1},{2,3}}`; a transposed iota, `[2,2]<=[2,2]T(1,0)`; and axes of a mesh
+    defined by the compiler, `mesh['a'=2,'b'=2] {'a'}`.
 
     >>> groups_of("replica_groups=[2,2]<=[2,2]T(1,0)", 4).tolist()
     [[0, 2], [1, 3]]
@@ -185,26 +185,27 @@ def groups_of(rest: str, devices: int) -> np.ndarray:
             ids = _iota(order[1], order[2])
         elif mesh[2]:
             ids = np.array(_numbers(mesh[2]))
-        return _along(ids, sizes, mesh[3])
+        return _groups_along(ids, sizes, mesh[3])
     return np.arange(devices)[None]
 
 
-def _along(ids: np.ndarray, sizes: dict[str, int], axes: str) -> np.ndarray:
-    """Groups along axes, or along a part of an axis as in `'a':(2)4`."""
-    shape, taken = [], []
-    chosen = {
+def _groups_along(ids: np.ndarray, sizes: dict[str, int], axes: str) -> np.ndarray:
+    """Groups along axes, or along a sub-axis as in `'a':(2)4`."""
+    shape, group_axes = [], []
+    sub_axes = {
         name: (int(before or 1), int(size or sizes[name]))
         for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
     }
     for name, size in sizes.items():
-        if name in chosen:
-            before, part = chosen[name]
-            taken.append(len(shape) + 1)
+        if name in sub_axes:
+            before, part = sub_axes[name]
+            group_axes.append(len(shape) + 1)
             shape += [before, part, size // before // part]
         else:
             shape.append(size)
-    array = np.moveaxis(ids.reshape(shape), taken, range(-len(taken), 0))
-    return array.reshape(-1, math.prod(shape[axis] for axis in taken))
+    last = range(-len(group_axes), 0)
+    array = np.moveaxis(ids.reshape(shape), group_axes, last)
+    return array.reshape(-1, math.prod(shape[axis] for axis in group_axes))
 
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:

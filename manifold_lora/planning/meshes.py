@@ -1,7 +1,7 @@
-"""Meshes compared without compiling: an estimate of memory and time for each.
+"""Estimates of memory and time for meshes, without compiling.
 
-The estimate ranks meshes and says what would make an over-full plan fit; the numbers
-of a plan come from the compiled program.
+Estimates rank meshes and suggest changes to a plan that does not fit. The numbers of a
+plan itself come from the compiled program.
 """
 
 import dataclasses
@@ -17,66 +17,67 @@ from manifold_lora.planning.chips import Topology
 from manifold_lora.training.config import TrainConfig
 
 Sizes = dict[str, int]
-# Bytes a second along axes of a mesh of these sizes.
+# Bytes/s along axes of a mesh of these sizes.
 Bandwidth = Callable[[Sizes, tuple[str, ...]], float]
-# In float32, and rounded to half of it: attention weights of a layer, logits of a row.
+# Attention weights of a layer and logits of a row exist in float32 and in bfloat16.
 _COPIES = 1.5
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every mesh of a search has in common."""
+class Workload:
+    """The training step for which meshes are compared."""
 
     run: TrainConfig
     shape: LlamaConfig
-    trained: int  # numbers in the factors
+    trained: int  # parameters of the factors
 
     @property
     def rows(self) -> int:
-        """Of a micro-batch, all devices together."""
+        """Rows of a micro-batch, over all devices."""
         return self.run.batch.batch_size // self.run.batch.accumulate
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes of one device."""
+    """The cost of a step on one device."""
 
     memory: float  # bytes
-    fixed: float  # of them those that do not grow with the rows of a micro-batch
-    seconds: float  # 0 without a chip's numbers
+    fixed: float  # bytes of these that do not depend on the rows of a micro-batch
+    seconds: float  # 0 for CPU devices
 
 
 def estimate(
-    job: Job, sizes: Sizes, topology: Topology | None, bandwidth: Bandwidth
+    workload: Workload, sizes: Sizes, topology: Topology | None, bandwidth: Bandwidth
 ) -> Estimate:
-    """Memory and time of a step on a mesh.
+    """Estimated memory and time of a step on a mesh.
 
-    Memory: the base over fsdp × tensor; one group's copy of the factors and of their
-    gradients, and the kept parts; two layers and the embeddings gathered; each layer's
-    input (without remat all that it computes); what one layer computes, and its
-    gradients; attention weights and one row's logits.
+    Memory: the base sharded over fsdp × tensor; the factors and their gradients
+    gathered for compute, and the stored shards of factors and optimiser state; two
+    gathered layers and the embeddings; the input of each layer (without remat all its
+    activations); the activations and gradients of one layer; attention weights and the
+    logits of one row.
 
-    Time: the larger one of computing and gathering the base (twice a micro-batch,
-    forward and backward, which overlaps), plus what nothing hides: over tensor four
-    all-reduces of the activations a layer and micro-batch, and one of the factors'
-    gradients over the groups.
+    Time: the maximum of computation and all-gathers of the base (two per micro-batch,
+    forward and backward, which overlap with it), plus exposed communication: over
+    tensor, four all-reduces of activations per layer and micro-batch, and one
+    all-reduce of the factors' gradients over the groups.
     """
-    run, shape = job.run, job.shape
+    run, shape = workload.run, workload.shape
     tensor, fsdp, groups = sizes["tensor"], sizes["fsdp"], group_count(sizes)
     item = 4 if run.model.dtype == "float32" else 2
-    rows, time = math.ceil(job.rows / groups), run.batch.sequence_length
+    rows, time = math.ceil(workload.rows / groups), run.batch.sequence_length
     base = parameter_count(shape) * item
-    inside = shape.vocab_size * shape.hidden_size * item
-    layer = (base - inside) / shape.num_hidden_layers
+    embedding = shape.vocab_size * shape.hidden_size * item
+    layer = (base - embedding) / shape.num_hidden_layers
     activation = rows * time * shape.hidden_size * item
 
-    inner = activation * (4 + _inner(shape) / tensor)  # all that a layer computes
+    inner = activation * (4 + _inner_width(shape) / tensor)  # activations of a layer
     attention = 4 * rows * shape.num_attention_heads / tensor * time**2
     logits = 4 * time * shape.vocab_size / tensor
     fixed = (
         base / (fsdp * tensor)
-        + 4 * job.trained * (2 / tensor + 3 / (fsdp * tensor))
-        + (2 * layer + inside) / tensor
+        + 4 * workload.trained * (2 / tensor + 3 / (fsdp * tensor))
+        + (2 * layer + embedding) / tensor
         + _COPIES * logits
     )
     memory = (
@@ -88,9 +89,9 @@ def estimate(
     if topology is None:
         return Estimate(memory, fixed, 0.0)
 
-    parts = run.batch.accumulate
+    micro_batches = run.batch.accumulate
 
-    def moved(bytes_each: float, axes: tuple[str, ...]) -> float:
+    def transfer(bytes_each: float, axes: tuple[str, ...]) -> float:
         count = math.prod(sizes[axis] for axis in axes)
         if count == 1:
             return 0.0
@@ -98,120 +99,144 @@ def estimate(
 
     tokens = run.batch.batch_size * time / (groups * tensor)
     flops = (2 * 3 * parameter_count(shape)) * tokens
-    gathered = moved(2 * parts * base / tensor, ("fsdp",))
-    exposed = moved(8 * parts * activation * shape.num_hidden_layers, ("tensor",))
-    exposed += moved(2 * 4 * job.trained / tensor, BATCH_AXES)
-    seconds = max(flops / topology.chip.flops, gathered) + exposed
+    gather = transfer(2 * micro_batches * base / tensor, ("fsdp",))
+    activations = 8 * micro_batches * activation * shape.num_hidden_layers
+    exposed = transfer(activations, ("tensor",))
+    exposed += transfer(2 * 4 * workload.trained / tensor, BATCH_AXES)
+    seconds = max(flops / topology.chip.flops, gather) + exposed
     return Estimate(memory, fixed, seconds)
 
 
-def _inner(shape: LlamaConfig) -> float:
-    """Widths of heads and MLP of a layer in all, over the model's width."""
+def _inner_width(shape: LlamaConfig) -> float:
+    """Total width of the heads and the MLP of a layer, relative to the hidden size."""
     heads = shape.num_attention_heads + 2 * shape.num_key_value_heads
     return (heads * shape.head_dim + 3 * shape.intermediate_size) / shape.hidden_size
 
 
-def candidates(job: Job, count: int) -> Iterator[Sizes]:
-    """Every mesh of that many devices that divides the model and the batch."""
+def candidates(workload: Workload, count: int) -> Iterator[Sizes]:
+    """All meshes of `count` devices that divide the model and the batch."""
     for tensor in divisors(count):
         for fsdp in divisors(count // tensor):
             data = count // tensor // fsdp
             sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-            if not divisibility_errors(sizes, job.shape, job.rows):
+            if not divisibility_errors(sizes, workload.shape, workload.rows):
                 yield sizes
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, the number itself included."""
+    """All divisors, including the number itself."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def ranked(
-    job: Job, count: int, topology: Topology | None, bandwidth: Bandwidth
+def rank_meshes(
+    workload: Workload, count: int, topology: Topology | None, bandwidth: Bandwidth
 ) -> list[Sizes]:
-    """The candidates by estimate, best first: those that fit, by time, then the rest.
+    """The candidates, best first: those that fit by time, then the others by memory.
 
-    Without a chip's numbers, by memory.
+    CPU devices have no limit and no estimate of time: all are ranked by memory.
     """
     limit = topology.chip.memory if topology else math.inf
 
     def key(sizes: Sizes) -> tuple[Any, ...]:
-        found = estimate(job, sizes, topology, bandwidth)
-        if found.memory > limit or topology is None:
-            return (found.memory > limit, found.memory, found.seconds)
-        return (False, found.seconds, found.memory)
+        cost = estimate(workload, sizes, topology, bandwidth)
+        if cost.memory > limit or topology is None:
+            return (cost.memory > limit, cost.memory, cost.seconds)
+        return (False, cost.seconds, cost.memory)
 
-    return sorted(candidates(job, count), key=key)
+    return sorted(candidates(workload, count), key=key)
 
 
 def remedies(
-    job: Job, sizes: Sizes, needed: float, limit: float, topology: Topology | None
+    workload: Workload,
+    sizes: Sizes,
+    needed: float,
+    limit: float,
+    topology: Topology | None,
 ) -> list[str]:
-    """Single changes that should make an over-full plan fit, best first.
+    """Single changes with which the step should fit, best first.
 
-    The compiler's own need is taken apart as the estimate is: what is fixed, and what
-    grows with the rows, which is scaled as the estimate says.
+    The memory that the compiler needs is split as in the estimate: the fixed part is
+    taken from there, and the rest is scaled in proportion to the estimate's.
+
+    Args:
+        workload: the step.
+        sizes: of the mesh.
+        needed: bytes per device, from the compiler.
+        limit: bytes available per device.
+        topology: the TPU slice, or None for CPU devices.
     """
 
     def bandwidth(sizes: Sizes, axes: tuple[str, ...]) -> float:
         return 1.0
 
-    before = estimate(job, sizes, None, bandwidth)
-    grown = max(needed - before.fixed, 0) / (before.memory - before.fixed)
-    found: list[str] = []
+    before = estimate(workload, sizes, None, bandwidth)
+    ratio = max(needed - before.fixed, 0) / (before.memory - before.fixed)
+    changes: list[str] = []
 
-    def offer(text: str, changed: Job, mesh: Sizes) -> bool:
-        then = estimate(changed, mesh, None, bandwidth)
-        after = then.fixed + grown * (then.memory - then.fixed)
-        if after <= limit:
-            found.append(f"{text} (about {after / 2**30:.1f} GiB)")
-        return after <= limit
+    def offer(text: str, changed: Workload, mesh: Sizes) -> bool:
+        after = estimate(changed, mesh, None, bandwidth)
+        memory = after.fixed + ratio * (after.memory - after.fixed)
+        if memory <= limit:
+            changes.append(f"{text} (about {memory / 2**30:.1f} GiB)")
+        return memory <= limit
 
-    if not job.run.model.remat:
-        offer("leave --remat on", _with(job, "model", remat=True), sizes)
-    groups, run = group_count(sizes), job.run
-    for parts in divisors(run.batch.batch_size):
-        rows = run.batch.batch_size // parts
-        if parts <= run.batch.accumulate or rows % groups:
+    if not workload.run.model.remat:
+        offer("enable --remat", _with(workload, "model", remat=True), sizes)
+    groups, run = group_count(sizes), workload.run
+    for count in divisors(run.batch.batch_size):
+        rows = run.batch.batch_size // count
+        if count <= run.batch.accumulate or rows % groups:
             continue
-        text = f"--accumulate {parts}: {rows // groups} rows a device at a time"
-        if offer(text, _with(job, "batch", accumulate=parts), sizes):
+        text = (
+            f"--accumulate {count}: micro-batches of {rows // groups} rows per device"
+        )
+        if offer(text, _with(workload, "batch", accumulate=count), sizes):
             break
-    count = math.prod(sizes.values())
+    devices = math.prod(sizes.values())
     meshes = [
-        mesh for mesh in candidates(job, count) if mesh["tensor"] > sizes["tensor"]
+        mesh
+        for mesh in candidates(workload, devices)
+        if mesh["tensor"] > sizes["tensor"]
     ]
     for mesh in sorted(meshes, key=lambda m: (m["tensor"], m["data"])):
-        if offer(f"--mesh {written(mesh)}", job, mesh):
+        if offer(f"--mesh {format_mesh(mesh)}", workload, mesh):
             break
     for batch in reversed(divisors(run.batch.batch_size)[:-1]):
         if batch % (groups * run.batch.accumulate):
             continue
-        if offer(f"--batch-size {batch}", _with(job, "batch", batch_size=batch), sizes):
+        if offer(
+            f"--batch-size {batch}", _with(workload, "batch", batch_size=batch), sizes
+        ):
             break
     if topology is not None:
-        for side in topology.chip.slices:
+        for shape in topology.chip.slices:
             larger = dataclasses.replace(
-                topology, shape=tuple(int(n) for n in side.split("x"))
+                topology, shape=tuple(int(n) for n in shape.split("x"))
             )
             if larger.count <= topology.count:
                 continue
-            if mesh := next(iter(ranked(job, larger.count, None, bandwidth)), None):
-                if offer(f"--topology {larger} --mesh {written(mesh)}", job, mesh):
+            if mesh := next(
+                iter(rank_meshes(workload, larger.count, None, bandwidth)), None
+            ):
+                if offer(
+                    f"--topology {larger} --mesh {format_mesh(mesh)}", workload, mesh
+                ):
                     break
-    return found
+    return changes
 
 
-def _with(job: Job, part: str, **changes: Any) -> Job:
-    """The job with other settings in a part of its run."""
-    changed = dataclasses.replace(getattr(job.run, part), **changes)
-    return dataclasses.replace(job, run=dataclasses.replace(job.run, **{part: changed}))
+def _with(workload: Workload, part: str, **changes: Any) -> Workload:
+    """The workload with other settings in a part of its run."""
+    changed = dataclasses.replace(getattr(workload.run, part), **changes)
+    return dataclasses.replace(
+        workload, run=dataclasses.replace(workload.run, **{part: changed})
+    )
 
 
-def written(sizes: Sizes) -> str:
-    """The sizes as --mesh takes them, without axes of size 1.
+def format_mesh(sizes: Sizes) -> str:
+    """The sizes in the format of --mesh, without axes of size 1.
 
-    >>> written({"data": 1, "fsdp": 4, "tensor": 2})
+    >>> format_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     'fsdp=4,tensor=2'
     """
     named = [f"{axis}={size}" for axis, size in sizes.items() if size > 1]

@@ -1,4 +1,4 @@
-"""A training run planned without its devices: compiled for them, and read."""
+"""Plan a training run: compile its step for devices without access to them."""
 
 import dataclasses
 import json
@@ -23,9 +23,15 @@ from manifold_lora.planning.abstract import (
 )
 from manifold_lora.planning.config import PlanConfig, Target, resolve_plan
 from manifold_lora.planning.flops import matmul_flops
-from manifold_lora.planning.meshes import Job, Sizes, ranked, remedies, written
+from manifold_lora.planning.meshes import (
+    Sizes,
+    Workload,
+    format_mesh,
+    rank_meshes,
+    remedies,
+)
 from manifold_lora.planning.program import read_program
-from manifold_lora.planning.roofline import seconds, times
+from manifold_lora.planning.roofline import times, transfer_seconds
 from manifold_lora.planning.targets import (
     bandwidth,
     cpu_devices,
@@ -33,137 +39,126 @@ from manifold_lora.planning.targets import (
 )
 from manifold_lora.planning.view import show_plan
 
-TRIES = 4  # meshes that a search compiles at most
+MAX_MESHES = 4  # meshes that a search compiles at most
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-class NotFittingError(RuntimeError):
+class DoesNotFitError(RuntimeError):
     """The step needs more memory than a device has."""
 
 
 class CompilerError(RuntimeError):
-    """The compiler itself failed, which is no fault of the plan."""
+    """The compiler failed for reasons other than memory."""
 
 
 def plan(config: PlanConfig, console: Console | None = None) -> dict[str, Any]:
-    """Compile the training step for devices that need not be there, and show it.
+    """Compile the training step without access to the devices, and show its cost.
 
     Returns:
-        What the JSON file of --out holds.
+        The contents of the JSON file of --out.
 
     Raises:
-        InputError: something in the configuration is wrong.
-        NotFittingError: what to change has been shown.
-        CompilerError: libtpu failed.
+        InputError: the configuration is invalid.
+        DoesNotFitError: the step does not fit; remedies have been printed.
+        CompilerError: the compiler failed.
     """
     console = console or Console()
     target = resolve_plan(config)
     if config.out is not None and config.out.is_dir():
         raise InputError(f"--out {config.out} is a directory: name a JSON file.")
     planner = _Planner(target)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for sizes in planner.meshes():
         console.print(
-            f"Compiling for {planner.where}, mesh {written(sizes)}; a large model "
-            "takes minutes.",
+            f"Compiling for {planner.devices_name}, mesh {format_mesh(sizes)}; a large "
+            "model takes minutes.",
             style="dim",
             soft_wrap=True,
         )
-        found = planner.plan(sizes)
-        if found["fits"]:
+        result = planner.plan(sizes)
+        if result["fits"]:
             break
-        console.print(f"Mesh {written(sizes)} does not fit.", style="dim")
-    show_plan(console, found)
+        console.print(f"Mesh {format_mesh(sizes)} does not fit.", style="dim")
+    show_plan(console, result)
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
         config.out.write_text(text, encoding="utf-8")
-    if not found["fits"]:
-        raise NotFittingError(
-            f"the step does not fit into a device of {planner.where}: see what would."
+    if not result["fits"]:
+        raise DoesNotFitError(
+            f"the step does not fit into a device of {planner.devices_name}: see the "
+            "changes suggested above."
         )
-    return found
+    return result
 
 
 class _Planner:
-    """A target with its model and its devices."""
+    """A target with its abstract model and its devices."""
 
     def __init__(self, target: Target):
         self.target, self.topology = target, target.topology
-        self.where = str(self.topology or f"{target.count} CPU devices")
+        self.devices_name = str(self.topology or f"{target.count} CPU devices")
         shape = model_shape(target.run.model.path or BASE)
         self.model = abstract_model(target.run, shape)
         trained = sum(x.size for x in jax.tree.leaves(factors(self.model)))
-        self.job = Job(target.run, shape, trained)
+        self.workload = Workload(target.run, shape, trained)
         if self.topology is None:
             self.devices = cpu_devices(target.count)
         else:
             self.devices = topology_devices(self.topology)
 
     def meshes(self) -> list[Sizes]:
-        """Those to compile, until one fits."""
-        sizes = self.target.mesh or {"data": 1, "fsdp": self.target.count, "tensor": 1}
-        wrong = divisibility_errors(sizes, self.job.shape, self.job.rows)
+        """The meshes to compile, in order, until one fits."""
+        count = self.target.count
+        sizes = self.target.mesh or {"data": 1, "fsdp": count, "tensor": 1}
+        shape, rows = self.workload.shape, self.workload.rows
+        errors = divisibility_errors(sizes, shape, rows)
         if self.target.search:
-            found = ranked(
-                self.job, self.target.count, self.topology, self.bandwidth_on
-            )
-            if not found:
+            meshes = rank_meshes(self.workload, count, self.topology, self._bandwidth)
+            if not meshes:
                 raise InputError(
-                    f"--mesh auto: no mesh of {self.target.count} devices divides the "
-                    f"model and the batch. With all on fsdp: {'; '.join(wrong)}."
+                    f"--mesh auto: no mesh of {count} devices divides the model and "
+                    f"the batch. With all devices on fsdp: {'; '.join(errors)}."
                 )
-            return found[:TRIES]
-        if wrong and math.prod(sizes.values()) == self.target.count:
-            raise InputError(f"--mesh {written(sizes)}: {'; '.join(wrong)}.")
+            return meshes[:MAX_MESHES]
+        if errors and math.prod(sizes.values()) == count:
+            raise InputError(f"--mesh {format_mesh(sizes)}: {'; '.join(errors)}.")
         return [sizes]
 
-    def bandwidth_on(self, sizes: Sizes, axes: tuple[str, ...]) -> float:
-        """Bytes a second along axes of a mesh of that shape."""
+    def _bandwidth(self, sizes: Sizes, axes: tuple[str, ...]) -> float:
+        """Bytes/s along axes of a mesh of these sizes."""
         assert self.topology is not None
         return bandwidth(make_mesh(sizes, self.devices).devices, axes, self.topology)
 
     def plan(self, sizes: Sizes) -> dict[str, Any]:
-        """The plan on one mesh, as JSON can hold it."""
+        """The plan on one mesh, JSON-serialisable."""
         run = abstract_run(self.target.run, self.model, make_mesh(sizes, self.devices))
-        heading, held = self._heading(sizes), self._held(run)
+        settings, arguments = self._settings(sizes), self._argument_bytes(run)
         try:
-            found = self._compiled(run)
+            costs = self._compile(run)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                return heading | self._too_large(held, sizes, str(error))
+                return settings | self._out_of_memory(arguments, sizes, str(error))
             raise CompilerError(
-                f"the compiler failed on the step for {self.where}, mesh "
-                f"{written(sizes)}: {str(error).splitlines()[0]} Try another "
+                f"the compiler failed on the step for {self.devices_name}, mesh "
+                f"{format_mesh(sizes)}: {str(error).splitlines()[0]} Try another "
                 "--batch-size, --sequence-length or --mesh, or another libtpu."
             ) from error
-        found["memory"] = held | found["memory"]
+        costs["memory"] = arguments | costs["memory"]
         if self.topology is not None:
-            whole = found["seconds"]["step"]
-            found["optimizer"]["share"] = found["optimizer"]["seconds"]["step"] / whole
-            found |= self._rates(whole)
-        peak, limit = found["memory"]["peak"], found["memory"]["available"]
+            step, optimizer = costs["seconds"]["step"], costs["optimizer"]
+            optimizer["share"] = optimizer["seconds"]["step"] / step
+            costs |= self._throughput(step)
+        peak, limit = costs["memory"]["peak"], costs["memory"]["available"]
         fits = limit is None or peak <= limit
-        return heading | found | {"fits": fits, "remedies": []}
+        return settings | costs | {"fits": fits, "remedies": []}
 
-    def _compiled(self, run: AbstractRun) -> dict[str, Any]:
-        """The step, and the optimiser's part of it, compiled and read."""
-        traced, began = run.traced(), time.perf_counter()
-        compiled = traced.lower().compile()
-        found: dict[str, Any] = {
-            "compile_seconds": time.perf_counter() - began,
-            "memory": self._peak(compiled.memory_analysis()),
-            **self._read(run, traced, compiled),
-        }
-        part = run.optimizer()
-        return found | {"optimizer": self._read(run, part, part.lower().compile())}
-
-    def _heading(self, sizes: Sizes) -> dict[str, Any]:
+    def _settings(self, sizes: Sizes) -> dict[str, Any]:
         run = self.target.run
         return {
             "model": str(run.model.path or "built in"),
-            "parameters": parameter_count(self.job.shape),
-            "trained": self.job.trained,
+            "parameters": parameter_count(self.workload.shape),
+            "trained": self.workload.trained,
             "method": run.adapter.method,
             "rank": run.adapter.rank,
             **dataclasses.asdict(run.batch),
@@ -175,8 +170,8 @@ class _Planner:
             "price": self.target.price,
         }
 
-    def _held(self, run: AbstractRun) -> dict[str, Any]:
-        """Bytes that are there all the time."""
+    def _argument_bytes(self, run: AbstractRun) -> dict[str, Any]:
+        """Bytes per device of the arguments of the step, and the memory available."""
         limit = None if self.topology is None else self.topology.chip.memory
         return {
             "base": bytes_per_device(run.frozen),
@@ -186,24 +181,37 @@ class _Planner:
             "available": limit,
         }
 
-    def _peak(self, used: Any) -> dict[str, Any]:
-        """Bytes that come on top, and all together, by the compiler's account."""
-        program = used.generated_code_size_in_bytes
-        results = used.output_size_in_bytes - used.alias_size_in_bytes
-        activations = used.temp_size_in_bytes
-        arguments = used.argument_size_in_bytes
+    def _compile(self, run: AbstractRun) -> dict[str, Any]:
+        """Compile the step, and the optimiser update alone, and analyse both."""
+        traced, started = run.traced(), time.perf_counter()
+        compiled = traced.lower().compile()
+        costs: dict[str, Any] = {
+            "compile_seconds": time.perf_counter() - started,
+            "memory": self._program_bytes(compiled.memory_analysis()),
+            **self._analyse(run, traced, compiled),
+        }
+        update = run.traced_update()
+        optimizer = self._analyse(run, update, update.lower().compile())
+        return costs | {"optimizer": optimizer}
+
+    def _program_bytes(self, analysis: Any) -> dict[str, Any]:
+        """Bytes of temporaries and code, and the peak, from the compiler's analysis."""
+        program = analysis.generated_code_size_in_bytes
+        results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        activations = analysis.temp_size_in_bytes
+        arguments = analysis.argument_size_in_bytes
         peak = arguments + results + activations + program
         return {"activations": activations, "program": program, "peak": peak}
 
-    def _read(self, run: AbstractRun, traced: Any, compiled: Any) -> dict[str, Any]:
-        """What a program computes and moves, and the time it takes."""
+    def _analyse(self, run: AbstractRun, traced: Any, compiled: Any) -> dict[str, Any]:
+        """Operations, memory traffic, collectives and, for TPUs, times of a program."""
         program = read_program(compiled.as_text(), dict(run.mesh.shape))
         count, devices = self.target.count, run.mesh.devices
         rows: list[dict[str, Any]] = [
             dataclasses.asdict(collective) | {"axes": list(collective.axes)}
             for collective in program.collectives
         ]
-        found: dict[str, Any] = {
+        costs: dict[str, Any] = {
             "flops": matmul_flops(traced.jaxpr) / count,
             "hbm_bytes": program.hbm_bytes,
             "collectives": rows,
@@ -211,15 +219,16 @@ class _Planner:
         }
         if self.topology is not None:
             passes = matmul_flops(traced.jaxpr, passes=True) / count
-            took = times(passes, program, devices, self.topology)
-            found["seconds"] = dataclasses.asdict(took) | {"step": took.step}
+            seconds = times(passes, program, devices, self.topology)
+            costs["seconds"] = dataclasses.asdict(seconds) | {"step": seconds.step}
             for row in rows:
-                row["seconds"] = seconds(
+                row["seconds"] = transfer_seconds(
                     row["bytes"], row["axes"], devices, self.topology
                 )
-        return found
+        return costs
 
-    def _rates(self, step: float) -> dict[str, Any]:
+    def _throughput(self, step: float) -> dict[str, Any]:
+        """Tokens per second and their cost, from the seconds of a step."""
         run = self.target.run
         rate = run.batch.batch_size * run.batch.sequence_length / step
         price = self.target.price
@@ -227,22 +236,22 @@ class _Planner:
         dollars = price * self.target.count / 3600 / rate * 1e9
         return {"tokens_per_second": rate, "dollars_per_billion_tokens": dollars}
 
-    def _too_large(
-        self, held: dict[str, Any], sizes: Sizes, message: str
+    def _out_of_memory(
+        self, arguments: dict[str, Any], sizes: Sizes, message: str
     ) -> dict[str, Any]:
-        """What an over-full plan needs, by the compiler's message, and what helps."""
+        """The memory needed, according to the compiler's error, and remedies."""
         amounts = [
             float(number) * _UNITS[unit]
             for number, unit in re.findall(r"\b([\d.]+)([KMGT])\b", message)
         ]
-        arguments = sum(
-            held[name] for name in ("base", "factors", "optimizer", "batch")
+        total = sum(
+            arguments[name] for name in ("base", "factors", "optimizer", "batch")
         )
-        needed = max([arguments, *amounts])
-        limit = held["available"]
+        needed = max([total, *amounts])
+        limit = arguments["available"]
         assert limit is not None
         return {
-            "memory": held | {"peak": needed},
+            "memory": arguments | {"peak": needed},
             "fits": False,
-            "remedies": remedies(self.job, sizes, needed, limit, self.topology),
+            "remedies": remedies(self.workload, sizes, needed, limit, self.topology),
         }

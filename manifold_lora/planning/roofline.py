@@ -1,4 +1,4 @@
-"""How long a step takes at the peaks of a chip."""
+"""A roofline model of the time of a step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from manifold_lora.planning.targets import bandwidth
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one step on each device, at peak rates.
+    """Seconds per step on each device, at peak rates.
 
-    Computing, memory traffic and the collectives that the compiler starts early run at
-    once, so that the longest of them counts. Collectives that the program waits for
-    are added. A real step takes longer: no program is at a peak all the time.
+    Computation, memory traffic and asynchronous collectives overlap, so that the
+    slowest of them counts; synchronous collectives add to it. This is a lower bound: a
+    real step does not run at peak rates.
     """
 
-    compute: float  # floating-point operations over the peak of bfloat16
-    memory: float  # bytes of HBM over its bandwidth
-    hidden: float  # collectives that run beside the computation
-    exposed: float  # those that it waits for
+    compute: float  # FLOPs over the bfloat16 peak
+    memory: float  # HBM bytes over the memory bandwidth
+    hidden: float  # collectives overlapped with computation
+    exposed: float  # collectives that the program waits for
 
     @property
     def step(self) -> float:
-        """The longest of what runs at once, and then what waits."""
+        """The maximum of the overlapping times, plus exposed communication."""
         return max(self.compute, self.memory, self.hidden) + self.exposed
 
 
@@ -33,28 +33,27 @@ def times(passes: float, program: Program, devices: Any, topology: Topology) -> 
     """The times of a program.
 
     Args:
-        passes: floating-point operations of one device, a float32 product as often as
-            a TPU makes it in bfloat16.
-        program: what it moves.
-        devices: of the mesh, as they lie in it.
-        topology: that they are of.
+        passes: FLOPs per device, with float32 products counted as bfloat16 passes.
+        program: its communication and memory traffic.
+        devices: of the mesh, in its shape.
+        topology: the slice of the devices.
     """
     chip = topology.chip
-    waits = {True: 0.0, False: 0.0}
+    by_hidden = {True: 0.0, False: 0.0}
     for collective in program.collectives:
-        waits[collective.hidden] += seconds(
+        by_hidden[collective.hidden] += transfer_seconds(
             collective.bytes, collective.axes, devices, topology
         )
     return Times(
         passes / chip.flops,
         program.hbm_bytes / chip.memory_bandwidth,
-        waits[True],
-        waits[False],
+        by_hidden[True],
+        by_hidden[False],
     )
 
 
-def seconds(
+def transfer_seconds(
     received: float, axes: Sequence[str], devices: Any, topology: Topology
 ) -> float:
-    """Of bytes that every device receives along axes of the mesh."""
+    """Seconds for every device to receive bytes along axes of the mesh."""
     return received / bandwidth(devices, axes, topology)

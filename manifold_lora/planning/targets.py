@@ -1,4 +1,4 @@
-"""The devices that a plan compiles for: of a TPU slice that is not here, or CPU's."""
+"""The devices that a plan compiles for: of a TPU slice without access to it, or CPU."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ from manifold_lora.distributed.mesh import AXES
 from manifold_lora.errors import InputError
 from manifold_lora.planning.chips import Topology, unknown_slice
 
-# What libtpu must be told of a slice beside its name.
+# Options of libtpu for a generation, beside the name of the slice.
 _OPTIONS: dict[str, dict[str, Any]] = {"v4": {"chip_config_name": "megacore"}}
 
 
 def topology_devices(topology: Topology) -> list[Any]:
-    """One device for each chip of the slice; needs libtpu, but no TPU.
+    """One device per chip of the slice; requires libtpu, but no TPU.
 
     Raises:
-        InputError: libtpu is not installed, or knows no such slice.
+        InputError: libtpu is not installed, or does not support the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            f"--topology {topology} is compiled by libtpu, which is not installed: "
-            "pip install 'manifold-lora[tpu]', or plan for CPU devices with --devices."
+            f"--topology {topology} requires libtpu, which is not installed: pip "
+            "install 'manifold-lora[tpu]', or plan for CPU devices with --devices."
         )
     options = dict(_OPTIONS.get(topology.generation, {}))
-    if topology.count == 1:  # one chip of a host that has more
+    if topology.count == 1:  # one chip of a host with several
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         description = topologies.get_topology_desc(
@@ -43,52 +43,52 @@ def topology_devices(topology: Topology) -> list[Any]:
 
 
 def cpu_devices(count: int) -> list[Any]:
-    """That many CPU devices, which are all this machine.
+    """This many CPU devices, simulated on this machine.
 
     Raises:
-        InputError: JAX runs already, with fewer of them.
+        InputError: JAX is already initialised with fewer devices.
     """
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
-        pass  # it runs already
+        pass  # already initialised
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise InputError(
-            f"--devices {count}: JAX runs already with {len(devices)} CPU devices. "
-            "Plan in a process of its own, by the command."
+            f"--devices {count}: JAX is already initialised with {len(devices)} CPU "
+            "devices. Plan in a new process, as the command does."
         )
     return devices[:count]
 
 
 def bandwidth(devices: np.ndarray, axes: Sequence[str], topology: Topology) -> float:
-    """Bytes a second that a chip receives from those along axes of the mesh.
+    """Bytes/s that a chip receives from the others along axes of the mesh.
 
-    In each direction of the slice in which the chips of a group differ: the links of
-    a ring, two, if they go once around it, or one of a line; shared among the groups
-    that lie between each other's chips. Of all groups the slowest counts.
+    Each physical dimension that a group spans contributes two links if the group is a
+    ring around the whole dimension, or one if it is a line, divided by the number of
+    groups that interleave and share them. The slowest group counts.
 
     Args:
-        devices: of the mesh, as they lie in it.
+        devices: of the mesh, in its shape.
         axes: of the mesh.
-        topology: that they are of.
+        topology: the slice of the devices.
     """
-    taken = [AXES.index(axis) for axis in axes]
-    members = int(np.prod([devices.shape[axis] for axis in taken]))
-    places = np.array([device.coords for device in devices.flat])
-    places = places.reshape(*devices.shape, -1)
-    groups = np.moveaxis(places, taken, range(len(taken)))
-    groups = groups.reshape(members, -1, places.shape[-1]).swapaxes(0, 1)
-    return min(_speed(group, topology) for group in groups)
+    indices = [AXES.index(axis) for axis in axes]
+    members = int(np.prod([devices.shape[index] for index in indices]))
+    coordinates = np.array([device.coords for device in devices.flat])
+    coordinates = coordinates.reshape(*devices.shape, -1)
+    groups = np.moveaxis(coordinates, indices, range(len(indices)))
+    groups = groups.reshape(members, -1, coordinates.shape[-1]).swapaxes(0, 1)
+    return min(_group_bandwidth(group, topology) for group in groups)
 
 
-def _speed(group: np.ndarray, topology: Topology) -> float:
+def _group_bandwidth(group: np.ndarray, topology: Topology) -> float:
     links = 0.0
-    for side, size in enumerate(topology.shape):
-        there = np.unique(group[:, side])
-        if len(there) == 1:
+    for dimension, size in enumerate(topology.shape):
+        positions = np.unique(group[:, dimension])
+        if len(positions) == 1:
             continue
-        gap = int(np.diff(there).min())
-        around = topology.wraps[side] and len(there) * gap == size
-        links += (2 if around else 1) / gap
+        stride = int(np.diff(positions).min())
+        is_ring = topology.wraps[dimension] and len(positions) * stride == size
+        links += (2 if is_ring else 1) / stride
     return links * topology.chip.link

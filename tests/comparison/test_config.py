@@ -1,4 +1,4 @@
-"""What is asked of a comparison: choices, and every wrong way to ask."""
+"""Resolved comparisons, and invalid configurations."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def read(file: Path) -> CompareConfig:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "parts"),
     [
         ({"methods": ("lora", "stelal")}, ["unknown method 'stelal'", "stella"]),
         ({"methods": ()}, ["at least one method"]),
@@ -48,11 +48,11 @@ def read(file: Path) -> CompareConfig:
         ({"start": "svd_major"}, ["'start' is now called 'init'"]),
     ],
 )
-def test_bad_settings(changes, words):
+def test_bad_settings(changes, parts):
     with pytest.raises(InputError) as caught:
         compare_config(**{"methods": ("lora,stiefel",)} | changes)
-    for word in words:
-        assert word in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
 
 
 def test_options_go_to_the_methods_that_have_them():
@@ -66,7 +66,7 @@ def test_options_go_to_the_methods_that_have_them():
     assert plan.baseline == "lora"
 
 
-def test_grids_are_the_papers_or_those_of_the_built_in_base():
+def test_default_grids_of_papers_and_of_the_built_in_base():
     given = resolved(methods=("stella",), model="somewhere")
     assert given.grids["stella"] == (2e-4, 5e-4, 1e-3)
     builtin = resolve_comparison(CompareConfig(methods=("stella",)))
@@ -90,7 +90,7 @@ def test_the_command_reads_a_file(tmp_path, capsys):
     assert set(plan.runs) == {"lora", "stella"} and plan.grids["lora"] == (3e-3, 1, 2)
 
 
-def test_settings_of_one_run_are_no_flags(capsys):
+def test_settings_of_a_single_run_are_not_flags(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--method", "lora"])
     error = capsys.readouterr().err

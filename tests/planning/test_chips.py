@@ -1,4 +1,4 @@
-"""Slices of TPUs by name, and the links between their chips."""
+"""TPU slices by name, and the bandwidth between their chips."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def test_slices_by_name():
         ("v5e:0x2", "got '0x2'"),
     ],
 )
-def test_what_is_no_slice(text, message):
+def test_invalid_slices(text, message):
     with pytest.raises(InputError, match=message):
         read_topology(text)
 
@@ -46,10 +46,10 @@ def test_a_slice_needs_libtpu(monkeypatch):
         topology_devices(read_topology("v5e:2x2"))
 
 
-# In a process of its own: libtpu must be told to be quiet before it is loaded.
+# In a new process: the variables for libtpu must be set before it is loaded.
 _DEVICES = """
-from manifold_lora.planning.chips import read_topology, without_accelerator
-without_accelerator()
+from manifold_lora.planning.chips import read_topology, hide_accelerators
+hide_accelerators()
 from manifold_lora.planning.targets import topology_devices
 for name in {names}:
     try:
@@ -60,33 +60,35 @@ for name in {names}:
 """
 
 
-def test_libtpu_knows_every_slice_and_says_nothing():
+def test_libtpu_supports_every_slice_and_logs_nothing():
     pytest.importorskip("libtpu", reason="needs libtpu (the [tpu] extra)")
     names = [f"{name}:{sizes}" for name in CHIPS for sizes in CHIPS[name].slices]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", _DEVICES.format(names=[*names, "v5e:1x1", "v5e:3x3"])],
         env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
         capture_output=True,
         text=True,
         check=True,
     )
-    *found, one, none = done.stdout.splitlines()
+    *found, one, none = process.stdout.splitlines()
     counts = [read_topology(name).count for name in names]
     assert found == [f"{count} {count}" for count in counts]
     assert one == "1 1"
     assert none.startswith("InputError --topology v5e:3x3: no such slice (Topology")
-    assert done.stderr == ""
+    assert process.stderr == ""
 
 
 def test_cpu_devices():
     jax.devices()  # other tests need all of them
     assert len(cpu_devices(4)) == 4
-    with pytest.raises(InputError, match="--devices 9: JAX runs already with 8"):
+    with pytest.raises(
+        InputError, match="--devices 9: JAX is already initialised with 8"
+    ):
         cpu_devices(9)
 
 
 def placed(topology, *shape):
-    """The devices of a mesh of that shape, in the order of their places."""
+    """The devices of a mesh of this shape, in the order of their coordinates."""
     chips = np.empty(topology.count, object)
     padded = (*topology.shape, 1)[:3]
     for number, place in enumerate(np.ndindex(*padded)):
@@ -94,7 +96,7 @@ def placed(topology, *shape):
     return chips.reshape(shape)
 
 
-def test_links_along_axes():
+def test_bandwidth_along_axes():
     cube = read_topology("v5p:4x4x4")
     link = cube.chip.link
     mesh = placed(cube, 4, 4, 4)
@@ -104,8 +106,8 @@ def test_links_along_axes():
     assert bandwidth(mesh, [], cube) == 0
     half = placed(cube, 8, 4, 2)
     assert bandwidth(half, ["tensor"], cube) == link  # half a side: a line
-    # Every second chip of a side of 4, around it, through the links of the others; the
-    # side itself is a line of two.
+    # A ring of every second chip of a dimension, which shares its links with another
+    # ring, and a line of two along the same dimension.
     assert bandwidth(placed(cube, 16, 2, 2), ["fsdp"], cube) == 2 / 2 * link
     flat = read_topology("v5e:4x4")  # no pod's whole side, so no ring
     assert bandwidth(placed(flat, 1, 4, 4), ["tensor"], flat) == flat.chip.link

@@ -1,4 +1,4 @@
-"""What is asked of a plan, and every wrong way to ask."""
+"""Resolved plans, and invalid configurations."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def resolved(**settings) -> Target:
     return resolve_plan(plan_config(**settings))
 
 
-def test_choices_are_made():
+def test_defaults_are_resolved():
     target = resolved(model="llama-3.1-8b", topology="v5e:4x4", mesh="fsdp=8,tensor=2")
     assert (target.count, target.price, target.search) == (16, 1.2, False)
     assert target.mesh == {"data": 1, "fsdp": 8, "tensor": 2}
@@ -21,7 +21,7 @@ def test_choices_are_made():
     assert target.run.adapter.method == "stiefel"
 
 
-def test_cpu_devices_have_no_price_unless_it_is_given():
+def test_cpu_devices_have_no_default_price():
     target = resolved(devices=4, mesh="auto", dtype="float32")
     assert (target.topology, target.count, target.price) == (None, 4, None)
     assert (target.mesh, target.search) == (None, True)
@@ -29,7 +29,7 @@ def test_cpu_devices_have_no_price_unless_it_is_given():
     assert resolved(topology="v5e:4x4", price=0.5).price == 0.5
 
 
-def test_all_problems_come_in_one_message():
+def test_all_problems_are_in_one_message():
     with pytest.raises(InputError) as raised:
         plan_config(
             topology="v5p:4x4", devices=4, mesh="fdsp=4", price=-1.0, batch_size=-2
@@ -41,7 +41,7 @@ def test_all_problems_come_in_one_message():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({}, "needs --topology .*or --devices.*got neither"),
+        ({}, "needs --topology, .*or --devices.*got neither"),
         ({"devices": 0}, "--devices must be at least 1, got 0"),
         ({"topology": "v9:2x2"}, "unknown generation 'v9'"),
         ({"topology": "v5p:4x4"}, "v5p:4x4x4"),

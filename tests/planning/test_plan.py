@@ -1,4 +1,4 @@
-"""Plans of tiny models: what they hold, what they refuse, and that they are the run."""
+"""Plans of tiny models: contents, invalid input, and equality with the real run."""
 
 import dataclasses
 import io
@@ -24,12 +24,12 @@ from manifold_lora.planning.abstract import abstract_model, abstract_run
 from manifold_lora.planning.chips import read_topology
 from manifold_lora.planning.config import resolve_plan
 from manifold_lora.planning.meshes import (
-    Job,
+    Workload,
     candidates,
     estimate,
-    ranked,
+    format_mesh,
+    rank_meshes,
     remedies,
-    written,
 )
 from manifold_lora.planning.plan import CompilerError, plan
 from manifold_lora.training.optimizer import build_optimizer
@@ -58,7 +58,7 @@ def config_of(model, **changes):
     return plan_config(**{"model": model, "devices": 8} | given | changes)
 
 
-def test_a_plan_holds_what_can_be_counted(model, tmp_path, quick_compilation):
+def test_a_plan_agrees_with_counted_bytes(model, tmp_path, quick_compilation):
     shown, file = io.StringIO(), tmp_path / "plans" / "plan.json"
     config = config_of(model, mesh="data=2,fsdp=2,tensor=2", accumulate=2, out=file)
     found = plan(config, Console(file=shown, width=100))
@@ -70,8 +70,8 @@ def test_a_plan_holds_what_can_be_counted(model, tmp_path, quick_compilation):
     assert found["parameters"] == parameter_count(shape)
     # bfloat16 over fsdp × tensor, but norms whole; a float32 scale a projection.
     scales = 7 * shape.num_hidden_layers * 4
-    by_hand = 2 * kernels / 4 + 2 * norms * shape.hidden_size + scales
-    assert memory["base"] == by_hand
+    expected = 2 * kernels / 4 + 2 * norms * shape.hidden_size + scales
+    assert memory["base"] == expected
     assert memory["batch"] == 4 * 4 * 16 * 8 / 4
     square = 7 * shape.num_hidden_layers * 4 * 4  # S of StelLA is whole everywhere
     assert memory["factors"] == 4 * ((found["trained"] - square) / 4 + square)
@@ -85,7 +85,7 @@ def test_a_plan_holds_what_can_be_counted(model, tmp_path, quick_compilation):
     assert found["collective_bytes"] == sum(c["bytes"] for c in found["collectives"])
     over = {axis for row in found["collectives"] for axis in row["axes"]}
     assert over == {"data", "fsdp", "tensor"}
-    assert "CPU devices have no stated peaks" in shown.getvalue()
+    assert "peak rates of CPU devices are unknown" in shown.getvalue()
     assert "data=2,fsdp=2,tensor=2" in shown.getvalue()
 
 
@@ -127,10 +127,10 @@ def test_arrays_are_placed_as_in_training(model, method):
 
 def job(name="llama-3.1-8b", **changes):
     config = plan_config(model=name, topology="v5e:4x4", **changes)
-    return Job(resolve_plan(config).run, SHAPES[name], trained=40_000_000)
+    return Workload(resolve_plan(config).run, SHAPES[name], trained=40_000_000)
 
 
-def test_the_search_knows_every_mesh_that_divides():
+def test_candidates_are_all_meshes_that_divide():
     found = list(candidates(job(batch_size=8, sequence_length=64), 16))
     # 8 rows: data × fsdp at most 8; 8 key and value heads: tensor at most 8.
     assert all(math.prod(s.values()) == 16 for s in found)
@@ -143,14 +143,14 @@ def test_the_search_knows_every_mesh_that_divides():
     assert list(candidates(job(batch_size=3), 16)) == []
 
 
-def test_the_best_mesh_fits_first_and_is_fast_second():
+def test_meshes_that_fit_are_ranked_by_time():
     slice_ = read_topology("v5e:4x4")
 
     def bandwidth(sizes, axes):
         return 1e11
 
     work = job(batch_size=16, sequence_length=1024)
-    order = ranked(work, 16, slice_, bandwidth)
+    order = rank_meshes(work, 16, slice_, bandwidth)
     costs = [estimate(work, mesh, slice_, bandwidth) for mesh in order]
     fits = [cost.memory <= slice_.chip.memory for cost in costs]
     assert fits == sorted(fits, reverse=True) and fits[0] and not fits[-1]
@@ -159,7 +159,7 @@ def test_the_best_mesh_fits_first_and_is_fast_second():
     # Whole copies of 16 GB do not fit; gathering the base does.
     assert order[0]["fsdp"] > 1
     # Without a chip's numbers the mesh of the least memory is the first.
-    least = ranked(work, 16, None, bandwidth)
+    least = rank_meshes(work, 16, None, bandwidth)
     memory = [estimate(work, mesh, None, bandwidth).memory for mesh in least]
     assert memory == sorted(memory)
 
@@ -169,22 +169,22 @@ def test_remedies_are_single_changes_that_fit():
     slice_ = read_topology("v5e:4x4")
     limit = slice_.chip.memory
     offered = remedies(work, sizes(1, 16, 1), 40 * 2**30, limit, slice_)
-    assert offered[0].startswith("leave --remat on")
+    assert offered[0].startswith("enable --remat")
     starts = [text.split()[0] for text in offered]
     assert {"--accumulate", "--batch-size", "--mesh", "--topology"} & {*starts}
     assert all("GiB)" in text for text in offered)
-    # Rows of a device are already one: nothing is left to divide.
+    # Each device already has a single row: nothing is left to divide.
     small = job(batch_size=16, sequence_length=2048)
     offered = remedies(small, sizes(1, 16, 1), 1000 * 2**30, limit, slice_)
     assert offered == []
 
 
-def test_meshes_are_written_as_the_flag_takes_them():
-    assert written(sizes(1, 128, 4)) == "fsdp=128,tensor=4"
-    assert written(sizes(1, 1, 1)) == "fsdp=1"
+def test_format_mesh():
+    assert format_mesh(sizes(1, 128, 4)) == "fsdp=128,tensor=4"
+    assert format_mesh(sizes(1, 1, 1)) == "fsdp=1"
 
 
-def test_auto_takes_a_mesh_that_divides(model, quick_compilation):
+def test_auto_selects_a_mesh_that_divides(model, quick_compilation):
     few = {"method": "lora", "mesh": "auto"}
     config = config_of(model, batch_size=4, **few)
     assert plan(config, Console(quiet=True))["mesh"] == sizes(1, 4, 2)
@@ -192,7 +192,7 @@ def test_auto_takes_a_mesh_that_divides(model, quick_compilation):
         plan(config_of(model, batch_size=3, **few), Console(quiet=True))
 
 
-def test_a_failure_of_the_compiler_is_no_traceback(model, monkeypatch):
+def test_a_compiler_failure_has_a_message(model, monkeypatch):
     def fail(run):
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
@@ -226,7 +226,7 @@ def bad_inputs(model, folder):
 
 def test_bad_input_is_one_message_and_exit_code_2(capsys, model, tmp_path, monkeypatch):
     # It would change the environment of the tests that follow.
-    monkeypatch.setattr("manifold_lora.cli.main.without_accelerator", lambda: None)
+    monkeypatch.setattr("manifold_lora.cli.main.hide_accelerators", lambda: None)
     wrong = {}
     for name, (arguments, message) in bad_inputs(model, tmp_path).items():
         code = 0
@@ -240,7 +240,7 @@ def test_bad_input_is_one_message_and_exit_code_2(capsys, model, tmp_path, monke
     assert wrong == {}
 
 
-def test_a_plan_for_a_tpu_that_is_not_here(tmp_path):
+def test_a_plan_for_a_tpu_without_access_to_it(tmp_path):
     """In a process of its own, which libtpu has not seen, as the command runs."""
     pytest.importorskip("libtpu", reason="needs libtpu (the [tpu] extra)")
     code = "from manifold_lora.cli.main import main; main()"

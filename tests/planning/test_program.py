@@ -1,4 +1,4 @@
-"""What a compiled program moves, against programs whose collectives are known."""
+"""Communication and memory traffic of programs whose collectives are known."""
 
 import itertools
 from functools import partial
@@ -25,7 +25,7 @@ def neighbours(x, axes):
     return lax.ppermute(x, axes[0], [(0, 1), (1, 0)])
 
 
-# Of each kind: the program of one device, and the bytes it receives from n devices.
+# By kind: the program of one device, and the bytes that it receives among n devices.
 KINDS = {
     "all-reduce": (lambda x, axes: lax.psum(x, axes), lambda n: 2 * (n - 1) / n * V),
     "all-gather": (
@@ -45,7 +45,7 @@ KINDS = {
 
 
 def compiled(program, mesh=MESH):
-    """The text of a program that each device runs on an array of its own."""
+    """The HLO text of a program that every device runs on its own shard."""
     everywhere = P(tuple(SIZES))
     mapped = jax.shard_map(
         program, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
@@ -59,7 +59,7 @@ def compiled(program, mesh=MESH):
 
 
 def only(text):
-    """The one entry that a program must have."""
+    """The only collective of a program."""
     (found,) = read_program(text, SIZES).collectives
     return found
 
@@ -75,7 +75,7 @@ def test_bytes_and_axes_of_each_kind(kind, axes):
 
 
 @pytest.mark.parametrize("kind", ["all-reduce", "all-gather", "collective-permute"])
-def test_a_loop_counts_as_often_as_it_runs(kind):
+def test_loops_are_multiplied_by_their_trip_counts(kind):
     program, bytes_of = KINDS[kind]
 
     def outer(x):
@@ -93,13 +93,13 @@ def test_a_loop_counts_as_often_as_it_runs(kind):
     assert found.bytes == 15 * bytes_of(2)
 
 
-def test_axes_are_places_in_the_mesh_not_numbers_of_devices():
+def test_axes_follow_mesh_positions_not_device_ids():
     devices = MESH.devices.reshape(-1)[::-1].reshape(2, 2, 2).transpose(2, 0, 1)
     mesh = jax.sharding.Mesh(devices, MESH.axis_names)
     assert only(compiled(partial(lax.psum, axis_name="data"), mesh)).axes == ("data",)
 
 
-def test_several_collectives_are_told_apart_and_the_largest_is_first():
+def test_several_collectives_are_sorted_by_size():
     def program(x):
         x = lax.psum(x, "tensor") + lax.psum(jnp.sin(x), ("data", "fsdp"))
         return x + lax.all_gather(x, "fsdp").sum()
@@ -135,12 +135,12 @@ def test_a_program_without_collectives_has_none():
         ("replica_groups={}, channel_id=1", [[0, 1, 2, 3, 4, 5, 6, 7]]),
     ],
 )
-def test_the_spellings_of_groups(text, groups):
+def test_formats_of_replica_groups(text, groups):
     assert groups_of(text, 8).tolist() == groups
 
 
-# As TPU's compiler writes it: memory spaces, a collective over three fusions, a loop
-# that only its condition's constant counts, an update in place.
+# As the TPU compiler writes it: memory spaces, a collective over several fusions, a
+# loop whose trip count is a constant in its condition, an in-place update.
 TPU = """
 HloModule jit_step, is_scheduled=true, num_partitions=8
 
@@ -208,16 +208,16 @@ def test_a_program_of_the_tpu_compiler():
         Collective("all-gather", ("tensor",), True, 6 * 4 * 8 * 2, 6),
         Collective("all-reduce", ("data",), False, 6 * 10 * 4, 6),
     )
-    # Of a turn: the start reads a part and writes the whole; the middle reads the row
-    # that it slices and writes it; the copy reads it; the update writes it in place.
+    # Per iteration: the start reads a shard and writes the gathered array; the middle
+    # reads and writes a row; the copy reads it; the update writes it in place.
     assert found.hbm_bytes == 6 * (4 * 8 * 2 + 8 * 8 * 2 + 40 + 40 + 40 + 40)
 
 
-def test_a_loop_whose_length_only_its_data_decides_counts_once():
+def test_a_loop_of_data_dependent_length_counts_once():
     text = TPU.replace("constant(6)", "parameter(1)")
     loop = read_module(text).computations["main"]["loop"]
-    assert read_module(text).trips(loop) == 1
-    assert read_module(TPU).trips(loop) == 6
+    assert read_module(text).trip_count(loop) == 1
+    assert read_module(TPU).trip_count(loop) == 6
 
 
 def test_flops_count_loops_and_recomputation():
@@ -233,14 +233,14 @@ def test_flops_count_loops_and_recomputation():
     # Forward, again in the backward pass, and two products for the gradients.
     gradient = jax.make_jaxpr(jax.grad(forward, argnums=(0, 1)))(x, w)
     assert matmul_flops(gradient) == 4 * once
-    # As XLA counts it where there is no loop.
+    # Without a loop, as XLA's cost analysis.
     batched = jax.jit(lambda x, w: jnp.einsum("ij,ljk->lik", x, w))
     counted = batched.lower(x, w).compile().cost_analysis()
     assert counted
     assert matmul_flops(jax.make_jaxpr(batched)(x, w)) == counted["flops"]
 
 
-def test_full_products_count_as_the_passes_they_take():
+def test_float32_products_count_as_bfloat16_passes():
     def products(x, y):
         full = jnp.matmul(x, x, precision="highest")
         return full + x @ x + jnp.matmul(y, y, precision="highest")
@@ -251,7 +251,7 @@ def test_full_products_count_as_the_passes_they_take():
     assert matmul_flops(jaxpr, passes=True) == (6 + 1 + 1) * 2 * 4**3
 
 
-def test_flops_of_what_devices_do_each_for_itself():
+def test_flops_inside_shard_map_count_all_devices():
     mapped = jax.shard_map(
         lambda x: x @ x.T, mesh=MESH, in_specs=P("data"), out_specs=P("data")
     )
