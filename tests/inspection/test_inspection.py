@@ -18,7 +18,8 @@ from manifold_lora.checkpoints.adapter_file import (
     read_adapter,
 )
 from manifold_lora.inspection import view
-from manifold_lora.inspection.inspect import inspect_adapter, locate, measure
+from manifold_lora.inspection.inspect import inspect_adapter, locate
+from manifold_lora.inspection.measure import measure
 from manifold_lora.manifolds import Euclidean, Oblique, Stiefel
 from manifold_lora.methods import METHODS
 from tests.adapters.test_factor import OtherNames
