@@ -1,15 +1,15 @@
-"""Pretrain the small English LLaMA that the library carries in `data/base`.
+"""Pretrain the small English LLaMA that is included in `data/base`.
 
 An example of full-parameter training with this library's model and plain Optax. The
-text is the English that every Python installation has: the language reference of
-`pydoc_data.topics` and the docstrings of the standard library. The result is a
-Hugging Face model directory, tokenizer included, for `load_llama` or transformers.
+texts are included in every Python installation: the language reference in
+`pydoc_data.topics` and the docstrings of the standard library. The result is a Hugging
+Face model directory with a tokenizer, for `load_llama` or transformers.
 
     python examples/pretrain_base.py --out base
 
-The files in `data/base` were made so, with Python 3.11.7: 0.9 million parameters, 4.1
-million tokens in 21 minutes on two busy CPU cores. The held-out loss went from 6.96 to
-2.71 nats per token. Another Python has other texts, and so gives another model.
+The files in `data/base` were made this way with Python 3.11.7: 0.9 million parameters,
+4.1 million tokens in 21 minutes on two busy CPU cores. The held-out loss went from 6.96
+to 2.71 nats per token. Other Python versions have other texts, and give other models.
 """
 
 import ast
@@ -49,17 +49,17 @@ CONFIG = LlamaConfig(
     eos_token_id=(2,),
     pad_token_id=0,
 )
-ROWS, LENGTH = 8, 256  # of a batch: 2,048 tokens
-PEAK = 3e-3  # the learning rate after the warm-up
-HELD_OUT = 0.03  # of the documents
-CAPITALS = 0.5  # of the documents come a second time, in capitals
+ROWS, LENGTH = 8, 256  # 2,048 tokens per batch
+PEAK = 3e-3  # peak learning rate, after the warm-up
+HELD_OUT = 0.03  # fraction of the documents
+CAPITALS = 0.5  # fraction of the documents that are repeated in capitals
 NOT_PROSE = {"test", "tests", "idlelib", "site-packages", "dist-packages"}
 Batch = dict[str, jax.Array]
 console = Console()
 
 
 def documents() -> list[str]:
-    """Every text once, in an order that depends on the Python version only."""
+    """Every distinct text, in an order that only depends on the Python version."""
     texts = [text for _, text in sorted(topics.items())]
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
@@ -69,7 +69,7 @@ def documents() -> list[str]:
 
 
 def docstrings(file: Path) -> Iterator[str]:
-    """The docstrings in a source file, which is parsed but never run."""
+    """The docstrings in a source file, which is parsed but not executed."""
     try:
         tree = ast.parse(file.read_bytes())
     except SyntaxError:  # templates and deliberately broken files
@@ -81,17 +81,18 @@ def docstrings(file: Path) -> Iterator[str]:
 
 
 def split(texts: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """Texts to train on and held out; some come a second time, in capitals."""
+    """Training and held-out texts, some of them repeated in capitals."""
     rng = np.random.default_rng(seed)
     train, held_out = [], []
-    for text, out in zip(texts, rng.random(len(texts)) < HELD_OUT, strict=True):
+    is_held_out = rng.random(len(texts)) < HELD_OUT
+    for text, is_out in zip(texts, is_held_out, strict=True):
         copies = [text, text.upper()] if rng.random() < CAPITALS else [text]
-        (held_out if out else train).extend(copies)
+        (held_out if is_out else train).extend(copies)
     return train, held_out
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE: no text is unknown to it."""
+    """A byte-level BPE tokenizer, which can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -109,7 +110,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def encode(texts: list[str], tokenizer: Tokenizer) -> list[Example]:
-    """Pieces of at most `LENGTH` tokens, every token a target but the first."""
+    """Examples of at most `LENGTH` tokens; all but the first token are targets."""
     examples = []
     for encoding in tokenizer.encode_batch(texts):
         ids = np.array([*encoding.ids, 2], np.int32)
@@ -119,21 +120,21 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> list[Example]:
 
 
 def summed_loss(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy in nats summed over the targets, and their number."""
+    """The sum of the cross-entropy over the targets, in nats, and their number."""
     ids = batch["input_ids"]
-    places = {key: batch[key] for key in ("positions", "segment_ids")}
-    logits = model(ids, **places)[:, :-1]
+    packing = {key: batch[key] for key in ("positions", "segment_ids")}
+    logits = model(ids, **packing)[:, :-1]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
     mask = batch["loss_mask"][:, 1:]
     return jnp.sum(losses * mask), jnp.sum(mask)
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """The tokenizer and the small files that tell transformers how to use it."""
+    """Write the tokenizer and the config files that transformers needs for it."""
     tokenizer.save(str(directory / "tokenizer.json"))
     tokens = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 4 and 5 know it
+        "tokenizer_class": "PreTrainedTokenizerFast",  # in transformers 4 and 5
         "model_max_length": CONFIG.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
     }
@@ -147,9 +148,9 @@ def main(out: Path, steps: int = 2000, seed: int = 0) -> None:
     """Pretrain the base model.
 
     Args:
-        out: Directory to write, which must not exist yet.
+        out: Output directory, which must not exist.
         steps: Optimizer steps of 2,048 tokens.
-        seed: Decides the held-out documents, the weights and the order.
+        seed: Of the held-out documents, the weights and the order.
     """
     texts, held_out_texts = split(documents(), seed)
     tokenizer = train_tokenizer([*texts, *(text.upper() for text in texts)])
@@ -160,19 +161,19 @@ def main(out: Path, steps: int = 2000, seed: int = 0) -> None:
     graph, params = nnx.split(model)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     tokens = sum(len(example.input_ids) for example in train)
-    console.print(f"{parameters:,} parameters, {tokens:,} tokens to train on")
+    console.print(f"{parameters:,} parameters, {tokens:,} training tokens")
     rate = optax.warmup_cosine_decay_schedule(0, PEAK, steps // 20, steps, PEAK / 100)
     adamw = optax.adamw(rate, b2=0.95, weight_decay=0.1)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
-    def step(params: nnx.State, moments: optax.OptState, batch: Batch):
+    def step(params: nnx.State, opt_state: optax.OptState, batch: Batch):
         def mean_loss(params: nnx.State) -> jax.Array:
             total, count = summed_loss(nnx.merge(graph, params), batch)
             return total / count
 
         loss, gradients = jax.value_and_grad(mean_loss)(params)
-        updates, moments = optimizer.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments, loss
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
 
     step = jax.jit(step, donate_argnums=(0, 1))
     evaluate = jax.jit(lambda p, batch: summed_loss(nnx.merge(graph, p), batch))
@@ -184,10 +185,10 @@ def main(out: Path, steps: int = 2000, seed: int = 0) -> None:
         console.print(f"held-out loss {when}: {total / count:.3f} nats per token")
 
     report(params, "before")
-    moments = optimizer.init(params)
+    opt_state = optimizer.init(params)
     rows = iter(batches(train, seed=seed, **shape))
     for number in track(range(1, steps + 1), "pretraining", console=console):
-        params, moments, loss = step(params, moments, next(rows))
+        params, opt_state, loss = step(params, opt_state, next(rows))
         if number % 250 == 0:
             console.print(f"step {number}: training loss {loss:.3f}")
     report(params, "after")

@@ -1,27 +1,27 @@
 """A benchmark of small public tasks, and a LLaMA pretrained from scratch for it.
 
-The tasks are BoolQ, ARC, OpenBookQA and E2E, in files as LLM-Adapters and LoRA's
-authors gave them: `commonsense/TASK/{train,test}.json`, lists of `{"instruction",
-"output", "answer"}`, and `e2e/valid.txt`, lines of `meaning||reference`. From the root
-of the repository:
+The tasks are BoolQ, ARC, OpenBookQA and E2E, in the files of LLM-Adapters and of LoRA's
+authors: `commonsense/TASK/{train,test}.json`, lists of `{"instruction",
+"output", "answer"}`, and `e2e/valid.txt`, lines of `meaning||reference`. Run from the
+root of the repository,
 
     python -m examples.studies.benchmark_base DATA_DIR --out DIR
 
 writes into DIR:
 
-- `train.jsonl` and `held_out.jsonl`, for `manifold-lora` as --data and --eval-data;
+- `train.jsonl` and `held_out.jsonl`, for --data and --eval-data of `manifold-lora`;
 - `commonsense_test.jsonl` and `e2e_test.jsonl`, for `benchmark_scores.py` only;
 - `base/`, a Hugging Face LLaMA with its tokenizer, pretrained from scratch on the
-  English of the Python documentation, on the training questions without their answers
-  and on the references of the training meanings without these: it knows the language
-  of the tasks, and not the tasks. No held-out text is in it.
+  Python documentation, on the training questions without answers, and on the training
+  references without meanings: it has seen the language of the tasks, but not the tasks,
+  and no held-out text.
 
 With Python 3.11 and --seed 0: 21,220 training records of 66 tokens on average, of which
 1,036 lose the beginning of their prompt in rows of 128; 1,600 and 474 test records. The
-base has 3.7 million parameters and saw 4.6 million tokens, 1.9 million different ones,
-in 30 minutes on one CPU core, 2,574 a second. The loss on 2 % of the texts went from
-7.67 to 2.33 nats per token. That is far too small a model to know the answers: expect
-accuracies near chance.
+base has 3.7 million parameters and was trained on 4.6 million tokens (1.9 million
+distinct) in 30 minutes on one CPU core, at 2,574 tokens/s. The loss on the held-out 2 %
+of the texts went from 7.67 to 2.33 nats per token. The model is far too small to know
+the answers: expect accuracies near chance.
 """
 
 import json
@@ -51,7 +51,7 @@ from manifold_lora.models import Llama
 TASKS = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
 VALIDATION = 100  # records of each task in held_out.jsonl, and twice as many of E2E
 CONFIG = replace(
-    smaller.CONFIG,  # for four layers and the constants
+    smaller.CONFIG,  # four layers, and the special tokens
     vocab_size=2048,
     hidden_size=256,
     intermediate_size=768,
@@ -59,38 +59,38 @@ CONFIG = replace(
     num_key_value_heads=4,
 )
 STEPS, ROWS = 2300, 8  # batches of 8 × 256 = 2,048 tokens
-PEAK, HELD_OUT = 2e-3, 0.02  # rate after the warm-up; share of the texts
-CHECKPOINT = 575  # steps between models that are kept, should the program be stopped
-SEQUENCE_LENGTH = 128  # for the count of the records that it would cut
+PEAK, HELD_OUT = 2e-3, 0.02  # peak learning rate; held-out fraction of the texts
+CHECKPOINT = 575  # steps between intermediate models
+SEQUENCE_LENGTH = 128  # for the number of truncated records
 Rows = list[dict[str, str]]
 console = Console()
 
 
 def read_tasks(data: Path, cap: int, rng: np.random.Generator) -> tuple[Rows, ...]:
-    """Training, validation and test records of the tasks with labelled answers."""
+    """Training, validation and test records of the multiple-choice tasks."""
     train, validation, test = Rows(), Rows(), Rows()
-    asked = set[str]()
+    held_out_stems = set[str]()
     for task in TASKS:
-        for part in ("test", "train"):
-            file = data / "commonsense" / task / f"{part}.json"
+        for split in ("test", "train"):
+            file = data / "commonsense" / task / f"{split}.json"
             rows: Rows = json.loads(file.read_text(encoding="utf-8"))
             order = rng.permutation(len(rows)).tolist()
-            if part == "train":
+            if split == "train":
                 records = [record(rows[i]) for i in order]
                 validation += records[:VALIDATION]
                 train += records[VALIDATION:]
                 continue
-            asked |= {stem(record(row)) for row in rows}
+            held_out_stems |= {stem(record(row)) for row in rows}
             for row in (rows[i] for i in order[:cap]):
                 test.append({"task": task, **record(row), "answer": row["answer"]})
-    # ARC and OpenBookQA ask some questions in both of their files.
-    validation = [row for row in validation if stem(row) not in asked]
-    asked |= {stem(row) for row in validation}
-    return [row for row in train if stem(row) not in asked], validation, test
+    # Some questions of ARC and OpenBookQA are in both files.
+    validation = [row for row in validation if stem(row) not in held_out_stems]
+    held_out_stems |= {stem(row) for row in validation}
+    return [row for row in train if stem(row) not in held_out_stems], validation, test
 
 
 def record(row: dict[str, str]) -> dict[str, str]:
-    """A prompt without the 54 tokens that instruction+output records get around it."""
+    """A record without the 54 tokens of the template for instruction+output."""
     return {"prompt": row["instruction"] + "\n\n", "completion": row["output"]}
 
 
@@ -100,7 +100,7 @@ def stem(row: dict[str, str]) -> str:
 
 
 def read_e2e(data: Path, rng: np.random.Generator) -> tuple[Rows, ...]:
-    """Training, validation and test records of E2E, no meaning in two of them."""
+    """Training, validation and test records of E2E, with disjoint meanings."""
     records = defaultdict[str, Rows](list)
     for line in (data / "e2e" / "valid.txt").read_text(encoding="utf-8").splitlines():
         meaning, reference = line.split("||")
@@ -109,22 +109,22 @@ def read_e2e(data: Path, rng: np.random.Generator) -> tuple[Rows, ...]:
     meanings = sorted(records)
     tenth, order = len(meanings) // 10, rng.permutation(len(meanings))
     test, validation, train = (
-        [row for i in part for row in records[meanings[i]]]
-        for part in np.split(order, [tenth, tenth + tenth // 2])
+        [row for i in indices for row in records[meanings[i]]]
+        for indices in np.split(order, [tenth, tenth + tenth // 2])
     )
     validation = shuffled(validation, rng)[: 2 * VALIDATION]
-    # Some sentences were written for two meanings.
-    written = {row["completion"] for row in test + validation}
-    return [row for row in train if row["completion"] not in written], validation, test
+    # Some sentences are references of several meanings.
+    held_out = {row["completion"] for row in test + validation}
+    return [row for row in train if row["completion"] not in held_out], validation, test
 
 
 def shuffled(rows: Rows, rng: np.random.Generator) -> Rows:
-    """The rows in another order."""
+    """The rows in random order."""
     return [rows[i] for i in rng.permutation(len(rows)).tolist()]
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE: no text is unknown to it."""
+    """A byte-level BPE tokenizer, which can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -142,7 +142,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def write(file: Path, rows: Rows, tokenizer: Tokenizer) -> None:
-    """Write records, read them as training does, and say how long they are."""
+    """Write records, encode them as in training, and print their lengths."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     file.write_text("".join(lines), encoding="utf-8")
     with tempfile.TemporaryDirectory() as directory:
@@ -151,37 +151,37 @@ def write(file: Path, rows: Rows, tokenizer: Tokenizer) -> None:
     _, report = encode(read_records(file), loaded, SEQUENCE_LENGTH)
     console.print(
         f"{file.name}: {report.kept:,} records of {report.tokens / report.kept:.0f} "
-        f"tokens, {report.longest} at most; {report.truncated:,} lose the beginning of "
-        f"their prompt at {SEQUENCE_LENGTH}",
+        f"tokens on average, {report.longest} at most; {report.truncated:,} lose the "
+        f"beginning of their prompt at {SEQUENCE_LENGTH}",
         soft_wrap=True,
     )
 
 
 def pretrain(texts: list[str], tokenizer: Tokenizer, out: Path, seed: int) -> None:
     """Train a LLaMA on texts and save it as out/base."""
-    chosen = np.random.default_rng(seed).random(len(texts)) < HELD_OUT
+    is_held_out = np.random.default_rng(seed).random(len(texts)) < HELD_OUT
     train, held_out = (
-        smaller.encode([texts[i] for i in np.flatnonzero(part)], tokenizer)
-        for part in (~chosen, chosen)
+        smaller.encode([texts[i] for i in np.flatnonzero(mask)], tokenizer)
+        for mask in (~is_held_out, is_held_out)
     )
     model = Llama(CONFIG, rngs=nnx.Rngs(seed))
     model.remat = False  # small enough to keep its activations
     graph, params = nnx.split(model)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     tokens = sum(len(example.input_ids) for example in train)
-    console.print(f"{size:,} parameters, {tokens:,} tokens to train on")
+    console.print(f"{size:,} parameters, {tokens:,} training tokens")
     rate = optax.warmup_cosine_decay_schedule(0, PEAK, STEPS // 20, STEPS, PEAK / 100)
     adamw = optax.adamw(rate, b2=0.95, weight_decay=0.1)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
-    def step(params: nnx.State, moments: optax.OptState, batch: Batch):
+    def step(params: nnx.State, opt_state: optax.OptState, batch: Batch):
         def mean_loss(params: nnx.State) -> jax.Array:
             total, count = summed_loss(nnx.merge(graph, params), batch)
             return total / count
 
         loss, gradients = jax.value_and_grad(mean_loss)(params)
-        updates, moments = optimizer.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments, loss
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
 
     step = jax.jit(step, donate_argnums=(0, 1))
     evaluate = jax.jit(lambda p, batch: summed_loss(nnx.merge(graph, p), batch))
@@ -197,14 +197,14 @@ def pretrain(texts: list[str], tokenizer: Tokenizer, out: Path, seed: int) -> No
         smaller.write_tokenizer(tokenizer, out / name)
 
     report(params, "before")
-    moments = optimizer.init(params)
+    opt_state = optimizer.init(params)
     rows = batches(train, seed=seed, **shape)
-    began, seen = time.perf_counter(), 0
+    started, seen = time.perf_counter(), 0
     for number, batch in zip(range(1, STEPS + 1), rows, strict=False):
-        params, moments, loss = step(params, moments, batch)
+        params, opt_state, loss = step(params, opt_state, batch)
         seen += int((batch["segment_ids"] > 0).sum())
         if number % 100 == 0:
-            speed = seen / (time.perf_counter() - began)
+            speed = seen / (time.perf_counter() - started)
             console.print(f"step {number}: loss {loss:.3f}, {speed:.0f} tokens/s")
         if number % CHECKPOINT == 0 and number < STEPS:
             save(params, f"base-step{number}")
@@ -223,13 +223,13 @@ def main(
 
     Args:
         data: Directory with commonsense/ and e2e/.
-        out: Directory to write, which must not hold a base yet.
-        cap: Test records of a task at most.
-        held_out: Records of held_out.jsonl; others, up to 600, are not used at all.
-        seed: Decides the split, the held-out texts, the weights and the order.
+        out: Output directory, which must not contain a base.
+        cap: Maximum number of test records per task.
+        held_out: Number of records in held_out.jsonl; the rest of 600 are unused.
+        seed: Of the split, the held-out texts, the weights and the order.
     """
     if (out / "base").exists():
-        raise SystemExit(f"{out / 'base'} exists already: choose another directory.")
+        raise SystemExit(f"{out / 'base'} already exists: choose another directory.")
     out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     train, validation, test = read_tasks(data, cap, rng)

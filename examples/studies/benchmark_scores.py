@@ -1,21 +1,22 @@
 """Score a base and its adapters on the held-out files of `benchmark_base.py`.
 
-From the root of the repository, with DIR from there and the adapters of a comparison:
+Run from the root of the repository, with its DIR and the adapters of a comparison:
 
     python -m examples.studies.benchmark_scores COMPARE_DIR --base DIR/base --tests DIR
 
-Every directory below the given ones that holds an adapter in PEFT's format is scored:
+Every adapter in PEFT's format below these directories is scored:
 
-- answer NLL: mean −log p of a token of the true answer in `commonsense_test.jsonl`,
-  its end of sequence included, in nats;
-- accuracy: the label whose answer is likeliest, without its end of sequence, is the
-  true one; for each task, and the mean of the tasks. Beside it stand chance and the
-  best that one label for all questions of a task would reach. Of 400 questions, an
-  accuracy has a standard error of 2.2 points (2.5 for two labels);
-- E2E loss: mean −log p of a token of the references in `e2e_test.jsonl`.
+- answer NLL: mean negative log-likelihood per token of the true answers in
+  `commonsense_test.jsonl`, including the end of sequence, in nats;
+- accuracy: fraction of questions for which the label with the most likely answer,
+  without the end of sequence, is the true one; per task, and averaged over tasks.
+  Baselines are chance and the best constant label of each task. With 400 questions, the
+  standard error of an accuracy is 2.2 points (2.5 for two labels);
+- E2E loss: mean negative log-likelihood per token of the references in
+  `e2e_test.jsonl`.
 
-It prints a table and writes all scores into `scores.json`. Where the directories are
-called METHOD-seedN, the table has mean ± standard deviation over the seeds of a method.
+Prints a table and writes all scores to `scores.json`. For directories named
+METHOD-seedN, the table has mean ± standard deviation over the seeds of a method.
 """
 
 import json
@@ -40,8 +41,8 @@ from manifold_lora.data.tokens import Example, encode, load_tokenizer
 from manifold_lora.evaluation.heldout import make_evaluate
 
 ANSWER = "the correct answer is {}"
-WIDTHS = (64, 80, 96, 112, 128, 160, 192, 256, 512)  # of rows: one compilation each
-ROWS = 16  # of a batch
+WIDTHS = (64, 80, 96, 112, 128, 160, 192, 256, 512)  # row lengths, compiled once each
+ROWS = 16  # per batch
 Scores = dict[str, float]
 
 
@@ -50,22 +51,22 @@ class Question(NamedTuple):
 
     task: str
     labels: list[str]
-    truth: int  # its number among the labels
+    truth: int  # index into the labels
 
 
 class Choice(NamedTuple):
-    """A row of tokens that serves some labels of a question, all but its last token."""
+    """A row of tokens shared by labels of a question whose last tokens differ."""
 
     question: int
-    tokens: dict[int, int]  # the last token of the answer, by the label's number
+    tokens: dict[int, int]  # the last token of the answer, by label index
     example: Example  # with the true label, if it is one of them
 
 
 def read_questions(file: Path, tokenizer: Any, length: int):
-    """The questions of a file, and their rows to score.
+    """The questions of a file, and the rows to score.
 
-    The answers to one question mostly differ in their last token only: then one row
-    gives the probabilities of all of them.
+    The answers to a question mostly differ only in their last token. Then one row gives
+    the probabilities of all of them.
     """
     questions, choices = list[Question](), list[Choice]()
     records, owners = list[Record](), list[tuple[int, int]]()
@@ -88,22 +89,23 @@ def read_questions(file: Path, tokenizer: Any, length: int):
 
 
 def buckets(examples: list[Example]) -> Iterator[tuple[list[int], Batch]]:
-    """Numbers of examples and their batches, which have few shapes."""
+    """Batches of similar length, with few shapes, and the indices of their examples."""
     by_width = defaultdict[int, list[int]](list)
     for number, example in enumerate(examples):
         by_width[next(w for w in WIDTHS if w >= len(example.input_ids))].append(number)
     for width, numbers in by_width.items():
         rows = [examples[number] for number in numbers]
-        made = evaluation_batches(rows, batch_size=ROWS, sequence_length=width)
-        for start, batch in zip(range(0, len(rows), ROWS), made, strict=True):
+        batches = evaluation_batches(rows, batch_size=ROWS, sequence_length=width)
+        for start, batch in zip(range(0, len(rows), ROWS), batches, strict=True):
             yield numbers[start : start + ROWS], batch
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def answer_log_p(graph: nnx.GraphDef, state: nnx.State, batch: Batch, window: int):
-    """Log p of the last `window` tokens of each row, and of any word in their place.
+    """Log p of the last `window` tokens of each row, and of all other tokens there.
 
-    Shapes (rows, window) and (rows, window, vocabulary). Questions are not unembedded.
+    Shapes (rows, window) and (rows, window, vocabulary). Logits are only computed for
+    the window.
     """
     model, ids = nnx.merge(graph, state), jnp.asarray(batch["input_ids"])
     places = {key: batch[key] for key in ("positions", "segment_ids")}
@@ -137,18 +139,20 @@ class Benchmark:
         log_p = [np.full(len(question.labels), np.nan) for question in self.questions]
         truths: list[np.ndarray] = []
         for numbers, batch in self.question_batches:
-            found = answer_log_p(self.graph, state, batch, self.window)
-            own, words = map(np.asarray, found)
+            outputs = answer_log_p(self.graph, state, batch, self.window)
+            true_log_p, all_log_p = map(np.asarray, outputs)
             for row, number in enumerate(numbers):
                 choice = self.choices[number]
-                answer = own[row, -int(choice.example.loss_mask.sum()) :]
-                before = answer[:-2].sum()  # the last two: label and end of sequence
+                answer = true_log_p[row, -int(choice.example.loss_mask.sum()) :]
+                before = answer[
+                    :-2
+                ].sum()  # the last two are the label and the end of sequence
                 for label, token in choice.tokens.items():
-                    log_p[choice.question][label] = before + words[row, -2, token]
+                    log_p[choice.question][label] = before + all_log_p[row, -2, token]
                 if self.questions[choice.question].truth in choice.tokens:
                     truths.append(answer)
         pairs = zip(self.questions, log_p, strict=True)
-        hits = [int(found.argmax()) == question.truth for question, found in pairs]
+        hits = [int(scores.argmax()) == question.truth for question, scores in pairs]
         losses = {
             "answer NLL": -np.mean(np.concatenate(truths), dtype=np.float64).item(),
             "E2E loss": self.evaluate({}, state, self.e2e_batches).loss,
@@ -156,7 +160,7 @@ class Benchmark:
         return self.by_task(hits) | losses
 
     def constant(self) -> dict[str, Scores]:
-        """The accuracies of chance, and of the best label given to all questions."""
+        """Accuracies of chance, and of the best constant label."""
         truths = [(task, labels[truth]) for task, labels, truth in self.questions]
         rarest_first = reversed(Counter(truths).most_common())
         best = {task: label for (task, label), _ in rarest_first}
@@ -165,7 +169,7 @@ class Benchmark:
         return {"chance": self.by_task(chances), "majority": self.by_task(majority)}
 
     def by_task(self, values: Sequence[float]) -> Scores:
-        """Means of a number per question over each task, and their unweighted mean."""
+        """Means of a value per question over each task, and their unweighted mean."""
         grouped = defaultdict[str, list[float]](list)
         for question, value in zip(self.questions, values, strict=True):
             grouped[question.task].append(value)
@@ -174,20 +178,22 @@ class Benchmark:
 
 
 def find_adapters(runs: list[Path]) -> dict[str, Path]:
-    """The adapters in the given directories, by the names of these or of their runs."""
-    found = {}
+    """The adapters below the directories, by their names or those of their runs."""
+    adapters = {}
     for file in (file for run in runs for file in run.rglob("adapter_config.json")):
         path = file.parent.resolve()
         name = path.parent.name if path.name == "adapter" else path.name
-        if name == "start":  # of a run: the adapter before the first step
+        if name == "start":  # of a run: the initial adapter
             continue
-        if found.setdefault(name, path) != path:
-            raise SystemExit(f"Two adapters are called {name}: {found[name]}, {path}.")
-    return dict(sorted(found.items()))
+        if adapters.setdefault(name, path) != path:
+            raise SystemExit(
+                f"Two adapters are named {name}: {adapters[name]}, {path}."
+            )
+    return dict(sorted(adapters.items()))
 
 
 def by_method(adapters: dict[str, Scores]) -> dict[str, Any]:
-    """Mean over the seeds of each method, and standard deviation if there are two."""
+    """Means over the seeds of each method, with standard deviations if several."""
     groups = defaultdict[str, list[Scores]](list)
     for name, scores in adapters.items():
         groups[re.sub(r"-seed\d+$", "", name)].append(scores)
@@ -195,13 +201,13 @@ def by_method(adapters: dict[str, Scores]) -> dict[str, Any]:
     for method, runs in groups.items():
         for key in runs[0]:
             values = [run[key] for run in runs]
-            spread = [np.std(values, ddof=1).item()] if len(runs) > 1 else []
-            summary[method][key] = [np.mean(values).item(), *spread]
+            std = [np.std(values, ddof=1).item()] if len(runs) > 1 else []
+            summary[method][key] = [np.mean(values).item(), *std]
     return summary
 
 
 def show(result: dict[str, Any]) -> None:
-    """A table in Markdown: accuracies in percent, losses in nats per token."""
+    """Print a Markdown table: accuracies in percent, losses in nats per token."""
     keys = list(result["base"])
     print(f"| | {' | '.join(keys)} |\n{'|---' * (len(keys) + 1)}|")
     rows = {name: result[name] for name in ("chance", "majority", "base")}
@@ -221,24 +227,24 @@ def main(
     out: Path = Path("scores.json"),
     length: int = 256,
 ) -> None:
-    """Score a base and adapters of it.
+    """Score a base model and its adapters.
 
     Args:
         runs: Directories with adapters, at any depth.
-        base: The directory of the base model.
+        base: Directory of the base model.
         tests: Directory of commonsense_test.jsonl and e2e_test.jsonl.
-        out: JSON file to write.
-        length: Longer examples lose the left of their prompt; 512 at most.
+        out: Output JSON file.
+        length: Maximum length of an example, up to 512; longer prompts are truncated.
     """
-    found = find_adapters(runs)
+    paths = find_adapters(runs)
     model = ml.load_llama(base, jnp.float32)
     benchmark = Benchmark(tests, model, load_tokenizer(base), length)
     result: dict[str, Any] = benchmark.constant() | {"base": benchmark.scores(model)}
     adapters = dict[str, Scores]()
-    for name, path in track(found.items(), "scoring"):
+    for name, path in track(paths.items(), "scoring"):
         adapted = nnx.clone(model)
         ml.load_adapter(adapted, path)
-        ml.merge(adapted)  # all methods are then one model: nothing compiles again
+        ml.merge(adapted)  # same graph for all methods: nothing is recompiled
         adapters[name] = benchmark.scores(adapted)
     result |= {"adapters": adapters, "methods": by_method(adapters)}
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,13 +1,13 @@
-"""The papers' three predictions, held against comparisons that have been run.
+"""Test three predictions of the papers on finished comparisons.
 
     cd runs/studies && python ../../examples/studies/predictions.py default \
         --random fixed_a_random --projection fixed_a_projection
 
-(a) the effective rank of B stays r for Stiefel methods and drops for AdamW; (b) both
-factors trained are far better than A fixed at a projection of the weight, and that is
-better than A fixed at random; (c) landing and Stiefel methods reach the final loss of
-LoRA with AdamW in about half the steps. Prints each as a Markdown table with a verdict
-by the rule that stands beside it, and draws the loss curves and the ranks.
+(a) The effective rank of B stays r for Stiefel methods and drops for AdamW.
+(b) Training both factors is far better than fixing A at a projection of the weight,
+which is better than fixing A at random. (c) Landing and Stiefel methods reach the final
+loss of LoRA with AdamW in about half the steps. Prints a Markdown table for each, with
+the criterion and the verdict, and plots the loss curves and the ranks.
 """
 
 import json
@@ -30,7 +30,7 @@ def rows(folder: Path) -> dict[str, Row]:
 
 
 def smooth(losses: list[float], steps: int) -> np.ndarray:
-    """The running mean over a fifteenth of the run, of whole windows only."""
+    """The running mean over a fifteenth of the run, without partial windows."""
     window = max(1, steps // 15)
     return np.convolve(losses, np.ones(window) / window, mode="valid")
 
@@ -38,52 +38,52 @@ def smooth(losses: list[float], steps: int) -> np.ndarray:
 def training_curves(folder: Path) -> dict[str, np.ndarray]:
     """Smoothed training loss of every method, the mean over its seeds."""
     content = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-    found: dict[str, list[np.ndarray]] = {}
-    for key, cell in content["cells"].items():
-        if not key.endswith("search") and not cell["diverged"]:
-            curve = smooth(cell["losses"], cell["steps"])
-            found.setdefault(cell["method"], []).append(curve)
-    return {name: np.mean(curves, axis=0) for name, curves in found.items()}
+    by_method: dict[str, list[np.ndarray]] = {}
+    for key, result in content["cells"].items():
+        if not key.endswith("search") and not result["diverged"]:
+            curve = smooth(result["losses"], result["steps"])
+            by_method.setdefault(result["method"], []).append(curve)
+    return {name: np.mean(curves, axis=0) for name, curves in by_method.items()}
 
 
-def effective_ranks(found: dict[str, Row]) -> None:
-    """Prediction (a)."""
-    print("(a) effective rank of B: within 1 % of r at least, and less for lora\n")
-    print("| method | rank | mean | least of a layer |\n|---|---|---|---|")
+def effective_ranks(summary: dict[str, Row]) -> None:
+    """Test prediction (a)."""
+    print("(a) effective rank of B: at least 0.99 r, and less for lora\n")
+    print("| method | rank | mean | minimum over layers |\n|---|---|---|---|")
     for name in ("lora", *STIEFEL):
-        row = found[name]
+        row = summary[name]
         mean, least = row["effective_rank_b"][0], row["least_effective_rank_b"]
         print(f"| `{name}` | {row['rank']} | {mean:.2f} | {least:.2f} |")
     full = all(
-        found[name]["least_effective_rank_b"] > 0.99 * found[name]["rank"]
+        summary[name]["least_effective_rank_b"] > 0.99 * summary[name]["rank"]
         for name in STIEFEL
     )
-    drops = found["lora"]["effective_rank_b"][0] < 0.99 * found["lora"]["rank"]
+    drops = summary["lora"]["effective_rank_b"][0] < 0.99 * summary["lora"]["rank"]
     print(f"\n{verdict(full and drops)}\n")
 
 
-def fixed(found: dict[str, Row], projection: Path, random: Path) -> None:
-    """Prediction (b)."""
-    print("(b) held-out loss with both trained < A projected < A random\n")
+def fixed_a(summary: dict[str, Row], projection: Path, random: Path) -> None:
+    """Test prediction (b)."""
+    print("(b) held-out loss: both trained < A projected < A random\n")
     print("| method | both trained | A projected | A random |\n|---|---|---|---|")
-    cases = [found, rows(projection), rows(random)]
+    cases = [summary, rows(projection), rows(random)]
     for name in ("stiefel", "lora"):
-        pairs = [case[name]["loss"] for case in cases]
-        shown = " | ".join(f"{mean:.4f} ± {spread:.4f}" for mean, spread in pairs)
-        print(f"| `{name}` | {shown} |")
+        losses = [case[name]["loss"] for case in cases]
+        cells = " | ".join(f"{mean:.4f} ± {std:.4f}" for mean, std in losses)
+        print(f"| `{name}` | {cells} |")
     losses = [case["stiefel"]["loss"][0] for case in cases]
     print(f"\nfor stiefel: {verdict(losses == sorted(losses))}\n")
 
 
-def half_the_steps(found: dict[str, Row], curves: dict[str, np.ndarray]) -> None:
-    """Prediction (c)."""
-    print("(c) share of the steps until lora's final loss: at most 60 %\n")
+def half_the_steps(summary: dict[str, Row], curves: dict[str, np.ndarray]) -> None:
+    """Test prediction (c)."""
+    print("(c) fraction of the steps to lora's final loss: at most 60 %\n")
     print("| method | held-out loss | training loss, first time |\n|---|---|---|")
-    goal = curves["lora"][-1]
+    target = curves["lora"][-1]
     met = []
     for name in ("lora", *FASTER):
-        share = found[name]["share_of_steps"]
-        below = np.flatnonzero(curves[name] <= goal)
+        share = summary[name]["share_of_steps"]
+        below = np.flatnonzero(curves[name] <= target)
         first = (below[0] + 1) / len(curves[name]) if len(below) else None
         texts = ["not reached" if x is None else f"{x:.0%}" for x in (share, first)]
         print(f"| `{name}` | {' | '.join(texts)} |")
@@ -93,12 +93,12 @@ def half_the_steps(found: dict[str, Row], curves: dict[str, np.ndarray]) -> None
 
 
 def verdict(holds: bool) -> str:
-    """The word for it."""
+    """The verdict in a word."""
     return "confirmed" if holds else "refuted"
 
 
-def draw(path: Path, found: dict[str, Row], curves: dict[str, np.ndarray]) -> None:
-    """Training losses, and the effective ranks of B at the end."""
+def draw(path: Path, summary: dict[str, Row], curves: dict[str, np.ndarray]) -> None:
+    """Plot training losses, and the final effective ranks of B."""
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, curve in curves.items():
@@ -108,10 +108,10 @@ def draw(path: Path, found: dict[str, Row], curves: dict[str, np.ndarray]) -> No
     left.set(xlabel="step", ylabel="training loss, running mean", yscale="log")
     left.legend(fontsize="x-small")
     left.grid(alpha=0.3, which="both")
-    names = list(found)
-    right.barh(names, [found[name]["effective_rank_b"][0] for name in names])
-    right.plot([found[name]["least_effective_rank_b"] for name in names], names, "k|")
-    right.set(xlabel="effective rank of B: mean, and least of a layer")
+    names = list(summary)
+    right.barh(names, [summary[name]["effective_rank_b"][0] for name in names])
+    right.plot([summary[name]["least_effective_rank_b"] for name in names], names, "k|")
+    right.set(xlabel="effective rank of B: mean, and minimum over layers")
     right.invert_yaxis()
     figure.savefig(path)
 
@@ -122,20 +122,20 @@ def main(
     projection: Path | None = None,
     picture: Path = Path("predictions.png"),
 ) -> None:
-    """Hold the predictions against comparisons.
+    """Test the predictions on comparisons.
 
     Args:
-        comparison: of all methods, both factors trained.
-        random: of lora and stiefel with A fixed at random.
-        projection: of lora and stiefel with A fixed at a projection of the weight.
-        picture: where to draw.
+        comparison: all methods, training both factors.
+        random: lora and stiefel with A fixed at random.
+        projection: lora and stiefel with A fixed at a projection of the weight.
+        picture: output file of the plot.
     """
-    found, curves = rows(comparison), training_curves(comparison)
-    effective_ranks(found)
+    summary, curves = rows(comparison), training_curves(comparison)
+    effective_ranks(summary)
     if random is not None and projection is not None:
-        fixed(found, projection, random)
-    half_the_steps(found, curves)
-    draw(picture, found, curves)
+        fixed_a(summary, projection, random)
+    half_the_steps(summary, curves)
+    draw(picture, summary, curves)
 
 
 if __name__ == "__main__":

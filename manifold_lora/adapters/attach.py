@@ -214,12 +214,9 @@ def split(model: Any) -> tuple[Callable[..., Any], dict[str, Any], Any]:
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
-        >>> from flax import nnx
         >>> import manifold_lora as ml
-        >>> config = ml.LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
-        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        ...     head_dim=4)
-        >>> model = ml.Llama(config, rngs=nnx.Rngs(0))
+        >>> from manifold_lora.data.builtin import BASE
+        >>> model = ml.load_llama(BASE)
         >>> ml.attach(model, ml.AdapterConfig("stiefel", rank=2))
         >>> rebuild, factors, frozen = ml.split(model)
         >>> tx = ml.riemannian(optax.adam(1e-2), ml.manifold_tree(model))

@@ -84,7 +84,9 @@ def save_merged(config: TrainConfig, model: Any) -> Path:
 
 
 def report_evaluation(
-    evaluate: Callable[[Any], Evaluation],
+    evaluate: Callable[..., Evaluation],
+    frozen: Any,
+    held_out: Any,
     metrics: Metrics,
     console: Console,
     step: int,
@@ -92,7 +94,7 @@ def report_evaluation(
     violation: float = 0.0,
 ) -> Evaluation:
     """Evaluate factors, and write and show the result."""
-    evaluation = evaluate(factors)
+    evaluation = evaluate(factors, frozen, held_out)
     metrics.write(
         step=step, eval_loss=evaluation.loss, eval_accuracy=evaluation.accuracy
     )

@@ -39,6 +39,10 @@ class Progress(NamedTuple):
             )
         return self._replace(evaluations_since_best=self.evaluations_since_best + 1)
 
+    def paused(self, seconds: float, data_state: dict[str, Any]) -> "Progress":
+        """With the time spent so far and the state of the batch iterator."""
+        return self._replace(seconds=seconds, data_state=data_state)
+
     def to_json(self) -> dict[str, Any]:
         """As JSON can hold it; `from_json` is the inverse."""
         return self._asdict()

@@ -118,10 +118,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
             restored = restore(checkpoints, fresh, console)
             metrics = stack.enter_context(Metrics(out, config, restored))
             measure = partial(
-                report_evaluation,
-                lambda factors: evaluate(factors, frozen, held_out),
-                metrics,
-                console,
+                report_evaluation, evaluate, frozen, held_out, metrics, console
             )
             state, progress = start_or_resume(
                 fresh, restored, checkpoints, measure, save_adapter, out, console
@@ -156,9 +153,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
                 preempted = preemption.reached(progress.step)
                 if evaluated or preempted or progress.step % checkpoint_every == 0:
                     seconds = time.perf_counter() - started
-                    progress = progress._replace(
-                        data_state=batches.get_state(), seconds=seconds
-                    )
+                    progress = progress.paused(seconds, batches.get_state())
                     save_checkpoint(checkpoints, config, state, progress, console)
                 if preempted:
                     checkpoints.wait()
@@ -169,6 +164,5 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         # Result; the model has the best factors
         display.show_early_stop(console, config, progress)
         display.show_predictions(console, model, tokenizer, data.held_out[:8])
-        seconds = time.perf_counter() - started
-        progress = progress._replace(seconds=seconds)
+        progress = progress._replace(seconds=time.perf_counter() - started)
         return save_result(config, console, model, data, held_out, progress, metrics)

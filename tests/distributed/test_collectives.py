@@ -57,7 +57,7 @@ def collectives(compiled: Any, mesh: Any) -> Iterator[Collective]:
             if kind in KINDS:
                 sizes = tuple(int(array.bytes) // 4 for array in line.arrays)
                 yield kind, sizes, mesh_axes(line.rest, mesh), loops
-            trips = (module.trips(line),) if line.kind == "while" else ()
+            trips = (module.trip_count(line),) if line.kind == "while" else ()
             for called in line.called:
                 yield from visit(called, loops + trips)
 
