@@ -145,6 +145,22 @@ def test_dropout_changes_with_the_step_and_repeats_with_the_seed():
     assert losses[0] != losses[1] == losses[2]
 
 
+def test_every_row_of_every_step_drops_out_by_itself(monkeypatch):
+    rows = []
+
+    def recorded(model, batch, keys):
+        jax.debug.callback(
+            lambda x: rows.extend(np.atleast_2d(x)), jax.random.key_data(keys)
+        )
+        return token_loss(model, batch, keys)
+
+    monkeypatch.setattr("manifold_lora.training.step.token_loss", recorded)
+    batch = batch_of(examples())
+    run(adapted(dropout=0.5), batch, optax.sgd(0.0), accumulate=2, steps=2)
+    jax.effects_barrier()
+    assert len({tuple(key) for key in rows}) == 2 * len(batch["input_ids"])
+
+
 def test_base_is_frozen_and_factors_stay_on_their_manifold():
     model = adapted()
     rebuild, _, frozen = split(model)
