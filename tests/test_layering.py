@@ -65,11 +65,11 @@ def test_imports(subpackage):
 
 @pytest.mark.parametrize("name", sorted(EVERYWHERE))
 def test_what_all_may_import_imports_little(name):
-    found = {*imports(PACKAGE / f"{name}.py")}
-    assert {n for n in found if n.startswith("manifold_lora")} <= {
+    names = {*imports(PACKAGE / f"{name}.py")}
+    assert {n for n in names if n.startswith("manifold_lora")} <= {
         f"manifold_lora.{other}" for other in EVERYWHERE - {name}
     }
-    assert not {n.partition(".")[0] for n in found} & {"jax", "flax", "optax", "numpy"}
+    assert not {n.partition(".")[0] for n in names} & {"jax", "flax", "optax", "numpy"}
 
 
 def test_products_go_through_one_helper():

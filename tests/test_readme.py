@@ -9,8 +9,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def blocks():
     """The indented blocks of the README."""
-    found = re.findall(r"(?:^(?: {4}.*)?\n)+", README, re.MULTILINE)
-    return [re.sub("^ {4}", "", block, flags=re.MULTILINE) for block in found]
+    indented = re.findall(r"(?:^(?: {4}.*)?\n)+", README, re.MULTILINE)
+    return [re.sub("^ {4}", "", block, flags=re.MULTILINE) for block in indented]
 
 
 def test_ci_runs_the_tests_as_printed():
@@ -29,6 +29,6 @@ def test_the_optax_example_runs():
 def test_named_files_are_there():
     for name in re.findall(r"`((?:examples|benchmarks|tests)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name
-    rooms = ROOT / "manifold_lora"
+    package = ROOT / "manifold_lora"
     for name in re.findall(r"`(\w+/\w+\.py)`", README):
-        assert (rooms / name).exists() or (ROOT / name).exists(), name
+        assert (package / name).exists() or (ROOT / name).exists(), name

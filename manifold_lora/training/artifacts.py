@@ -22,9 +22,9 @@ from manifold_lora.evaluation.heldout import Evaluation, majority, make_evaluate
 from manifold_lora.training import display
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.plot import plot_loss
-from manifold_lora.training.progress import Progress
 from manifold_lora.training.run import ADAPTER, MERGED, PICTURE, SUMMARY, Metrics
 from manifold_lora.training.setup import Data, effective_ranks
+from manifold_lora.training.state import RunState
 
 
 class Diverged(RuntimeError):
@@ -32,14 +32,14 @@ class Diverged(RuntimeError):
 
     @classmethod
     def after(
-        cls, config: TrainConfig, model: Any, progress: Progress, row: dict[str, float]
+        cls, config: TrainConfig, model: Any, run: RunState, row: dict[str, float]
     ) -> "Diverged":
         """The error after a step with these metrics; it saves what is still unsaved."""
         saved = save_merged(config, model)
         return cls(
-            f"At step {progress.step} the loss is {row['loss']} and the gradient norm "
+            f"At step {run.step} the loss is {row['loss']} and the gradient norm "
             f"{row['grad_norm']}. {saved}/ has the best adapter, of step "
-            f"{progress.best_step} (held-out loss {progress.best.loss:.4f}). Lower "
+            f"{run.best_step} (held-out loss {run.best.loss:.4f}). Lower "
             "--learning-rate or --clip, or increase --warmup-steps."
         )
 
@@ -108,11 +108,11 @@ def save_result(
     model: Any,
     data: Data,
     held_out: Any,
-    progress: Progress,
+    run: RunState,
     metrics: Metrics,
 ) -> dict[str, Any]:
     """Write picture and summary, the summary last: it marks the run as finished."""
-    summary = _summary(config, model, data, progress)
+    summary = _summary(config, model, data, run)
     options = config.adapter.options.values("export").values()
     if any(value is not None and value is not False for value in options):
         with exporting(config, model) as discarded:
@@ -129,22 +129,22 @@ def save_result(
 
 
 def _summary(
-    config: TrainConfig, model: Any, data: Data, progress: Progress
+    config: TrainConfig, model: Any, data: Data, run: RunState
 ) -> dict[str, Any]:
     """The content of summary.json, of a model that has the best factors."""
     return {
         "method": config.adapter.method,
-        "seconds": round(progress.seconds, 2),
-        "steps": progress.step,
-        "best_step": progress.best_step,
-        "tokens": progress.tokens,
-        "accuracy_before": progress.initial.accuracy,
-        "accuracy_after": progress.best.accuracy,
+        "seconds": round(run.seconds, 2),
+        "steps": run.step,
+        "best_step": run.best_step,
+        "tokens": run.tokens,
+        "accuracy_before": run.initial.accuracy,
+        "accuracy_after": run.best.accuracy,
         "majority": majority(data.train, data.held_out),
-        "loss_before": progress.initial.loss,
-        "loss_after": progress.best.loss,
-        "largest_residual": progress.largest_violation,
-        "last_residual": progress.last_violation,
+        "loss_before": run.initial.loss,
+        "loss_after": run.best.loss,
+        "largest_residual": run.largest_violation,
+        "last_residual": run.last_violation,
         "least_effective_rank": min(effective_ranks(model), default=None),
         "trainable_parameters": sum(x.size for x in jax.tree.leaves(factors(model))),
     }

@@ -16,7 +16,6 @@ from manifold_lora.data.tokens import Example
 from manifold_lora.evaluation.heldout import Evaluation, answer, complete
 from manifold_lora.models import Llama
 from manifold_lora.training.config import TrainConfig
-from manifold_lora.training.progress import Progress
 from manifold_lora.training.run import (
     ADAPTER,
     MERGED,
@@ -26,6 +25,7 @@ from manifold_lora.training.run import (
     SUMMARY,
 )
 from manifold_lora.training.setup import Data
+from manifold_lora.training.state import RunState
 
 
 def show_plan(
@@ -166,9 +166,9 @@ def show_evaluation(
     )
 
 
-def show_early_stop(console: Console, config: TrainConfig, progress: Progress) -> None:
+def show_early_stop(console: Console, config: TrainConfig, run: RunState) -> None:
     """That the run stopped early, if it did."""
-    if progress.evaluations_since_best == config.patience:
+    if run.evaluations_since_best == config.patience:
         console.print(
             f"No improvement for {config.patience} evaluations; stopped early."
         )

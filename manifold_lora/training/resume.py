@@ -17,8 +17,8 @@ from manifold_lora.checkpoints.store import (
 from manifold_lora.configuration.flat import flatten
 from manifold_lora.evaluation.heldout import Evaluation
 from manifold_lora.training.config import TrainConfig
-from manifold_lora.training.progress import Progress
 from manifold_lora.training.run import ADAPTER, CHECKPOINTS, START
+from manifold_lora.training.state import RunState
 from manifold_lora.training.step import TrainState
 
 
@@ -26,10 +26,10 @@ class Preempted(RuntimeError):
     """The run received SIGTERM; a checkpoint has been written."""
 
     @classmethod
-    def after(cls, progress: Progress, out: Path) -> "Preempted":
+    def after(cls, run: RunState, out: Path) -> "Preempted":
         """The error after the last step of a preempted run."""
         return cls(
-            f"received SIGTERM: the checkpoint {out / CHECKPOINTS}/{progress.step} is "
+            f"received SIGTERM: the checkpoint {out / CHECKPOINTS}/{run.step} is "
             "written. The same command resumes from it."
         )
 
@@ -63,7 +63,7 @@ def start_or_resume(
     save_adapter: Callable[[Any, Path], None],
     out: Path,
     console: Console,
-) -> tuple[TrainState, Progress]:
+) -> RunState:
     """The state that a run starts or resumes with; adapter/ then holds the best so far.
 
     Args:
@@ -79,10 +79,10 @@ def start_or_resume(
     if restored is None:
         save_adapter(fresh.factors, out / ADAPTER)
         evaluation = measure(0, fresh.factors)
-        return fresh, Progress(initial=evaluation, best=evaluation)
+        return RunState(fresh, initial=evaluation, best=evaluation)
     console.print(f"Resuming from the checkpoint of step {restored.step}.")
-    progress = Progress.from_json(restored.progress["progress"])
-    best_step, best = progress.best_step, restored.state.factors
+    run = RunState.from_json(restored.state, restored.progress["progress"])
+    best_step, best = run.best_step, restored.state.factors
     try:
         if best_step == 0:
             best = fresh.factors
@@ -94,24 +94,21 @@ def start_or_resume(
             "replaces it.",
             soft_wrap=True,
         )
-        progress = progress._replace(
-            best=measure(restored.step, best), best_step=restored.step
-        )
+        run = run._replace(best=measure(restored.step, best), best_step=restored.step)
     save_adapter(best, out / ADAPTER)
-    return restored.state, progress
+    return run
 
 
 def save_checkpoint(
     checkpoints: CheckpointStore,
     config: TrainConfig,
-    state: TrainState,
-    progress: Progress,
+    run: RunState,
     console: Console,
 ) -> None:
     """Write a checkpoint in the background."""
     with checkpoint_errors(config, console):
-        content = {"progress": progress.to_json(), "config": flatten(config)}
-        checkpoints.save(progress.step, state, content, best_step=progress.best_step)
+        content = {"progress": run.to_json(), "config": flatten(config)}
+        checkpoints.save(run.step, run.arrays, content, best_step=run.best_step)
 
 
 @contextlib.contextmanager

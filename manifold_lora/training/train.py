@@ -27,7 +27,6 @@ from manifold_lora.training.artifacts import (
 )
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.optimizer import build_optimizer
-from manifold_lora.training.progress import all_finite
 from manifold_lora.training.resume import (
     Preempted,
     checkpoint_errors,
@@ -46,6 +45,7 @@ from manifold_lora.training.setup import (
     total_steps,
     training_batches,
 )
+from manifold_lora.training.state import all_finite
 from manifold_lora.training.step import initial_state, make_step
 
 
@@ -120,49 +120,49 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
             measure = partial(
                 report_evaluation, evaluate, frozen, held_out, metrics, console
             )
-            state, progress = start_or_resume(
+            run = start_or_resume(
                 fresh, restored, checkpoints, measure, save_adapter, out, console
             )
-            started -= progress.seconds
+            started -= run.seconds
             batches = iter(training_batches(config, data, rows=to_devices.local_rows))
-            if progress.data_state is not None:
-                batches.set_state(progress.data_state)
-            bar = stack.enter_context(display.StepBar(console, steps, progress.step))
-            while progress.step < steps:
-                out_of_patience = progress.evaluations_since_best == config.patience
+            if run.data_state is not None:
+                batches.set_state(run.data_state)
+            bar = stack.enter_context(display.StepBar(console, steps, run.step))
+            while run.step < steps:
+                out_of_patience = run.evaluations_since_best == config.patience
                 if out_of_patience or (batch := next(batches, None)) is None:
                     break
                 step_started = time.perf_counter()
-                rate = np.asarray(schedule(progress.step)).item()
-                state, measured = step(state, frozen, to_devices(batch))
+                rate = np.asarray(schedule(run.step)).item()
+                arrays, measured = step(run.arrays, frozen, to_devices(batch))
                 row = {name: float(value) for name, value in measured.items()}
                 tokens = int(row.pop("tokens"))
                 speed = tokens / (time.perf_counter() - step_started)
-                progress = progress.after_step(tokens, row["residual"])
+                run = run.after_step(arrays, tokens, row["residual"])
                 row |= {"learning_rate": rate, "tokens_per_second": round(speed)}
-                metrics.write(step=progress.step, **row)
+                metrics.write(step=run.step, **row)
                 if not all_finite(row):
-                    raise Diverged.after(config, model, progress, row)
+                    raise Diverged.after(config, model, run, row)
                 bar.advance(row)
-                evaluated = progress.step % eval_every == 0 or progress.step == steps
+                evaluated = run.step % eval_every == 0 or run.step == steps
                 if evaluated:
-                    evaluation = measure(progress.step, state.factors, row["residual"])
-                    progress = progress.after_evaluation(evaluation, config.best_metric)
-                    if progress.best_step == progress.step:
-                        save_adapter(state.factors, out / ADAPTER)
-                preempted = preemption.reached(progress.step)
-                if evaluated or preempted or progress.step % checkpoint_every == 0:
+                    evaluation = measure(run.step, arrays.factors, row["residual"])
+                    run = run.after_evaluation(evaluation, config.best_metric)
+                    if run.best_step == run.step:
+                        save_adapter(arrays.factors, out / ADAPTER)
+                preempted = preemption.reached(run.step)
+                if evaluated or preempted or run.step % checkpoint_every == 0:
                     seconds = time.perf_counter() - started
-                    progress = progress.paused(seconds, batches.get_state())
-                    save_checkpoint(checkpoints, config, state, progress, console)
+                    run = run.paused(seconds, batches.get_state())
+                    save_checkpoint(checkpoints, config, run, console)
                 if preempted:
                     checkpoints.wait()
-                    raise Preempted.after(progress, out)
+                    raise Preempted.after(run, out)
             with checkpoint_errors(config, console):
                 checkpoints.wait()
 
         # Result; the model has the best factors
-        display.show_early_stop(console, config, progress)
+        display.show_early_stop(console, config, run)
         display.show_predictions(console, model, tokenizer, data.held_out[:8])
-        progress = progress._replace(seconds=time.perf_counter() - started)
-        return save_result(config, console, model, data, held_out, progress, metrics)
+        run = run._replace(seconds=time.perf_counter() - started)
+        return save_result(config, console, model, data, held_out, run, metrics)

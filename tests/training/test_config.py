@@ -89,9 +89,9 @@ def test_shipped_configs_are_valid(file):
 
 
 def test_every_setting_is_declared_once_and_described():
-    found = entries(TrainConfig)
-    assert len(found) > 50
-    for entry in found.values():
+    settings = entries(TrainConfig)
+    assert len(settings) > 50
+    for entry in settings.values():
         for field in entry.fields.values():
             assert field.metadata["help"], entry.name
 

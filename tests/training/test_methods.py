@@ -1,5 +1,5 @@
 """Every method trained for some steps on a bfloat16 base: its factors stay float32 and
-on their manifold, and a saved adapter goes on bit for bit."""
+on their manifold, and a saved adapter continues training bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_saved_adapter_goes_on_bit_for_bit(method: str, tmp_path: Path):
+def test_a_saved_adapter_continues_bit_for_bit(method: str, tmp_path: Path):
     given = AdapterConfig(method, rank=4, targets=TARGETS, rank_pattern=PATTERN)
     model = tiny.base(jnp.bfloat16)
     model.remat = False
@@ -81,7 +81,7 @@ def test_a_saved_adapter_goes_on_bit_for_bit(method: str, tmp_path: Path):
     half = run(state, frozen, stream[:3])
     ml.set_factors(model, jax.tree.map(jnp.copy, half.factors))
     rest = jax.tree.map(jnp.copy, (half.opt_state, half.key))
-    whole = run(half, frozen, stream[3:])
+    uninterrupted = run(half, frozen, stream[3:])
 
     save_adapter(model, tmp_path / "a")
     again = tiny.base(jnp.bfloat16)
@@ -93,16 +93,16 @@ def test_a_saved_adapter_goes_on_bit_for_bit(method: str, tmp_path: Path):
     same(fresh, frozen)
     other = run(TrainState(jax.tree.map(jnp.copy, loaded), *rest), fresh, stream[3:])
     if method != "loram_fr":  # what fills up its S is 1 to rounding, and 1 once loaded
-        same(other[:2], whole[:2])
+        same(other[:2], uninterrupted[:2])
     ml.set_factors(again, other.factors)
-    ml.set_factors(model, whole.factors)
+    ml.set_factors(model, uninterrupted.factors)
     same(tiny.arrays(again), tiny.arrays(model))
 
     # What else a run must keep
-    dtypes = {x.dtype for x in jax.tree.leaves(whole.factors)}
+    dtypes = {x.dtype for x in jax.tree.leaves(uninterrupted.factors)}
     assert dtypes == {np.dtype("float32")}
     for x, y in zip(
-        jax.tree.leaves(whole.factors), jax.tree.leaves(factors), strict=True
+        jax.tree.leaves(uninterrupted.factors), jax.tree.leaves(factors), strict=True
     ):
         assert (x != y).any()
     assert len(residuals) == STEPS + 3

@@ -1,4 +1,4 @@
-"""Interrupted runs go on, and end as if nothing had happened."""
+"""Interrupted runs resume, and end like uninterrupted ones."""
 
 import io
 import itertools
@@ -64,8 +64,8 @@ def elsewhere(settings: Settings) -> Settings:
 
 def same_outcome(settings: Settings, summary: dict[str, Any]) -> None:
     """The run ended as one that was never interrupted, to the last bit."""
-    whole, _ = run(elsewhere(settings))
-    assert {**summary, "seconds": 0} == {**whole, "seconds": 0}
+    uninterrupted, _ = run(elsewhere(settings))
+    assert {**summary, "seconds": 0} == {**uninterrupted, "seconds": 0}
     one, other = settings["out"], elsewhere(settings)["out"]
     assert (one / ADAPTER).read_bytes() == (other / ADAPTER).read_bytes()
     assert (one / "start" / Path(ADAPTER).name).read_bytes() != (
@@ -115,7 +115,7 @@ def fail() -> None:
     ],
     ids=lambda changes: changes["method"],
 )
-def test_an_interrupted_run_goes_on_bit_for_bit(settings, monkeypatch, changes):
+def test_an_interrupted_run_resumes_bit_for_bit(settings, monkeypatch, changes):
     settings = settings | changes
     interrupt(monkeypatch, 6, fail)
     with pytest.raises(Interrupted):
@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(settings, monkeypatch, changes):
 
 
 @pytest.mark.smoke
-def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(settings, monkeypatch):
+def test_sigterm_writes_a_checkpoint_and_the_run_resumes(settings, monkeypatch):
     interrupt(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(training.Preempted, match="checkpoints/5 is written"):
         run(settings)
@@ -138,7 +138,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(settings, monkeypatch):
     same_outcome(settings, summary)
 
 
-def test_patience_is_kept_over_an_interruption(settings, monkeypatch):
+def test_patience_survives_an_interruption(settings, monkeypatch):
     # no answer is right before the end
     settings = settings | {"best_metric": "accuracy", "patience": 2, "eval_every": 2}
     interrupt(monkeypatch, 3, fail)
@@ -151,15 +151,15 @@ def test_patience_is_kept_over_an_interruption(settings, monkeypatch):
 def test_a_finished_run_says_so_and_changes_nothing(settings):
     run(settings)
     before = {p: p.stat().st_mtime_ns for p in settings["out"].rglob("*")}
-    kept = sorted(p.name for p in (settings["out"] / "checkpoints").iterdir())
-    assert kept == ["6", "8"]  # the last two, one of them the best
+    checkpoints = sorted(p.name for p in (settings["out"] / "checkpoints").iterdir())
+    assert checkpoints == ["6", "8"]  # the last two, one of them the best
     summary, text = run(settings)
     assert "This run is finished" in text
     assert summary == json.loads((settings["out"] / "summary.json").read_text())
     assert {p: p.stat().st_mtime_ns for p in settings["out"].rglob("*")} == before
 
 
-def test_overwrite_begins_anew(settings, monkeypatch):
+def test_overwrite_restarts(settings, monkeypatch):
     interrupt(monkeypatch, 6, fail)
     with pytest.raises(Interrupted):
         run(settings)
@@ -187,7 +187,7 @@ def flip(directory: Path) -> str:
     return str(file.relative_to(directory))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(settings, monkeypatch):
+def test_a_corrupt_checkpoint_is_named_and_skipped(settings, monkeypatch):
     checkpoints = interrupted(settings, monkeypatch)
     name = flip(checkpoints / "6")
     summary, text = run(settings)
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(settings, monkeyp
     same_outcome(settings, summary)
 
 
-def test_no_whole_checkpoint_left(settings, monkeypatch):
+def test_no_intact_checkpoint(settings, monkeypatch):
     checkpoints = interrupted(settings, monkeypatch)
     flip(checkpoints / "6")
     (checkpoints / "4" / "run.json").unlink()
@@ -251,7 +251,7 @@ def test_another_base_is_refused(settings, files, monkeypatch, tmp_path):
 
 
 @pytest.mark.mesh
-def test_a_run_goes_on_on_another_mesh(settings, monkeypatch):
+def test_a_run_resumes_on_another_mesh(settings, monkeypatch):
     first = settings | {"method": "stella", "mesh": "fsdp=8"}
     interrupt(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(training.Preempted):
@@ -259,8 +259,10 @@ def test_a_run_goes_on_on_another_mesh(settings, monkeypatch):
     second = first | {"mesh": "data=2,fsdp=2,tensor=2"}
     summary, text = run(second)
     assert "step 5" in text and "2 tensor" in text
-    whole, _ = run(elsewhere(first))
-    assert summary["loss_after"] == pytest.approx(whole["loss_after"], abs=FLOAT32)
+    uninterrupted, _ = run(elsewhere(first))
+    assert summary["loss_after"] == pytest.approx(
+        uninterrupted["loss_after"], abs=FLOAT32
+    )
     one, other = (load_file(c["out"] / ADAPTER) for c in (settings, elsewhere(first)))
     for name, x in one.items():
         np.testing.assert_allclose(x, other[name], atol=10 * FLOAT32)
@@ -302,8 +304,10 @@ def test_kill_at_any_moment(settings, files):
         assert code == -signal.SIGKILL, output
     code, output = command.end(command.start(*arguments))
     assert code == 0, output
-    whole = settings["out"].with_name("uninterrupted")
-    options["out"] = whole
+    uninterrupted = settings["out"].with_name("uninterrupted")
+    options["out"] = uninterrupted
     code, output = command.end(command.start("train", *command.flags(options)))
     assert code == 0, output
-    assert (settings["out"] / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+    assert (settings["out"] / ADAPTER).read_bytes() == (
+        uninterrupted / ADAPTER
+    ).read_bytes()

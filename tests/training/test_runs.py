@@ -1,4 +1,4 @@
-"""Whole runs of what only some methods have: going on, merging, and exporting."""
+"""Whole runs: continuing from an adapter, merging, and exporting."""
 
 import io
 import itertools
@@ -63,19 +63,19 @@ def loss_of(settings: Settings, model: ml.Llama) -> float:
     return make_evaluate(rebuild, axes(model))(factors, frozen, feed).loss
 
 
-def kept(settings: Settings, name: str = "adapter") -> ml.Llama:
+def saved_model(settings: Settings, name: str = "adapter") -> ml.Llama:
     model = ml.load_llama(settings["model"])
     model.remat = False
     ml.load_adapter(model, settings["out"] / name)
     return model
 
 
-def test_a_run_goes_on_from_an_adapter(settings: Settings, tmp_path: Path):
+def test_a_run_continues_from_an_adapter(settings: Settings, tmp_path: Path):
     first = settings | {"method": "stella", "rank_pattern": {"0.*": 2}}
     summary = run(first)
     assert summary["loss_after"] < summary["loss_before"]
     assert summary["least_effective_rank"] > 1
-    assert adapters(kept(first))["self_attn.q_proj"].ranks == (2, 4)
+    assert adapters(saved_model(first))["self_attn.q_proj"].ranks == (2, 4)
     # targets and patterns are those of the adapter
     then = settings | {
         "method": "stella",
@@ -86,8 +86,8 @@ def test_a_run_goes_on_from_an_adapter(settings: Settings, tmp_path: Path):
     assert more["loss_before"] == pytest.approx(summary["loss_after"], rel=LOGITS)
     assert more["loss_after"] < more["loss_before"]
     for one, other in zip(
-        jax.tree.leaves(ml.factors(kept(then, "start"))),
-        jax.tree.leaves(ml.factors(kept(first))),
+        jax.tree.leaves(ml.factors(saved_model(then, "start"))),
+        jax.tree.leaves(ml.factors(saved_model(first))),
         strict=True,
     ):
         np.testing.assert_array_equal(one, other)
@@ -136,7 +136,7 @@ def test_diagonal_scaling_writes_the_merged_model(settings: Settings):
     assert (model.layers.self_attn.q_proj.kernel[...] != plain).any()
 
 
-def test_a_merged_model_is_kept_where_the_loss_is_lost(
+def test_a_merged_model_is_saved_when_the_loss_is_nan(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ):
     make_step = training.make_step
@@ -164,11 +164,11 @@ def test_a_merged_model_is_kept_where_the_loss_is_lost(
     assert np.isfinite(kernel).all()
 
 
-def test_landing_is_reported_and_kept_as_exported(settings: Settings):
+def test_landing_is_reported_and_saved_as_exported(settings: Settings):
     given = settings | {"method": "landing_stiefel", "project_on_export": True}
     summary = run(given)
     assert summary["last_residual"] > 1e-4
-    model = kept(given)
+    model = saved_model(given)
     assert largest_residual(ml.manifold_tree(model), ml.factors(model)) < RESIDUAL
     loss = loss_of(given, model)
     assert loss == pytest.approx(summary["loss_exported"], rel=LOGITS)
@@ -176,14 +176,14 @@ def test_landing_is_reported_and_kept_as_exported(settings: Settings):
     assert summary["energy_discarded"] == 0 and summary["ranks_exported"] == [4]
 
 
-def test_truncation_is_reported_and_kept_as_exported(settings: Settings):
+def test_truncation_is_reported_and_saved_as_exported(settings: Settings):
     given = settings | {
         "method": "loram_br",
         "truncate_below": 0.84,
         "nuclear_decay": 1e-3,
     }
     summary = run(given)
-    model = kept(given)
+    model = saved_model(given)
     ranks = {r for m in adapters(model).values() for r in m.ranks}
     assert summary["ranks_exported"] == sorted(ranks) and min(ranks) < 4
     assert adapters(model)["self_attn.q_proj"].ranks == (4, 2)

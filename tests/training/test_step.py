@@ -1,4 +1,4 @@
-"""The training step against plain sums in NumPy and against itself in parts."""
+"""The training step against plain sums in NumPy and against itself in micro-batches."""
 
 from typing import Any
 
@@ -105,12 +105,12 @@ def test_accumulation_is_one_big_batch(accumulate):
     batch = batch_of(examples())
     counts = batch["loss_mask"].reshape(accumulate, -1).sum(1)
     assert len(set(counts.tolist())) > 1
-    whole, metrics = run(adapted(), batch, optax.sgd(0.1))
+    at_once, metrics = run(adapted(), batch, optax.sgd(0.1))
     parts, metrics_parts = run(adapted(), batch, optax.sgd(0.1), accumulate)
     assert metrics_parts["loss"] == pytest.approx(metrics["loss"], rel=FLOAT32)
     assert metrics_parts["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-5)
     for a, b in zip(
-        jax.tree.leaves(parts.factors), jax.tree.leaves(whole.factors), strict=True
+        jax.tree.leaves(parts.factors), jax.tree.leaves(at_once.factors), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=FLOAT32)
 

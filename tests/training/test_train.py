@@ -239,7 +239,7 @@ def test_full_disk_leaves_the_earlier_adapter(settings, monkeypatch):
 
     def full(*args, **kwargs):
         calls.append(args)
-        if len(calls) > 2:  # the start and the first adapter are whole
+        if len(calls) > 2:  # start/ and the first adapter are intact
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         return save(*args, **kwargs)
 

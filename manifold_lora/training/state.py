@@ -1,4 +1,4 @@
-"""How far a run is: plain numbers, saved with every checkpoint."""
+"""All that changes during a run, saved with every checkpoint."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,9 +7,10 @@ from manifold_lora.evaluation.heldout import Evaluation
 from manifold_lora.training.step import TrainState
 
 
-class Progress(NamedTuple):
-    """The steps, tokens and evaluations of a run so far."""
+class RunState(NamedTuple):
+    """The arrays of a run, and how far it is, in plain numbers."""
 
+    arrays: TrainState  # factors, optimiser state and PRNG key
     initial: Evaluation  # before the first step
     best: Evaluation
     best_step: int = 0
@@ -21,16 +22,19 @@ class Progress(NamedTuple):
     seconds: float = 0.0
     data_state: dict[str, Any] | None = None  # of the batch iterator
 
-    def after_step(self, tokens: int, violation: float) -> "Progress":
-        """With one more step counted."""
+    def after_step(
+        self, arrays: TrainState, tokens: int, violation: float
+    ) -> "RunState":
+        """With the arrays of one more step."""
         return self._replace(
+            arrays=arrays,
             step=self.step + 1,
             tokens=self.tokens + tokens,
             last_violation=violation,
             largest_violation=max(self.largest_violation, violation),
         )
 
-    def after_evaluation(self, evaluation: Evaluation, metric: str) -> "Progress":
+    def after_evaluation(self, evaluation: Evaluation, metric: str) -> "RunState":
         """With an evaluation of the current step, which may be the best one."""
         new, best = getattr(evaluation, metric), getattr(self.best, metric)
         if new > best if metric == "accuracy" else new < best:
@@ -39,26 +43,19 @@ class Progress(NamedTuple):
             )
         return self._replace(evaluations_since_best=self.evaluations_since_best + 1)
 
-    def paused(self, seconds: float, data_state: dict[str, Any]) -> "Progress":
+    def paused(self, seconds: float, data_state: dict[str, Any]) -> "RunState":
         """With the time spent so far and the state of the batch iterator."""
         return self._replace(seconds=seconds, data_state=data_state)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it; `from_json` is the inverse."""
-        return self._asdict()
+        """All but the arrays, as JSON can hold it; `from_json` is the inverse."""
+        return {k: value for k, value in self._asdict().items() if k != "arrays"}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """The progress that `to_json` was called on."""
+    def from_json(cls, arrays: TrainState, values: dict[str, Any]) -> "RunState":
+        """The state of these arrays that `to_json` was called on."""
         evaluations = {k: Evaluation(*values[k]) for k in ("initial", "best")}
-        return cls(**{**values, **evaluations})
-
-
-class RunState(NamedTuple):
-    """All that changes during a run."""
-
-    arrays: TrainState  # factors, optimiser state and PRNG key
-    progress: Progress
+        return cls(**{**values, **evaluations}, arrays=arrays)
 
 
 def all_finite(metrics: dict[str, float]) -> bool:
