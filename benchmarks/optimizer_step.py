@@ -2,10 +2,9 @@
 
     python benchmarks/optimizer_step.py [--plot retractions.png]
 
-All seven linears, 32 layers, rank 16, float32, jitted and donated. Ratios of medians,
-taken in turn in one run, against plain Optax on the same tree; where torch and geoopt
-are installed (the [peers] extra) against them as well. Nothing in it depends on the
-device: on a GPU it runs unchanged. Needs the [test] extra; four minutes on two cores.
+All seven linears, 32 layers, rank 16, float32, jitted and donated. Ratios of medians of
+interleaved runs, against Optax on the same tree and, with the [peers] extra, torch and
+geoopt. Needs the [test] extra; four minutes on two cores.
 """
 
 import argparse
@@ -387,10 +386,8 @@ def main() -> None:
     low_rank_steps()
     print("\nPeers, same factors, same machine (ms, ratio)")
     torch_peers(ours)
-    print("\nShare of a training step of LLaMA-3-8B, 2,048 tokens, bfloat16")
-    if jax.default_backend() == "cpu":
-        print("  needs a GPU of 40 GB: not measured")
-    else:
+    print("\nShare of a step of LLaMA-3-8B, 2,048 tokens, bfloat16 (a GPU of 40 GB)")
+    if jax.default_backend() != "cpu":
         share_of_training(ours, LLAMA_3_8B, 2048)
     retractions(plot)
     print("\nResidual after 2,000 float32 steps of Adam, rate from 0.1 to 0")
