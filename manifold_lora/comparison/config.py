@@ -7,7 +7,6 @@ from typing import Any
 
 from manifold_lora.adapters.config import AdapterConfig, LowRankConfig
 from manifold_lora.adapters.options import fields_by_option, inits, options_class
-from manifold_lora.configuration.flat import part
 from manifold_lora.methods import METHODS, check_method
 from manifold_lora.settings import PositiveInt, raise_all, setting, validate
 from manifold_lora.training.config import RunConfig, TrainConfig
@@ -27,8 +26,6 @@ class CompareConfig(RunConfig):
     Raises:
         InputError: all problems, in one message.
     """
-
-    adapter: LowRankConfig = part(LowRankConfig)
 
     options: Mapping[str, Any] = dataclasses.field(
         default_factory=dict,
@@ -130,7 +127,8 @@ def _run_of(config: CompareConfig, name: str) -> TrainConfig:
         for field in dataclasses.fields(LowRankConfig)
     }
     shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
-    return TrainConfig(**shared, adapter=AdapterConfig(name, options, **low_rank))
+    shared["adapter"] = AdapterConfig(name, options, **low_rank)
+    return TrainConfig(**shared)
 
 
 def _grid(name: str, builtin: bool) -> tuple[float, ...]:

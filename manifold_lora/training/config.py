@@ -5,7 +5,7 @@ import typing
 from pathlib import Path
 from typing import Literal
 
-from manifold_lora.adapters.config import AdapterConfig
+from manifold_lora.adapters.config import AdapterConfig, LowRankConfig
 from manifold_lora.adapters.options import (
     Role,
     describe_learning_rates,
@@ -47,6 +47,7 @@ class RunConfig:
 
     model: ModelConfig = part(ModelConfig)
     data: DataConfig = part(DataConfig)
+    adapter: LowRankConfig = part(LowRankConfig)
     optimizer: OptimizerConfig = part(OptimizerConfig)
     schedule: ScheduleConfig = part(ScheduleConfig)
     batch: BatchConfig = part(BatchConfig)
