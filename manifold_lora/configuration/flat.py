@@ -61,35 +61,34 @@ def parts(kind: Any) -> dict[str, dataclasses.Field[Any]]:
 
 def entries(kind: type) -> dict[str, Entry]:
     """Every setting of a configuration by its flat name, in the order of the fields."""
-    found: dict[str, Entry] = {}
+    by_name: dict[str, Entry] = {}
 
     def add(owner: Any, group: str) -> None:
         hints = type_hints(owner)
         for field in _fields(owner):
             if "help" in field.metadata:
                 name = flat_name(field)
-                found[name] = Entry(name, {"": field}, hints[field.name], group, owner)
+                hint = hints[field.name]
+                by_name[name] = Entry(name, {"": field}, hint, group, owner)
 
     add(kind, "")
-    roles = [f.metadata["roles"] for f in dataclasses.fields(kind) if _has_roles(f)]
+    (roles,) = (
+        field.metadata["roles"] for field in _fields(kind) if "roles" in field.metadata
+    )
     for group, field in parts(kind).items():
         add(field.metadata["part"], group)
         if group != "adapter":
             continue
         for name, fields in fields_by_option().items():
-            if next(iter(fields.values())).metadata["role"] in roles[0]:
+            if next(iter(fields.values())).metadata["role"] in roles:
                 hint = _joint_hint(name, list(fields))
-                found[name] = Entry(name, fields, hint, group, MethodOptions, True)
-    return found
+                by_name[name] = Entry(name, fields, hint, group, MethodOptions, True)
+    return by_name
 
 
 def _fields(config: Any) -> list[dataclasses.Field[Any]]:
     """The fields, positional ones first, such as the adapter's method."""
     return sorted(dataclasses.fields(config), key=lambda field: bool(field.kw_only))
-
-
-def _has_roles(field: dataclasses.Field[Any]) -> bool:
-    return "roles" in field.metadata
 
 
 def flat_name(field: dataclasses.Field[Any]) -> str:
