@@ -1,5 +1,6 @@
 """What only one method has: its options, declared beside its adapter."""
 
+import abc
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ class OptimizerInputs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MethodOptions:
+class MethodOptions(abc.ABC):
     """The options of a method; every adapter has a subclass of its own.
 
     Flags, TOML keys, checks, `manifold-lora methods` and the files of the adapter
@@ -92,9 +93,9 @@ class MethodOptions:
             if field.metadata["role"] == role
         }
 
+    @abc.abstractmethod
     def transformation(self, inputs: OptimizerInputs) -> optax.GradientTransformation:
         """The Optax transformation that trains the factors of this method."""
-        raise NotImplementedError
 
 
 def initialisation(default: str) -> Any:

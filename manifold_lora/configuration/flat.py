@@ -72,14 +72,11 @@ def entries(kind: type) -> dict[str, Entry]:
                 by_name[name] = Entry(name, {"": field}, hint, group, owner)
 
     add(kind, "")
-    (roles,) = (
-        field.metadata["roles"] for field in _fields(kind) if "roles" in field.metadata
-    )
+    roles = _option_roles(kind)
     for group, field in parts(kind).items():
         add(field.metadata["part"], group)
-        if group != "adapter":
-            continue
-        for name, fields in fields_by_option().items():
+        options = fields_by_option() if group == "adapter" else {}
+        for name, fields in options.items():
             if next(iter(fields.values())).metadata["role"] in roles:
                 hint = _joint_hint(name, list(fields))
                 by_name[name] = Entry(name, fields, hint, group, MethodOptions, True)
@@ -89,6 +86,12 @@ def entries(kind: type) -> dict[str, Entry]:
 def _fields(config: Any) -> list[dataclasses.Field[Any]]:
     """The fields, positional ones first, such as the adapter's method."""
     return sorted(dataclasses.fields(config), key=lambda field: bool(field.kw_only))
+
+
+def _option_roles(kind: type) -> Sequence[str]:
+    """The roles of the method options that a command has; none without an adapter."""
+    declared = (field.metadata.get("roles", ()) for field in _fields(kind))
+    return next(filter(None, declared), ())
 
 
 def flat_name(field: dataclasses.Field[Any]) -> str:
@@ -143,7 +146,8 @@ def compose(kind: Callable[..., Config], *sources: Source) -> Config:
     for name, field in parts(kind).items():
         if field.metadata["part"] is AdapterConfig:
             holder = values[name]
-    holder[OPTIONS] = options
+    if options:
+        holder[OPTIONS] = options
 
     def make(build: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         try:

@@ -10,11 +10,19 @@ import pytest
 import tomli_w
 
 from manifold_lora.adapters.options import inits, options_class
-from manifold_lora.configuration.flat import compose, entries, flatten, read_toml
+from manifold_lora.configuration.flat import (
+    Source,
+    compose,
+    entries,
+    flatten,
+    part,
+    read_toml,
+)
 from manifold_lora.configuration.parts import ScheduleConfig
 from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS
 from manifold_lora.optimizers.named import named_optimizer
+from manifold_lora.settings import setting
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.optimizer import build_schedule
 from tests.configs import train_config
@@ -117,6 +125,28 @@ def test_defaults_depend_on_method_model_and_data():
         config = train_config(method=name)
         assert config.learning_rate == rates.builtin
         assert config.free_learning_rate == (free and free.builtin)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithoutAdapter:
+    """A command's configuration that has no adapter."""
+
+    schedule: ScheduleConfig = part(ScheduleConfig)
+    prompt: str = setting("", "what to complete")
+
+
+def test_a_configuration_without_an_adapter():
+    assert [*entries(WithoutAdapter)] == [
+        "prompt",
+        "steps",
+        "epochs",
+        "schedule",
+        "warmup_steps",
+    ]
+    config = compose(WithoutAdapter, Source({"prompt": "a", "warmup_steps": 3}))
+    assert (config.prompt, config.schedule.warmup_steps) == ("a", 3)
+    with pytest.raises(InputError, match="unknown key 'diagonal_s'"):
+        compose(WithoutAdapter, Source({"diagonal_s": True}))
 
 
 def test_parts_are_checked_when_they_are_made():
