@@ -221,12 +221,16 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_renamed(arguments: Iterable[str]) -> None:
-    """Raise `InputError` for a flag that has another name now."""
-    for argument in arguments:
+def check_renamed(arguments: Sequence[str]) -> None:
+    """Raise `InputError` for a flag that is written otherwise now."""
+    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
         for old, new in RENAMED.items():
             if argument.partition("=")[0] == flag(old):
                 raise InputError(f"{flag(old)} is now called {flag(new)}.")
+        if argument == "--packing" and value in ("True", "False", "None"):
+            raise InputError(
+                "--packing takes no value now; its opposite is --no-packing."
+            )
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:

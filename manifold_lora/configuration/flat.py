@@ -43,6 +43,7 @@ class Source(NamedTuple):
     values: Mapping[str, Any]
     label: Callable[[str], str] = str  # how messages call a setting
     from_text: bool = False  # numbers are still text
+    problems: tuple[str, ...] = ()  # with the source itself
 
 
 def part(kind: Any, **metadata: Any) -> Any:
@@ -124,6 +125,7 @@ def compose(kind: Callable[..., Config], *sources: Source) -> Config:
     values: dict[str, dict[str, Any]] = {name: {} for name in ("", *parts(kind))}
     options: dict[str, Any] = {}
     for source in sources:
+        problems += source.problems
         for name, value in source.values.items():
             if name not in known:
                 problems.append(f"{source.label(name)}: {_unknown(name, known)}")
@@ -172,8 +174,10 @@ def _unknown(name: str, known: Mapping[str, Any]) -> str:
 def read_toml(path: Path, kind: type) -> Source:
     """The values of a TOML file, flat or in tables with the names of the parts.
 
+    A key in the table of another part is one of its problems.
+
     Raises:
-        InputError: no such file, broken TOML, or a key in the table of another part.
+        InputError: no such file, or broken TOML.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -198,8 +202,7 @@ def read_toml(path: Path, kind: type) -> Source:
                 )
                 problems.append(f"{path}: {name} stands in [{key}] and {where}")
             flat[name] = inner
-    raise_all(problems)
-    return Source(flat, lambda name: f"{path}: {name}")
+    return Source(flat, lambda name: f"{path}: {name}", problems=tuple(problems))
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -169,6 +169,10 @@ def bad_inputs(folder, model, data):
             "stiefel has random; pissa goes with lora",
         ),
         "renamed": ((*use, *ok, "--start", "pissa"), "--start is now called --init"),
+        "no value": (
+            (*use, *ok, "--packing", "True"),
+            "--packing takes no value now; its opposite is --no-packing",
+        ),
         "pairs": ((*use, *ok, "--rank-pattern", "q_proj"), "a value each"),
         "several": (
             (*use, *ok, "--rank", 0, "--dropout", "x", "--batch-size", 1.5),

@@ -74,10 +74,11 @@ def test_a_file_overrides_defaults(tmp_path, text):
 
 
 def test_a_key_in_the_table_of_another_part(tmp_path):
-    file = write(tmp_path / "c.toml", "[data]\nrank = 4\nlearning_rate = 1")
+    file = write(tmp_path / "c.toml", "rnk = 1\n[data]\nrank = 4\nlearning_rate = 1")
     with pytest.raises(InputError) as caught:
         read(file)
     assert "rank stands in [data] and belongs in [adapter]" in str(caught.value)
+    assert "Did you mean rank?" in str(caught.value)
     assert "learning_rate stands in [data] and belongs before" in str(caught.value)
 
 
