@@ -39,12 +39,16 @@ class _NotGiven(int):
 _NOT_GIVEN: Any = _NotGiven(0)
 
 
+# tyro parses the source of a class's module for comments; classes made here have none.
+_NO_SOURCE = "builtins"
 _OPTIONS = "Options of some methods only, which stand in brackets."
 
 
 @dataclasses.dataclass(frozen=True)
 class CommandFlags:
     """Flags of every command with a configuration."""
+
+    __module__ = _NO_SOURCE
 
     config: Annotated[
         Path | None,
@@ -76,11 +80,13 @@ def flags_class(kind: type) -> type[CommandFlags]:
         )
         text = _OPTIONS if members[0].option else members[0].owner.__doc__ or ""
         made.__doc__ = inspect.cleandoc(text).split("\n\n")[0]
+        made.__module__ = _NO_SOURCE
         fields.append((group, made, made()))
     made = dataclasses.make_dataclass(
         kind.__name__, fields, bases=(CommandFlags,), frozen=True
     )
     made.__doc__ = ""
+    made.__module__ = _NO_SOURCE
     return made
 
 

@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prog="manifold-lora",
             description="Low-rank adapters on matrix manifolds for LLaMA, in JAX.",
             args=arguments,
-            config=(tyro.conf.OmitArgPrefixes,),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
         )
     except InputError as error:
         if "--debug" in arguments:
