@@ -21,9 +21,9 @@ from safetensors.numpy import load_file
 from manifold_lora.adapters.config import AdapterConfig, lookup
 from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.options import adapter_class, fields_by_option
+from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.manifolds import Manifold
-from manifold_lora.models.config import read_json
 
 CONFIG, WEIGHTS, EXTRA, FACTORS = (
     "adapter_config.json",

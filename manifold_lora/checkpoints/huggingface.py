@@ -20,12 +20,12 @@ from jax import P
 from safetensors import SafetensorError, safe_open
 
 from manifold_lora.checkpoints.atomic import atomic_directory, save_tensors
+from manifold_lora.decoding import read_json
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
 from manifold_lora.distributed.sharding import logical_axes, storage_spec
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
-from manifold_lora.models.config import read_json
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

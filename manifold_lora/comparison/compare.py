@@ -30,8 +30,9 @@ from manifold_lora.data.batches import evaluation_batches, padded_length
 from manifold_lora.data.builtin import BASE
 from manifold_lora.data.tokens import load_tokenizer
 from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.data import load_data, total_steps
 from manifold_lora.training.optimizer import Rates
-from manifold_lora.training.setup import load_base, load_data, total_steps
+from manifold_lora.training.setup import load_base
 
 FREE_GRID = (1 / 3, 1.0, 3.0)  # multiples of the default free learning rate
 BUDGET = 1.1  # maximum ratio of trained parameters to the baseline's

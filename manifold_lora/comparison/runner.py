@@ -26,8 +26,8 @@ from manifold_lora.checkpoints.peft import save_adapter
 from manifold_lora.evaluation.heldout import Evaluation, make_evaluate
 from manifold_lora.training.artifacts import base_id, exporting
 from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.data import Data, training_batches
 from manifold_lora.training.optimizer import Rates, build_optimizer, with_run_data
-from manifold_lora.training.setup import Data, training_batches
 from manifold_lora.training.step import TrainState, make_step
 
 

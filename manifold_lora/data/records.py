@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -33,9 +33,11 @@ MAX_PROBLEMS = 8  # shown per file; the rest are counted
 class Turn:
     """One message of a chat; `trained` turns carry the loss."""
 
-    role: str  # system, user or assistant
+    role: str  # system, user, assistant or tool
     text: str
     trained: bool = False
+    # Further keys of the message for the chat template, such as tool_calls.
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Record:
     turns: tuple[Turn, ...] = ()  # empty: no chat form
     prompt: str = ""
     completion: str = ""  # empty: no plain form
+    tools: tuple[dict[str, Any], ...] = ()  # for the chat template
+    template: str | None = None  # name of the chat template; None: the default one
+    location: str = ""  # file and line, for messages
 
 
 def read_records(path: str | PathLike[str]) -> list[Record]:
@@ -73,8 +78,8 @@ def read_records(path: str | PathLike[str]) -> list[Record]:
         >>> import pathlib, tempfile
         >>> file = pathlib.Path(tempfile.mkdtemp(), "train.jsonl")
         >>> _ = file.write_text('{"prompt": "1+1=", "completion": "2"}')
-        >>> read_records(file)
-        [Record(turns=(), prompt='1+1=', completion='2')]
+        >>> [(record.prompt, record.completion) for record in read_records(file)]
+        [('1+1=', '2')]
     """
     path, problems = Path(path), list[str]()
     records = []
@@ -102,8 +107,8 @@ def parse_record(value: Any) -> Record:
         InputError: It is not an object, or has no known keys or invalid values.
 
     Example:
-        >>> parse_record({"text": "Once upon a time"})
-        Record(turns=(), prompt='', completion='Once upon a time')
+        >>> parse_record({"text": "Once upon a time"}).completion
+        'Once upon a time'
     """
     if not isinstance(value, dict):
         raise InputError(f"a record must be an object, got {type(value).__name__}")

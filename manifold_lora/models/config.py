@@ -1,9 +1,7 @@
 """The configuration of a LLaMA model, as in Hugging Face's config.json."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from manifold_lora.errors import InputError, nearest
@@ -219,16 +217,3 @@ def _raise(errors: list[str]) -> None:
     """Raise one `InputError` with all messages, if there are any."""
     if errors:
         raise InputError("LLaMA config: " + "; ".join(errors) + ".")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; an `InputError` names the file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{file} is not valid JSON ({error}): copy or download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} must hold a JSON object: copy or download it again.")
-    return content

@@ -5,8 +5,9 @@ The values are those of the models' config.json files.
 
 from pathlib import Path
 
+from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError, nearest
-from manifold_lora.models.config import LlamaConfig, RopeScaling, read_json
+from manifold_lora.models.config import LlamaConfig, RopeScaling
 
 
 def _llama2(hidden: int, mlp: int, layers: int, heads: int, kv: int) -> LlamaConfig:

@@ -21,9 +21,10 @@ from manifold_lora.distributed.processes import is_main, wait_for_all
 from manifold_lora.evaluation.heldout import Evaluation, majority, make_evaluate
 from manifold_lora.training import display
 from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.data import Data
 from manifold_lora.training.plot import plot_loss
 from manifold_lora.training.run import ADAPTER, MERGED, PICTURE, SUMMARY, Metrics
-from manifold_lora.training.setup import Data, effective_ranks
+from manifold_lora.training.setup import effective_ranks
 from manifold_lora.training.state import RunState
 
 

@@ -16,6 +16,7 @@ from manifold_lora.data.tokens import Example
 from manifold_lora.evaluation.heldout import Evaluation, answer, complete
 from manifold_lora.models import Llama
 from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.data import Data
 from manifold_lora.training.run import (
     ADAPTER,
     MERGED,
@@ -24,7 +25,6 @@ from manifold_lora.training.run import (
     SETTINGS,
     SUMMARY,
 )
-from manifold_lora.training.setup import Data
 from manifold_lora.training.state import RunState
 
 

@@ -26,6 +26,12 @@ from manifold_lora.training.artifacts import (
     save_result,
 )
 from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.data import (
+    held_out_batches,
+    load_data,
+    total_steps,
+    training_batches,
+)
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.resume import (
     Preempted,
@@ -36,15 +42,7 @@ from manifold_lora.training.resume import (
     start_or_resume,
 )
 from manifold_lora.training.run import ADAPTER, Metrics, finished, open_run
-from manifold_lora.training.setup import (
-    check_agreement,
-    check_mesh,
-    held_out_batches,
-    load_data,
-    load_model,
-    total_steps,
-    training_batches,
-)
+from manifold_lora.training.setup import check_agreement, check_mesh, load_model
 from manifold_lora.training.state import all_finite
 from manifold_lora.training.step import initial_state, make_step
 

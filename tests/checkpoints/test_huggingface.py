@@ -157,7 +157,7 @@ def test_bad_config_files(path: Path):
     config.write_bytes(b"\xff\xfe\x00")
     refused(path, str(config), "not valid JSON")
     config.write_text("[]")
-    refused(path, str(config), "JSON object")
+    refused(path, str(config), "object")
     config.write_text(json.dumps(CONFIG | {"model_type": "qwen2"}))
     refused(path, str(config), "model_type must be 'llama', got 'qwen2'")
     config.write_text(json.dumps(CONFIG | {"rope_scaling": {"type": "dynamic"}}))

@@ -61,7 +61,7 @@ def test_corrupt_files(path: Path):
     (path / CONFIG).write_text('{"r": 2')
     refused(path, str(path / CONFIG), "not valid JSON", "again")
     (path / CONFIG).write_text("[1]")
-    refused(path, str(path / CONFIG), "JSON object")
+    refused(path, str(path / CONFIG), "object")
 
 
 @pytest.mark.parametrize(

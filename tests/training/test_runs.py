@@ -17,7 +17,8 @@ from manifold_lora.data.batches import evaluation_batches
 from manifold_lora.data.tokens import load_tokenizer
 from manifold_lora.evaluation.heldout import make_evaluate
 from manifold_lora.training import train as training
-from manifold_lora.training.setup import effective_ranks, load_data
+from manifold_lora.training.data import load_data
+from manifold_lora.training.setup import effective_ranks
 from manifold_lora.training.step import largest_residual
 from tests.configs import train_config
 from tests.tiny import data_file, model_directory

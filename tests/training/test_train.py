@@ -135,7 +135,7 @@ def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(finished):
     from manifold_lora.data.batches import evaluation_batches
     from manifold_lora.data.tokens import load_tokenizer
     from manifold_lora.evaluation.heldout import make_evaluate
-    from manifold_lora.training.setup import load_data
+    from manifold_lora.training.data import load_data
 
     data = load_data(train_config(**settings), load_tokenizer(settings["model"]))
     rebuild, factors, frozen = split(model)
