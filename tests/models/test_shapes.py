@@ -65,7 +65,7 @@ def test_unknown_names_and_invalid_files(tmp_path):
     with pytest.raises(InputError, match=r"config\.json is not valid JSON"):
         model_shape(tmp_path)
     file.write_text("[]")
-    with pytest.raises(InputError, match="must hold a JSON object"):
+    with pytest.raises(InputError, match="object"):
         model_shape(file)
     file.write_text(json.dumps({"model_type": "mistral"}))
     with pytest.raises(InputError, match=r"config\.json: LLaMA config.*mistral"):
