@@ -174,6 +174,8 @@ def requirement(hint: Any, value: Any = None) -> str:
     'a table of names, each value at least 1'
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated and args[1].description:
+        return args[1].description
     if origin is Annotated:
         numbers = int if args[0] is int else int | float
         is_number = isinstance(value, numbers) and not isinstance(value, bool)

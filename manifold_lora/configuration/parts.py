@@ -19,6 +19,10 @@ from manifold_lora.settings import (
     validate,
 )
 
+Date = Annotated[
+    str, Meta(pattern=r"^\d{4}-\d\d-\d\d$", description="a date such as 2026-01-31")
+]
+
 
 class Part:
     """A dataclass whose values are checked when it is made."""
@@ -66,6 +70,11 @@ class DataConfig(Part):
         UNSET, "several examples per row", default_text="no; for the built-in data yes"
     )
     train_on_prompt: bool = setting(False, "compute the loss on prompts too")
+    date: Date | None = setting(
+        None,
+        "date, as 2026-01-31, that chat templates write as today's",
+        default_text="the day on which the run began",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,111 +1,188 @@
-"""Chats to token ids and loss masks, with the tokenizer's chat template."""
+"""Chats to texts with the spans of their answers, by the tokenizer's chat template."""
 
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from os.path import commonprefix
+from typing import Any, NamedTuple
 
 from manifold_lora.data.records import Record, Turn
-from manifold_lora.errors import InputError
+from manifold_lora.data.templates import GENERATION, Renderer, TemplateError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Numbered = Sequence[tuple[int, Record]]  # records with their numbers, from 1
-Encoded = tuple[np.ndarray, np.ndarray]  # token ids int32, answer mask bool
+Span = tuple[int, int]
 
 
-def encode_with_generation_tags(
-    numbered: Numbered, tokenizer: "PreTrainedTokenizerBase"
-) -> list[Encoded]:
-    """Encode chats with a template that marks the answers by {% generation %}."""
-    try:
-        out: Any = tokenizer.apply_chat_template(
-            [_messages(record.turns) for _, record in numbered],
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
+class Text(NamedTuple):
+    """A text to tokenise, with the character spans of its answers."""
+
+    text: str
+    spans: list[Span]  # each with the token that ends the turn
+    answers: list[str]  # what each span must contain
+    special_tokens: bool = False  # whether the tokenizer adds its own
+
+
+def render_chat(
+    record: Record, template: str, renderer: Renderer, ends: re.Pattern[str]
+) -> list[Text]:
+    """The text of a chat; several where the template rewrites earlier turns.
+
+    Answers are located by {% generation %} tags, if the template has them and they mark
+    every answer, or else by rendering the messages before each of them and up to it.
+    A template that writes an earlier answer differently when more messages follow (such
+    as one that drops its reasoning) gives one text for each such answer.
+
+    Args:
+        record: its turns, of which some are trained.
+        template: the chat template.
+        renderer: renders it.
+        ends: matches the tokens that may end a turn, as text.
+
+    Raises:
+        TemplateError: the template rejects the chat or writes no answer or no end.
+    """
+    turns = record.turns
+    trained = [index for index, turn in enumerate(turns) if turn.trained]
+    messages = [message(turn) for turn in turns]
+    tags = bool(GENERATION.search(template))
+    chats: list[tuple[Any, bool]] = [(messages, False)]
+    if not tags:
+        chats += _prefixes(messages, trained)
+    whole, *prefixes = renderer.render(template, chats, record.tools)
+    if tags:
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        if len(whole.spans) == len(answers):
+            marked = dict(zip(answers, whole.spans, strict=True))
+            spans = [_with_end(whole.text, marked[i], ends) for i in trained]
+            return [Text(whole.text, spans, [turns[i].text for i in trained])]
+        chats = _prefixes(messages, trained)
+        prefixes = renderer.render(template, chats, record.tools)
+    together, alone = Text(whole.text, [], []), []
+    for place, index in enumerate(trained):
+        texts = [rendering.text for rendering in prefixes[3 * place : 3 * place + 3]]
+        part = _locate(turns, index, texts, ends)
+        stop = part.spans[0][1]
+        if whole.text[:stop] == part.text[:stop]:
+            together.spans.extend(part.spans)
+            together.answers.extend(part.answers)
+        else:
+            alone.append(part._replace(text=part.text[:stop]))
+    return [*alone, together] if together.spans else alone
+
+
+def message(turn: Turn) -> dict[str, Any]:
+    """A turn as a template takes it."""
+    return {"role": turn.role, "content": turn.text, **turn.extra}
+
+
+def _prefixes(messages: list[Any], trained: Sequence[int]) -> list[tuple[Any, bool]]:
+    """For each answer: what comes before it, without and with a prompt; up to it."""
+    return [
+        chat
+        for i in trained
+        for chat in (
+            (messages[:i], False),
+            (messages[:i], True),
+            (messages[: i + 1], False),
         )
-    except Exception:
-        for number, record in numbered:  # find the record, to name it
-            _render(number, record.turns, tokenizer)
-        raise
-    added, bos = tokenizer.added_tokens_decoder, tokenizer.bos_token_id
-    special = [token for token, kind in added.items() if kind.special and token != bos]
-    encoded = []
-    for ids, mask in zip(out["input_ids"], out["assistant_masks"], strict=True):
-        ids, mask = np.array(ids, np.int32), np.array(mask, np.bool_)
-        # Templates differ in whether the tag includes the token that ends the turn.
-        ends = mask[:-1] & ~mask[1:] & ~np.isin(ids[:-1], special)
-        mask[1:] |= ends & np.isin(ids[1:], special)
-        encoded.append((ids, mask))
-    return encoded
+    ]
 
 
-def encode_with_prefixes(
-    numbered: Numbered, tokenizer: "PreTrainedTokenizerBase"
-) -> list[Encoded]:
-    """Encode chats by rendering prefixes: each answer is what the longer one adds."""
-    texts = []
-    for number, record in numbered:
-        turns = record.turns
-        texts.append(_render(number, turns, tokenizer))
-        for index in _trained(turns):
-            texts.append(_render(number, turns[:index], tokenizer, prompt=True))
-            texts.append(_render(number, turns[: index + 1], tokenizer))
-    tokens = iter(tokenize(texts, tokenizer))
-    encoded = []
-    for number, record in numbered:
-        ids, spans = next(tokens), []
-        for index in _trained(record.turns):
-            before, after = next(tokens), next(tokens)
-            if ids[: len(before)] != before or ids[: len(after)] != after:
-                raise InputError(
-                    f"record {number}: the answer in message {index + 1} cannot be "
-                    "located among the tokens, because the chat template renders the "
-                    "messages up to it differently when others follow. Mark the "
-                    "answers in the template with {% generation %}, or use "
-                    "prompt+completion records."
-                )
-            spans.append((len(before), len(after)))
-        encoded.append(with_mask(ids, spans))
-    return encoded
+def _locate(
+    turns: Sequence[Turn], index: int, texts: Sequence[str], ends: re.Pattern[str]
+) -> Text:
+    """The text up to an answer, with the span of that answer alone.
+
+    Args:
+        turns: the chat.
+        index: the place of the answer in it.
+        texts: the messages before it, without and with a generation prompt, and up to
+            it, as the template writes them.
+        ends: matches the tokens that may end a turn.
+    """
+    (before, prompted, text), turn, previous = texts, turns[index], turns[index - 1]
+    stop = len(text) - len(_trailing_prompt(previous, prompted, text, ends))
+    start = len(commonprefix([prompted, text]))
+    context = before.rstrip()
+    if len(context) > stop or not text.startswith(context):
+        # The template always writes a prompt, or another system message.
+        if not text.startswith(prompted):
+            raise TemplateError(
+                f"the answer in message {index + 1} cannot be located, because the "
+                "chat template writes the messages before it differently when it "
+                "follows. Mark the answers in the template with {% generation %}, or "
+                "use prompt+completion records"
+            )
+        context = prompted
+    content = turn.text.strip()
+    found = text.find(content, start)
+    if found < 0:  # a prompt may end with how the answer begins, such as <think>
+        found = text.find(content, len(context))
+    if found < 0:
+        raise TemplateError(_why_absent(turn, index))
+    content = content[max(start - found, 0) :]
+    after = max(start, found) + len(content)
+    matches = [m.end() for m in ends.finditer(text, after, stop)]
+    if not matches:
+        raise TemplateError(
+            f"the chat template writes no end-of-turn or end-of-text token after the "
+            f"answer in message {index + 1}, so answers would never end"
+        )
+    return Text(text, [(start, matches[-1])], [content])
 
 
-def _trained(turns: Sequence[Turn]) -> list[int]:
-    return [index for index, turn in enumerate(turns) if turn.trained]
-
-
-def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.text} for turn in turns]
-
-
-def _render(
-    number: int,
-    turns: Sequence[Turn],
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt: bool = False,
+def _trailing_prompt(
+    previous: Turn, prompted: str, text: str, ends: re.Pattern[str]
 ) -> str:
-    try:
-        text: Any = tokenizer.apply_chat_template(
-            _messages(turns), tokenize=False, add_generation_prompt=prompt
+    """The generation prompt at the end of a text, if the template always writes it.
+
+    It is what both renderings end with, after the end of the turn before.
+    """
+    content = previous.text.strip()
+    after = prompted.rfind(content) + len(content)
+    tail = commonprefix([prompted[after:][::-1], text[::-1]])[::-1]
+    rest = text[: len(text) - len(tail)].rstrip()
+    if not any(match.end() == len(rest) for match in ends.finditer(rest)):
+        end = ends.search(tail)
+        tail = tail[end.end() :] if end else ""
+    return tail if tail.strip() else ""
+
+
+def _why_absent(turn: Turn, index: int) -> str:
+    where = f"the answer in message {index + 1}"
+    if "</think>" in turn.text:
+        return (
+            f"the chat template drops the reasoning before </think> of {where}: it "
+            "would not be trained. Remove it from the record, or use a template that "
+            "keeps it"
         )
-    except Exception as error:  # whatever the template's own code raises
-        raise InputError(
-            f"record {number}: the chat template rejects it: {error}"
-        ) from error
-    return text
+    return f"the chat template does not write {where} as it is in the record"
 
 
-def tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids without special tokens; the template or the caller adds BOS."""
-    out: Any = tokenizer(texts, add_special_tokens=False, verbose=False)
-    return out["input_ids"]
+def _with_end(text: str, span: Span, ends: re.Pattern[str]) -> Span:
+    """A marked span with the token that ends the turn, if the mark ends before it."""
+    start, stop = span
+    tail = text[start:stop].rstrip()
+    if any(match.end() == len(tail) for match in ends.finditer(tail)):
+        return span
+    after = re.compile(rf"\s*(?:{ends.pattern})").match(text, stop)
+    return (start, after.end()) if after else span
 
 
-def with_mask(ids: list[int], spans: list[tuple[int, int | None]]) -> Encoded:
-    """Token ids and answer mask as arrays, given the spans of the answers."""
-    mask = np.zeros(len(ids), np.bool_)
-    for start, end in spans:
-        mask[start:end] = True
-    return np.array(ids, np.int32), mask
+def dropped_content(record: Record, text: str) -> str | None:
+    """What of a chat its rendering does not hold, in words; None if it holds all.
+
+    Answers are checked among the trained tokens instead.
+    """
+    for index, turn in enumerate(record.turns):
+        content = turn.text.strip() if turn.role in ("system", "user") else ""
+        if content not in text:
+            return f"the content of message {index + 1} ({turn.role})"
+        for call in turn.extra.get("tool_calls") or ():
+            if str(call.get("function", call).get("name")) not in text:
+                return f"tool_calls of message {index + 1}"
+        reasoning = turn.extra.get("reasoning_content") or ""
+        if turn.trained and reasoning.strip() not in text:
+            return f"reasoning_content of message {index + 1}"
+    for tool in record.tools:
+        if str(tool.get("function", tool).get("name")) not in text:
+            return "tools"
+    return None

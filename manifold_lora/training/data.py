@@ -36,9 +36,15 @@ def load_data(config: TrainConfig, tokenizer: Any) -> Data:
     elif config.data.path is not None:
         train_records, held_out = _hold_out(config, train_records)
     encoded, report = encode(
-        train_records, tokenizer, length, config.data.train_on_prompt
+        train_records,
+        tokenizer,
+        length,
+        config.data.train_on_prompt,
+        date=config.data.date,
     )
-    evaluated, held_out_report = encode(held_out, tokenizer, length)
+    evaluated, held_out_report = encode(
+        held_out, tokenizer, length, date=config.data.date
+    )
     if not config.data.packing:
         length = padded_length(encoded, length)
     return Data(encoded, evaluated, report, held_out_report, length)

@@ -71,11 +71,10 @@ def show_plan(
         )
     reports = {"truncated": report, "truncated, held out": data.held_out_report}
     for name, part in reports.items():
-        if part.truncated or part.dropped:
+        if part.truncated or part.split:
             rows[name] = (
                 f"{part.truncated:,} examples truncated to {batch.sequence_length} "
-                f"tokens (longest {part.longest:,}), {part.dropped:,} dropped because "
-                "they have no answer"
+                f"tokens (longest {part.longest:,}), {part.split:,} texts split"
             )
     show_pairs(console, "Plan", rows)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from manifold_lora.data.records import Record, Turn
-from manifold_lora.data.tokens import encode, load_tokenizer
+from manifold_lora.data.tokens import check_ids, encode, load_tokenizer
 from manifold_lora.errors import InputError
 from tests.data import (
     BOS,
@@ -81,7 +81,7 @@ def test_prompt_and_completion() -> None:
     examples, report = encode(records, make_tokenizer(), 20)
     check(examples[0], pieces((False, spell(BOS, "Q:")), (True, spell(" A", EOS))))
     check(examples[1], pieces((False, spell(BOS)), (True, spell("A b", EOS))))
-    assert (report.kept, report.truncated, report.dropped) == (2, 0, 0)
+    assert (report.kept, report.truncated, report.split) == (2, 0, 0)
 
 
 def test_without_bos_the_first_token_is_not_trained() -> None:
@@ -128,16 +128,16 @@ def test_records_of_all_kinds_keep_their_order() -> None:
         check(example, (expected.input_ids.tolist(), expected.loss_mask.tolist()))
 
 
-def test_training_sees_the_same_tokens_as_generation() -> None:
-    """Even if merges would cross the boundary between prompt and completion."""
+def test_prompt_and_completion_are_tokenised_together() -> None:
+    """A token across their border belongs to the answer."""
     tokenizer = make_tokenizer(lines=["Answer: yes", "yes yes Answer: yes"] * 4)
     joined = tokenizer("Answer: yes")["input_ids"]
-    prompt = tokenizer("Answer: y")["input_ids"]
-    assert joined[: len(prompt)] != prompt
+    apart = tokenizer("Answer: y")["input_ids"]
+    assert joined[: len(apart)] != apart
     examples, _ = encode([Record(prompt="Answer: y", completion="es")], tokenizer, 99)
-    assert examples[0].input_ids[: len(prompt)].tolist() == prompt
-    assert not examples[0].loss_mask[: len(prompt)].any()
-    assert tokenizer.decode(examples[0].input_ids) == f"{BOS}Answer: yes{EOS}"
+    (example,) = examples
+    assert example.input_ids.tolist() == [*joined, tokenizer.eos_token_id]
+    assert tokenizer.decode(example.input_ids[example.loss_mask]) == f" yes{EOS}"
 
 
 @pytest.mark.parametrize(
@@ -173,18 +173,62 @@ def test_train_on_prompt_trains_all_but_the_first_token() -> None:
     check(examples[0], pieces((False, spell(BOS)), (True, spell("dXY", EOS))))
 
 
-def test_examples_without_answer_tokens_are_dropped_and_counted() -> None:
-    no_tags = "{% if false %}{% generation %}{% endgeneration %}{% endif %}" + LLAMA3
+def test_invalid_records_are_refused_or_skipped() -> None:
+    no_tags = "{% if false %}{% generation %}{% endgeneration %}{% endif %}{{ 'x' }}"
     tokenizer = make_tokenizer(template=no_tags)
+    turns = (Turn("user", "Hi"), Turn("assistant", "Ho", trained=True))
+    chat = Record(turns, location="train.jsonl:7")
+    records = [chat, Record(completion="k")]
+    with pytest.raises(InputError, match=r"train.jsonl:7: .*\nFix .*--skip-invalid"):
+        encode(records, tokenizer, 99)
+    examples, report = encode(records, tokenizer, 99, skip_invalid=True)
+    assert len(examples) == report.kept == 1
+    assert [reason[:14] for reason in report.invalid] == ["train.jsonl:7:"]
+    with pytest.raises(InputError, match="train.jsonl:7"):
+        encode([chat], tokenizer, 99, skip_invalid=True)  # nothing is left
+
+
+def test_many_invalid_records_are_counted() -> None:
     chat = Record((Turn("user", "Hi"), Turn("assistant", "Ho", trained=True)))
-    examples, report = encode([chat, Record(completion="k")], tokenizer, 99)
-    assert len(examples) == report.kept == 1 and report.dropped == 1
-    with pytest.raises(InputError, match="none of the 1 records has an answer token"):
-        encode([chat], tokenizer, 99)
+    with pytest.raises(InputError, match="record 8: .*\n... and 92 more"):
+        encode([chat] * 100, make_tokenizer(), 99)
+
+
+def test_a_long_text_is_split_into_rows() -> None:
+    """Every token is in one row, and is trained unless it has no context."""
+    records = [Record(completion="abcdefghij"), Record(prompt="k", completion="l")]
+    examples, report = encode(records, make_tokenizer(), 5)
+    rows = [example.input_ids.tolist() for example in examples]
+    assert sum(rows[:-1], []) == spell(BOS, "abcdefghij", EOS)[:-2] + spell("j", EOS)
+    assert [len(row) for row in rows] == [5, 5, 2, 4]
+    for example in examples[:-1]:
+        assert not example.loss_mask[0] and example.loss_mask[1:].all()
+    assert (report.split, report.truncated, report.kept) == (1, 0, 4)
+
+
+def test_answer_and_loss_masks_are_two_things() -> None:
+    (example,), _ = encode(
+        [Record(prompt="ab", completion="cd")], make_tokenizer(), 9, True
+    )
+    assert example.loss_mask.tolist() == [False] + [True] * 5
+    assert example.answer_mask.tolist() == [False] * 3 + [True] * 3
+
+
+def test_ids_beyond_the_embedding() -> None:
+    tokenizer = make_tokenizer()
+    records = [Record(completion="ab"), Record(completion="aé", location="x.jsonl:2")]
+    examples, _ = encode(records, tokenizer, 99)
+    largest = max(int(example.input_ids.max()) for example in examples)
+    check_ids(examples, largest + 1, tokenizer)
+    with pytest.raises(InputError, match=f"x.jsonl:2: .* {largest}, .* {largest} rows"):
+        check_ids(examples, largest, tokenizer)
 
 
 def test_every_example_too_long() -> None:
-    records = [Record(completion="abcdef"), Record(completion="abcdefgh")]
+    records = [
+        Record(prompt="a", completion="bcdef"),
+        Record(prompt="a", completion="bcdefgh"),
+    ]
     message = "shortest has 8 tokens, the longest 10, .* is 7. Raise --sequence-length"
     with pytest.raises(InputError, match=message):
         encode(records, make_tokenizer(), 7)
@@ -203,10 +247,8 @@ def test_nothing_to_encode(records: list[Record], length: int, message: str) -> 
 
 
 def test_chat_without_chat_template() -> None:
-    records = [Record(completion="a"), TWO_ANSWERS]
-    message = r"no chat template, and 1 of 2 records are chats \(first: record 2\)"
-    with pytest.raises(InputError, match=message):
-        encode(records, make_tokenizer(), 99)
+    with pytest.raises(InputError, match="record 2: .*has no chat template"):
+        encode([Record(completion="a"), TWO_ANSWERS], make_tokenizer(), 99)
 
 
 def test_no_end_of_sequence_token() -> None:
@@ -224,9 +266,20 @@ def test_a_template_that_rejects_a_chat(tags: str) -> None:
 
 
 def test_a_template_that_rewrites_earlier_turns() -> None:
-    rewriting = LLAMA3.replace("| trim }}", "| trim if loop.last else '...' }}")
-    with pytest.raises(InputError, match="record 1: the answer in message 3 cannot be"):
-        encode([TWO_ANSWERS], make_tokenizer(template=rewriting), 99)
+    """Each answer that it would rewrite is an example of its own."""
+    chat = Record(TWO_ANSWERS.turns[1:])
+    rewriting = LLAMA3.replace(
+        "{{ message.content | trim }}",
+        "{{ message.content | trim if loop.last or message.role == 'user' "
+        "else '...' }}",
+    )
+    examples, _ = encode([chat], make_tokenizer(template=rewriting), 500)
+    user = (False, spell(BOS) + header("user") + spell("Hi", EOT) + header("assistant"))
+    again = (False, header("user") + spell("And?", EOT) + header("assistant"))
+    check(examples[0], pieces(user, (True, spell("Ho", EOT))))
+    rewritten = (False, spell("...", EOT))
+    check(examples[1], pieces(user, rewritten, again, (True, spell("No", EOT))))
+    assert len(examples) == 2
 
 
 @pytest.mark.parametrize("template", [None, LLAMA3])
