@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from manifold_lora.adapters.attach import (
 )
 from manifold_lora.adapters.low_rank import LowRankLinear
 from manifold_lora.adapters.options import inits
+from manifold_lora.adapters.scaled import ScaledLinear
 from manifold_lora.checkpoints.adapter_file import (
     CONFIG,
     EXTRA,
@@ -103,6 +105,10 @@ def save_adapter(
             if content:
                 save_tensors(content, partial / file)
                 _check_written(content, partial / file)
+        for stray in Path(path).glob(".*"):  # such as .DS_Store
+            (shutil.copytree if stray.is_dir() else shutil.copy2)(
+                stray, partial / stray.name
+            )
 
 
 def _check_written(tensors: dict[str, np.ndarray], file: Path) -> None:
@@ -115,6 +121,7 @@ def _check_replaceable(path: Path) -> None:
     """Only an adapter may be replaced, whose directory holds these files alone."""
     if path.exists():
         files = {path.name} if path.is_file() else set(os.listdir(path))
+        files = {name for name in files if not name.startswith(".")}
         if others := files - {CONFIG, WEIGHTS, EXTRA, FACTORS, "README.md"}:
             raise InputError(
                 f"{path} exists and is not an adapter (it holds "
@@ -122,23 +129,39 @@ def _check_replaceable(path: Path) -> None:
             )
 
 
-def fingerprint(model: Llama) -> str:
-    """Identify the weights of a base, by a hash of its norms and first embeddings.
+def fingerprint(model: Llama, version: int = 2) -> str:
+    """Identify the weights of a base, by a hash of some of all of them.
 
-    Not of all weights, which would take minutes; rounded to bfloat16, so that it does
-    not depend on the dtype the model was loaded in.
+    Of every projection eight rows, of the embedding the first 64, and the norms: not
+    all weights, which would take minutes. Rounded to bfloat16, so that it does not
+    depend on the dtype the model was loaded in.
+
+    Args:
+        model: with or without adapters.
+        version: 1 gives that of earlier files, which does not cover the projections.
     """
     layers = model.layers
-    parts = (
+    parts = [
         model.norm.scale[...],
         layers.input_layernorm.scale[...],
         layers.post_attention_layernorm.scale[...],
         model.embed_tokens[...][:64],
-    )
+    ]
+    if version > 1:
+        for _, parent, attribute in projections(model):
+            kernel = _base(getattr(parent, attribute)).kernel[...]
+            parts.append(kernel[:, :: -(-kernel.shape[1] // 8)])
     digest = hashlib.sha256()
     for part in parts:
         digest.update(to_host(part).astype(ml_dtypes.bfloat16).tobytes())
-    return digest.hexdigest()[:16]
+    return f"{version}:" * (version > 1) + digest.hexdigest()[:16]
+
+
+def _base(module: Any) -> Any:
+    """The linear layer of a projection, inside of its adapter if it has one."""
+    if isinstance(module, ScaledLinear):
+        module = module.adapter
+    return module.base if isinstance(module, LowRankLinear) else module
 
 
 def _peft_config(
@@ -214,7 +237,8 @@ def load_adapter(
         for full in full_names(model, name):
             sizes[full] = (linear.in_features, linear.out_features)
     file = read_adapter(path, sizes)
-    if check_base and file.base not in (None, needed := fingerprint(model)):
+    version = 2 if file.base is None or ":" in file.base else 1
+    if check_base and file.base not in (None, needed := fingerprint(model, version)):
         raise InputError(
             f"The adapter in {path} was trained on another base: its fingerprint is "
             f"{file.base}, this model's is {needed}. Load it into the base it was "

@@ -112,6 +112,8 @@ def _joint_hint(option: str, methods: Sequence[str]) -> Any:
 def compose(kind: Callable[..., Config], *sources: Source) -> Config:
     """The configuration with these values; later sources override earlier ones.
 
+    A class with a function `inherited` takes what that makes of the values below all.
+
     Args:
         kind: the class of the configuration.
         sources: values by flat name; all others keep their defaults.
@@ -121,6 +123,9 @@ def compose(kind: Callable[..., Config], *sources: Source) -> Config:
             type or out of range, and settings that exclude each other, in one message.
     """
     known = entries(typing.cast(type, kind))
+    if inherited := getattr(kind, "inherited", None):
+        given = {name: x for source in sources for name, x in source.values.items()}
+        sources = (Source(inherited(given)), *sources)
     problems: list[str] = []
     values: dict[str, dict[str, Any]] = {name: {} for name in ("", *parts(kind))}
     options: dict[str, Any] = {}

@@ -133,10 +133,14 @@ class ScheduleConfig(Part):
 class EvaluationConfig(Part):
     """Held-out evaluation during training."""
 
-    eval_every: PositiveInt | None = setting(
+    eval_every: NonNegativeInt | None = setting(
         None,
-        "steps between evaluations",
+        "steps between evaluations; 0: none",
         default_text="a quarter of the run; compare: a twelfth",
+    )
+
+    residual_every: PositiveInt = setting(
+        10, "steps between measurements of the constraint violation"
     )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from manifold_lora.adapters import adapters, axes, factors, merge, set_factors, split
 from manifold_lora.adapters.exported import as_exported
 from manifold_lora.checkpoints.atomic import write_text
+from manifold_lora.checkpoints.companions import copy_companions, stop_tokens
 from manifold_lora.checkpoints.huggingface import save_llama
 from manifold_lora.checkpoints.peft import save_adapter
 from manifold_lora.data.builtin import BASE
@@ -22,10 +23,18 @@ from manifold_lora.evaluation.heldout import Evaluation, majority, make_evaluate
 from manifold_lora.training import display
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.data import Data
+from manifold_lora.training.memory import peak_memory
 from manifold_lora.training.plot import plot_loss
-from manifold_lora.training.run import ADAPTER, MERGED, PICTURE, SUMMARY, Metrics
+from manifold_lora.training.run import (
+    ADAPTER,
+    LAST,
+    MERGED,
+    PICTURE,
+    SUMMARY,
+    Metrics,
+)
 from manifold_lora.training.setup import effective_ranks
-from manifold_lora.training.state import RunState
+from manifold_lora.training.state import RunState, better
 
 
 class Diverged(RuntimeError):
@@ -36,12 +45,16 @@ class Diverged(RuntimeError):
         cls, config: TrainConfig, model: Any, run: RunState, row: dict[str, float]
     ) -> "Diverged":
         """The error after a step with these metrics; it saves what is still unsaved."""
-        saved = save_merged(config, model)
+        saved = "No trained adapter is saved."
+        if run.best is not None:
+            saved = (
+                f"{save_merged(config, model)}/ has the best adapter, of step "
+                f"{run.best_step} (held-out loss {run.best.loss:.4f})."
+            )
         return cls(
             f"At step {run.step} the loss is {row['loss']} and the gradient norm "
-            f"{row['grad_norm']}. {saved}/ has the best adapter, of step "
-            f"{run.best_step} (held-out loss {run.best.loss:.4f}). Lower "
-            "--learning-rate or --clip, or increase --warmup-steps."
+            f"{row['grad_norm']}. {saved} Lower --learning-rate or --clip, or increase "
+            "--warmup-steps."
         )
 
 
@@ -79,8 +92,7 @@ def save_merged(config: TrainConfig, model: Any) -> Path:
     merge(model)
     save_llama(model, out / MERGED)
     if is_main():
-        for file in (config.model.path or BASE).glob("token*"):
-            shutil.copyfile(file, out / MERGED / file.name)
+        copy_companions(config.model.path or BASE, out / MERGED)
     return out / MERGED
 
 
@@ -93,12 +105,14 @@ def report_evaluation(
     step: int,
     factors: Any,
     violation: float = 0.0,
+    memory: int | None = None,
 ) -> Evaluation:
     """Evaluate factors, and write and show the result."""
     evaluation = evaluate(factors, frozen, held_out)
-    metrics.write(
-        step=step, eval_loss=evaluation.loss, eval_accuracy=evaluation.accuracy
-    )
+    row = {f"eval_{name}": value for name, value in evaluation._asdict().items()}
+    if memory is not None:
+        row["peak_memory_bytes"] = memory
+    metrics.write(step=step, **row)
     display.show_evaluation(console, step, evaluation, violation)
     return evaluation
 
@@ -111,20 +125,47 @@ def save_result(
     held_out: Any,
     run: RunState,
     metrics: Metrics,
+    tokenizer: Any,
+    identity: dict[str, Any],
+    steps: int,
 ) -> dict[str, Any]:
-    """Write picture and summary, the summary last: it marks the run as finished."""
+    """Write last/, picture and summary, the summary last: it marks the run as finished.
+
+    Args:
+        config: of the run.
+        console: where the result is shown.
+        model: with the best factors, or with any if there are no best ones.
+        data: its held-out examples are shown with predictions.
+        held_out: the same in batches.
+        run: after the last step.
+        metrics: for the picture.
+        tokenizer: for the predictions.
+        identity: of the run.
+        steps: that it was to take.
+    """
+    out = config.run_directory
+    best = factors(model)
+    save_factors(config, model, run.arrays.factors, out / LAST)
+    if run.best is None or config.keep == "last":
+        run = run._replace(best_step=run.step)
+        save_factors(config, model, run.arrays.factors, out / ADAPTER)
+    else:
+        set_factors(model, best)
+    stop = stop_tokens(config.model.path or BASE, tokenizer)
+    display.show_predictions(console, model, tokenizer, data.held_out[:8], stop)
     summary = _summary(config, model, data, run)
+    summary |= {"planned_steps": steps, "identity": identity}
     options = config.adapter.options.values("export").values()
     if any(value is not None and value is not False for value in options):
         with exporting(config, model) as discarded:
             summary |= _exported(model, held_out, discarded)
     save_merged(config, model)
     if is_main():
-        out, adapter = config.run_directory, config.adapter
+        adapter = config.adapter
         title = f"{adapter.method}, rank {adapter.rank}"
         plot_loss(out / PICTURE, metrics.rows, title)
         write_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
-        display.show_result(console, out, summary)
+        display.show_result(console, config, summary)
     wait_for_all("summary")
     return summary
 
@@ -132,22 +173,29 @@ def save_result(
 def _summary(
     config: TrainConfig, model: Any, data: Data, run: RunState
 ) -> dict[str, Any]:
-    """The content of summary.json, of a model that has the best factors."""
-    return {
+    """The content of summary.json, of a model that has the factors of adapter/."""
+    summary: dict[str, Any] = {
         "method": config.adapter.method,
         "seconds": round(run.seconds, 2),
         "steps": run.step,
         "best_step": run.best_step,
         "tokens": run.tokens,
-        "accuracy_before": run.initial.accuracy,
-        "accuracy_after": run.best.accuracy,
-        "majority": majority(data.train, data.held_out),
-        "loss_before": run.initial.loss,
-        "loss_after": run.best.loss,
+    }
+    after = run.last if config.keep == "last" else run.best
+    for when, evaluation in (("before", run.initial), ("after", after)):
+        for name in Evaluation._fields:
+            summary[f"{name}_{when}"] = getattr(evaluation, name, None)
+    improved = None
+    if run.initial is not None and after is not None:
+        improved = better(after, run.initial, config.best_metric)
+    return summary | {
+        "better_than_start": improved,
+        "majority": majority(data.train, data.held_out) if data.held_out else None,
         "largest_residual": run.largest_violation,
         "last_residual": run.last_violation,
         "least_effective_rank": min(effective_ranks(model), default=None),
         "trainable_parameters": sum(x.size for x in jax.tree.leaves(factors(model))),
+        "peak_memory_bytes": peak_memory(),
     }
 
 

@@ -2,15 +2,17 @@
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from manifold_lora.adapters.config import AdapterConfig, LowRankConfig
 from manifold_lora.adapters.options import (
     Role,
     describe_learning_rates,
 )
-from manifold_lora.configuration.flat import part
+from manifold_lora.checkpoints.adapter_file import read_adapter
+from manifold_lora.configuration.flat import flatten, part
 from manifold_lora.configuration.parts import (
     BatchConfig,
     CheckpointConfig,
@@ -64,8 +66,10 @@ class TrainConfig(RunConfig):
 
     Args:
         learning_rate: of constrained factors, or of all where a method has one rate.
-        initial_adapter: directory of an adapter to continue from.
-        best_metric: decides which adapter is the best one.
+        initial_adapter: directory of an adapter to continue from; its settings are
+            those of the run, but for the dropout, unless others are given.
+        best_metric: held-out measure that decides which adapter is the best one.
+        keep: which adapter becomes adapter/: the best trained one or the last one.
         patience: evaluations without improvement before stopping early.
         report: trackers beside metrics.jsonl.
         show_batch: print one batch, trained tokens coloured, and stop.
@@ -91,14 +95,17 @@ class TrainConfig(RunConfig):
     initial_adapter: Path | None = setting(
         None, "directory of an adapter to continue from", name="adapter"
     )
-    best_metric: Literal["loss", "accuracy"] = setting(
-        "loss", "decides which adapter is the best one"
+    best_metric: Literal["loss", "accuracy", "exact_match"] = setting(
+        "loss", "held-out measure that decides which adapter is the best one"
+    )
+    keep: Literal["best", "last"] = setting(
+        "best", "which adapter becomes adapter/: the best trained one or the last one"
     )
     patience: PositiveInt | None = setting(
         None, "evaluations without improvement before stopping early"
     )
     report: tuple[Literal["tensorboard", "wandb"], ...] = setting(
-        (), "trackers beside metrics.jsonl: tensorboard, wandb"
+        (), "trackers beside metrics.jsonl: tensorboard, wandb", may_change=True
     )
     show_batch: bool = setting(
         False, "print one batch, trained tokens coloured, and stop", saved=False
@@ -106,6 +113,9 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         validate(self)
+        if self.initial_adapter is not None and self.adapter == AdapterConfig():
+            adapter = read_adapter(self.initial_adapter).config
+            object.__setattr__(self, "adapter", adapter)
         builtin = self.data.path is None
         schedule = self.schedule
         if schedule.steps is None and schedule.epochs is None:
@@ -126,6 +136,25 @@ class TrainConfig(RunConfig):
         for name, value in filled.items():
             object.__setattr__(self, name, value)
         raise_all(self._problems())
+
+    @staticmethod
+    def inherited(values: Mapping[str, Any]) -> dict[str, Any]:
+        """What a run that continues from an adapter has from it, by flat name.
+
+        Args:
+            values: that are given, by flat name; `compose` prefers them.
+        """
+        if values.get("adapter") is None:
+            return {}
+        path = Path(values["adapter"]).expanduser()
+        settings = flatten(read_adapter(path).config)
+        found, needed = settings["method"], values.get("method")
+        if needed not in (None, found):
+            raise InputError(
+                f"--adapter {path} does not match the run (method: found {found}, "
+                f"needed {needed}). Leave --method out, or --adapter."
+            )
+        return settings
 
     def _problems(self) -> list[str]:
         problems = []

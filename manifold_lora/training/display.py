@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -79,23 +78,35 @@ def show_plan(
     show_pairs(console, "Plan", rows)
 
 
-def show_result(console: Console, out: Path, summary: dict[str, Any]) -> None:
+def show_result(console: Console, config: TrainConfig, summary: dict[str, Any]) -> None:
     """The result of a run, and where it is."""
-    kept = f"step {summary['best_step']} of {summary['steps']}"
+    out = config.run_directory
+    which = f"PEFT, step {summary['best_step']} of {summary['steps']}"
+    merged = which.replace("PEFT", "the whole model")
     rows = {
-        "accuracy": f"{summary['accuracy_after']:.3f} after, "
-        f"{summary['accuracy_before']:.3f} before, {summary['majority']:.3f} by always "
-        "giving the most common answer",
-        "held-out loss": f"{summary['loss_after']:.4f} after, "
-        f"{summary['loss_before']:.4f} before",
         "constraint violation": f"{summary['largest_residual']:.1e} at most, "
         f"{summary['last_residual']:.1e} at the end",
         "seconds": f"{summary['seconds']:.0f}",
-        "adapter": f"{out / ADAPTER}/ (PEFT, {kept})"
+        "adapter": f"{out / ADAPTER}/ ({which})"
         if (out / ADAPTER).exists()
-        else f"{out / MERGED}/ (the whole model, {kept})",
+        else f"{out / MERGED}/ ({merged})",
         "also": ", ".join(str(out / n) for n in (METRICS, SETTINGS, PICTURE, SUMMARY)),
     }
+    if summary["loss_after"] is not None:
+        rows = {
+            "held-out loss": f"{summary['loss_after']:.4f} after, "
+            f"{summary['loss_before']:.4f} before",
+            "accuracy": f"{summary['accuracy_after']:.3f} after, "
+            f"{summary['accuracy_before']:.3f} before, {summary['majority']:.3f} by "
+            "always giving the most common answer",
+        } | rows
+    if summary["better_than_start"] is False:
+        rows["note"] = (
+            f"no evaluation was better than the start by {config.best_metric}; the "
+            "adapter is nevertheless a trained one"
+        )
+    if summary["peak_memory_bytes"]:
+        rows["peak memory"] = f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
     if summary["least_effective_rank"] is not None:
         rows["least effective rank"] = f"{summary['least_effective_rank']:.4f}"
     if "loss_exported" in summary:
@@ -119,11 +130,16 @@ def show_pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
 
 
 def show_predictions(
-    console: Console, model: Llama, tokenizer: Any, examples: Sequence[Example]
+    console: Console,
+    model: Llama,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    stop: Sequence[int],
 ) -> None:
     """Prompts with the model's greedy completions beside the truth."""
+    if not examples:
+        return
     rebuild, trained, frozen = split(model)
-    stop = model.config.eos_token_id
     completions = complete(rebuild, axes(model), trained, frozen, examples, stop)
     table = Table(title="Held-out examples", title_justify="left", box=None)
     table.add_column("prompt", no_wrap=True)
@@ -146,11 +162,13 @@ def show_finished(
     console: Console, config: TrainConfig, summary: Mapping[str, Any]
 ) -> None:
     """That the same run has been finished before."""
+    loss = summary["loss_after"]
+    measured = "" if loss is None else f" (held-out loss {loss:.4f})"
     console.print(
-        f"This run is finished: {config.run_directory}/ holds it (accuracy "
-        f"{summary['accuracy_after']:.3f}). Give another --out, or --overwrite to "
-        "run it again.",
+        f"This run is finished: {config.run_directory}/ holds it{measured}. Give more "
+        "--steps to continue it, another --out, or --overwrite to run it again.",
         soft_wrap=True,
+        markup=False,
     )
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from manifold_lora.adapters.options import OptimizerInputs
 from manifold_lora.configuration.parts import ScheduleConfig
+from manifold_lora.errors import InputError
 from manifold_lora.training.config import TrainConfig
 
 
@@ -68,6 +70,35 @@ def build_optimizer(
     clip = config.optimizer.clip
     before = [optax.clip_by_global_norm(clip)] if clip else []
     return optax.chain(*before, tx), rate
+
+
+def check_optimizer(
+    config: TrainConfig, tx: optax.GradientTransformation, factors: Any
+) -> None:
+    """Try the optimiser on the shapes of the factors, without computing anything.
+
+    Raises:
+        InputError: it cannot be initialised or updated like this, such as one of Optax
+            that needs more arguments than gradients.
+    """
+
+    def step(factors: Any) -> Any:
+        updates, _ = tx.update(factors, tx.init(factors), factors)
+        return optax.apply_updates(factors, updates)
+
+    name = getattr(config.adapter.options, "optimizer", config.adapter.method)
+    try:
+        after = jax.eval_shape(step, factors)
+    except Exception as error:  # whatever an optimiser raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"--optimizer {name} cannot train these factors: {reason}"
+        ) from error
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), t) for t in (after, factors)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"--optimizer {name} changes the shapes or the types of the factors."
+        )
 
 
 def with_run_data(

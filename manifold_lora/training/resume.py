@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 
-from manifold_lora.checkpoints.peft import fingerprint
 from manifold_lora.checkpoints.store import (
     CheckpointError,
     CheckpointStore,
@@ -34,13 +33,10 @@ class Preempted(RuntimeError):
         )
 
 
-def open_checkpoints(config: TrainConfig, model: Any, out: Path) -> CheckpointStore:
+def open_checkpoints(
+    config: TrainConfig, identity: dict[str, Any], out: Path
+) -> CheckpointStore:
     """The checkpoints of a run, which only the same run resumes from."""
-    identity = {
-        "method": config.adapter.method,
-        "rank": config.adapter.rank,
-        "base": fingerprint(model),
-    }
     keep = config.checkpoints.keep_checkpoints
     return CheckpointStore(out / CHECKPOINTS, identity=identity, keep=keep)
 
@@ -51,7 +47,9 @@ def restore(
     """The newest intact checkpoint, if there is one; corrupt ones are reported."""
     restored = checkpoints.restore_latest(like)
     for line in checkpoints.skipped:
-        console.print(f"Skipping corrupt checkpoint: {line}", soft_wrap=True)
+        console.print(
+            f"Skipping corrupt checkpoint: {line}", soft_wrap=True, markup=False
+        )
     return restored
 
 
@@ -59,42 +57,45 @@ def start_or_resume(
     fresh: TrainState,
     restored: Restored | None,
     checkpoints: CheckpointStore,
-    measure: Callable[[int, Any], Evaluation],
+    measure: Callable[[int, Any], Evaluation] | None,
     save_adapter: Callable[[Any, Path], None],
     out: Path,
     console: Console,
 ) -> RunState:
-    """The state that a run starts or resumes with; adapter/ then holds the best so far.
+    """The state that a run starts or resumes with.
+
+    adapter/ then holds the best trained adapter so far, if there is one.
 
     Args:
         fresh: the state before the first step.
         restored: the checkpoint to resume from; None starts the run.
         checkpoints: where the best factors are, if they are not the restored ones.
-        measure: evaluates factors after a step.
+        measure: evaluates factors after a step; None without evaluation.
         save_adapter: writes factors to a directory.
         out: the run directory.
         console: where it is reported.
     """
     save_adapter(fresh.factors, out / START)
     if restored is None:
-        save_adapter(fresh.factors, out / ADAPTER)
-        evaluation = measure(0, fresh.factors)
-        return RunState(fresh, initial=evaluation, best=evaluation)
+        initial = measure(0, fresh.factors) if measure else None
+        return RunState(fresh, initial=initial)
     console.print(f"Resuming from the checkpoint of step {restored.step}.")
     run = RunState.from_json(restored.state, restored.progress["progress"])
-    best_step, best = run.best_step, restored.state.factors
+    best = restored.state.factors
+    if run.best_step == 0:
+        return run
     try:
-        if best_step == 0:
-            best = fresh.factors
-        elif best_step != restored.step:
-            best = checkpoints.restore(best_step, fresh).state.factors
+        if run.best_step != restored.step:
+            best = checkpoints.restore(run.best_step, fresh).state.factors
     except CorruptCheckpointError as error:
         console.print(
             f"The best adapter is lost ({error}). The one of step {restored.step} "
             "replaces it.",
             soft_wrap=True,
+            markup=False,
         )
-        run = run._replace(best=measure(restored.step, best), best_step=restored.step)
+        evaluation = measure(restored.step, best) if measure else None
+        run = run._replace(best=evaluation, best_step=restored.step)
     save_adapter(best, out / ADAPTER)
     return run
 
@@ -119,4 +120,4 @@ def checkpoint_errors(config: TrainConfig, console: Console) -> Iterator[None]:
     except CheckpointError as error:
         if config.checkpoints.checkpoint_errors == "stop":
             raise
-        console.print(f"Continuing without it: {error}", style="red")
+        console.print(f"Continuing without it: {error}", style="red", markup=False)

@@ -1,19 +1,15 @@
-"""The directory of a run: its files, and the metrics that it writes."""
+"""The files of a run, and the metrics that it writes."""
 
 import contextlib
 import importlib
 import json
-import shutil
-import tomllib
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
-from manifold_lora.checkpoints.atomic import recover, write_text
+from manifold_lora.checkpoints.atomic import write_text
 from manifold_lora.checkpoints.store import Restored
-from manifold_lora.configuration.flat import differences, flatten
-from manifold_lora.distributed.processes import is_main, wait_for_all
+from manifold_lora.configuration.flat import flatten
+from manifold_lora.distributed.processes import is_main
 from manifold_lora.errors import InputError
 from manifold_lora.training.config import TrainConfig
 
@@ -22,84 +18,24 @@ from manifold_lora.training.config import TrainConfig
     SETTINGS,
     METRICS,
     ADAPTER,
+    LAST,
     START,
     CHECKPOINTS,
     MERGED,
     INSPECTED,
     PICTURE,
-) = (
+) = ENTRIES = (
     "summary.json",
     "config.toml",
     "metrics.jsonl",
-    "adapter",
+    "adapter",  # the result
+    "last",  # the adapter after the last step
     "start",  # the adapter before the first step
     "checkpoints",  # to resume from
     "merged",  # the whole model, of an adapter that can only be merged
     "inspect",  # of `manifold-lora inspect`
     "loss.png",
 )
-
-
-def finished(config: TrainConfig) -> dict[str, Any] | None:
-    """The summary of the same run, if it is finished in this directory.
-
-    Raises:
-        InputError: the directory holds a run with another configuration, or
-            something that is not a run, and `overwrite` is off.
-    """
-    out = config.run_directory
-    if out.is_file():
-        raise InputError(f"--out {out} is a file: choose a directory.")
-    # Hidden files are what a killed process was writing.
-    empty = not out.is_dir() or all(p.name.startswith(".") for p in out.iterdir())
-    if config.output.overwrite or empty:
-        return None
-    if not (out / SETTINGS).is_file():
-        raise InputError(
-            f"--out {out} is not empty and does not hold a run: choose another "
-            "directory, or give --overwrite to write into it."
-        )
-    try:
-        before = tomllib.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{out / SETTINGS} is not valid TOML ({error}): choose another --out, or "
-            "give --overwrite."
-        ) from error
-    if changes := differences(before, flatten(config), TrainConfig):
-        raise InputError(
-            f"--out {out} holds a run with another configuration "
-            f"({', '.join(changes)}). Choose another --out, or give --overwrite to "
-            "replace it."
-        )
-    if not (out / SUMMARY).is_file():
-        return None
-    return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-
-
-def open_run(config: TrainConfig) -> Path:
-    """Create the run directory, or prepare it for resuming, and write config.toml.
-
-    With `overwrite` all that an earlier run left is removed. All processes call it;
-    one of them writes.
-    """
-    out = config.run_directory
-    if is_main():
-        _prepare(config, out)
-    wait_for_all("run directory")
-    return out
-
-
-def _prepare(config: TrainConfig, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for folder in (ADAPTER, START, MERGED):
-        recover(out / folder)
-    if config.output.overwrite:
-        for name in (SUMMARY, METRICS, PICTURE):
-            (out / name).unlink(missing_ok=True)
-        for folder in (CHECKPOINTS, MERGED, INSPECTED):
-            shutil.rmtree(out / folder, ignore_errors=True)
-    write_text(out / SETTINGS, tomli_w.dumps(flatten(config)))
 
 
 class Metrics:
@@ -142,18 +78,32 @@ class Metrics:
 
 
 def _rows_until(file: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of an earlier file up to a step, without one that is incomplete."""
+    """The rows of an earlier file up to a step, without those that are damaged."""
     rows = []
     if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
-    return [row for row in rows if row["step"] <= step]
+    return [row for row in rows if _is_row(row) and row["step"] <= step]
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(type(value) in (int, float) for value in row.values())
+    )
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raise `InputError` for a tracker that is not installed."""
+    for name in config.report:
+        _extra(*_MODULES[name])
 
 
 def _tensorboard(out: Path, config: TrainConfig):
     del config
-    writer = _extra("tensorboardX", "tensorboard").SummaryWriter(str(out))
+    writer = _extra(*_MODULES["tensorboard"]).SummaryWriter(str(out))
 
     def log(row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -164,11 +114,12 @@ def _tensorboard(out: Path, config: TrainConfig):
 
 
 def _wandb(out: Path, config: TrainConfig):
-    run = _extra("wandb", "wandb").init(dir=str(out), config=flatten(config))
+    run = _extra(*_MODULES["wandb"]).init(dir=str(out), config=flatten(config))
     return lambda row: run.log(row, step=row["step"]), run.finish
 
 
 _TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+_MODULES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb", "wandb")}
 
 
 def _extra(module: str, extra: str) -> Any:

@@ -1,7 +1,9 @@
 """Build the model that a run needs, and check what its processes must share."""
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,9 +12,10 @@ import jax.numpy as jnp
 from manifold_lora.adapters import AdapterConfig, adapters, attach
 from manifold_lora.adapters.diagnostics import effective_rank
 from manifold_lora.checkpoints.huggingface import load_llama
-from manifold_lora.checkpoints.peft import load_adapter
+from manifold_lora.checkpoints.peft import fingerprint, load_adapter
 from manifold_lora.configuration.flat import flatten
 from manifold_lora.data.builtin import BASE
+from manifold_lora.data.tokens import check_ids
 from manifold_lora.distributed.arrays import shard_module, to_host
 from manifold_lora.distributed.mesh import divisibility_errors
 from manifold_lora.distributed.processes import check_identical, source_code
@@ -40,6 +43,9 @@ def load_model(config: TrainConfig) -> Llama:
         return model
     load_adapter(model, config.initial_adapter)
     shard_module(model)
+    for module in adapters(model).values():  # it has no part in what was trained before
+        dropout = config.adapter.dropout
+        module.config = dataclasses.replace(module.config, dropout=dropout)
     attached = next(iter(adapters(model).values())).config
     found, needed = _comparable(attached), _comparable(config.adapter)
     differing = [
@@ -50,18 +56,17 @@ def load_model(config: TrainConfig) -> Llama:
     if differing:
         raise InputError(
             f"--adapter {config.initial_adapter} does not match the run "
-            f"({'; '.join(differing)}). Give the run the settings found, or leave out "
-            "--adapter to start from a new one."
+            f"({'; '.join(differing)}). Leave these settings out, to continue with the "
+            "adapter's, or leave out --adapter to start from a new one."
         )
     return model
 
 
 def _comparable(config: AdapterConfig) -> dict[str, Any]:
     """The settings that an adapter and the run that continues it must share."""
-    settings = {name: getattr(config, name) for name in ("rank", "alpha", "rslora")}
-    options = config.options.values("adapter")
-    options.pop("init", None)  # only decides the factors before training
-    return {"method": config.method, **settings, **options}
+    settings = dataclasses.asdict(config) | config.options.values("adapter")
+    del settings["options"], settings["dropout"]
+    return settings
 
 
 def effective_ranks(model: Llama) -> list[float]:
@@ -81,16 +86,42 @@ def check_mesh(config: TrainConfig, mesh: Any, model: LlamaConfig) -> None:
         raise InputError("--mesh: " + "; ".join(errors) + ".")
 
 
-def check_agreement(config: TrainConfig, data: Data) -> None:
-    """Raise `InputError` if processes differ in settings, data or code."""
+def check_tokens(data: Data, stop: Sequence[int], rows: int, tokenizer: Any) -> None:
+    """Raise `InputError` for a token that the embedding has no row for."""
+    check_ids([*data.train, *data.held_out], rows, tokenizer)
+    if beyond := [token for token in stop if token >= rows]:
+        raise InputError(
+            f"the stop token {tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id "
+            f"{beyond[0]}, but the embedding of the model has {rows} rows: mend "
+            "eos_token_id in config.json, generation_config.json or the tokenizer."
+        )
+
+
+def data_digest(data: Data) -> str:
+    """A hash of all examples: of their tokens and of what is trained."""
     digest = hashlib.sha256()
     for example in [*data.train, *data.held_out]:
         digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def identify(config: TrainConfig, model: Llama, data: Data) -> dict[str, Any]:
+    """What must be the same for a run to resume, or to be called finished."""
+    return {
+        "method": config.adapter.method,
+        "rank": config.adapter.rank,
+        "base": fingerprint(model),
+        "data": data_digest(data),
+    }
+
+
+def check_agreement(config: TrainConfig, data: Data) -> None:
+    """Raise `InputError` if processes differ in settings, data or code."""
     settings = json.dumps(flatten(config), sort_keys=True)
     check_identical(
         {
             "configuration": settings.encode(),
-            "data": digest.digest(),
+            "data": data_digest(data).encode(),
             "code": source_code(),
         }
     )

@@ -11,9 +11,10 @@ class RunState(NamedTuple):
     """The arrays of a run, and how far it is, in plain numbers."""
 
     arrays: TrainState  # factors, optimiser state and PRNG key
-    initial: Evaluation  # before the first step
-    best: Evaluation
-    best_step: int = 0
+    initial: Evaluation | None = None  # before the first step
+    best: Evaluation | None = None  # of the trained adapters
+    last: Evaluation | None = None
+    best_step: int = 0  # 0: none is trained and evaluated yet
     step: int = 0
     evaluations_since_best: int = 0
     tokens: int = 0  # trained on, without padding
@@ -22,26 +23,29 @@ class RunState(NamedTuple):
     seconds: float = 0.0
     data_state: dict[str, Any] | None = None  # of the batch iterator
 
-    def after_step(
-        self, arrays: TrainState, tokens: int, violation: float
-    ) -> "RunState":
+    def after_step(self, arrays: TrainState) -> "RunState":
         """With the arrays of one more step."""
-        return self._replace(
-            arrays=arrays,
-            step=self.step + 1,
-            tokens=self.tokens + tokens,
-            last_violation=violation,
-            largest_violation=max(self.largest_violation, violation),
-        )
+        return self._replace(arrays=arrays, step=self.step + 1)
+
+    def measured(self, tokens: int, violation: float | None) -> "RunState":
+        """With what was measured of a step."""
+        run = self._replace(tokens=self.tokens + tokens)
+        if violation is None:
+            return run
+        largest = max(self.largest_violation, violation)
+        return run._replace(last_violation=violation, largest_violation=largest)
 
     def after_evaluation(self, evaluation: Evaluation, metric: str) -> "RunState":
         """With an evaluation of the current step, which may be the best one."""
-        new, best = getattr(evaluation, metric), getattr(self.best, metric)
-        if new > best if metric == "accuracy" else new < best:
+        if better(evaluation, self.best, metric):
             return self._replace(
-                best=evaluation, best_step=self.step, evaluations_since_best=0
+                last=evaluation,
+                best=evaluation,
+                best_step=self.step,
+                evaluations_since_best=0,
             )
-        return self._replace(evaluations_since_best=self.evaluations_since_best + 1)
+        count = self.evaluations_since_best + 1
+        return self._replace(last=evaluation, evaluations_since_best=count)
 
     def paused(self, seconds: float, data_state: dict[str, Any]) -> "RunState":
         """With the time spent so far and the state of the batch iterator."""
@@ -54,8 +58,18 @@ class RunState(NamedTuple):
     @classmethod
     def from_json(cls, arrays: TrainState, values: dict[str, Any]) -> "RunState":
         """The state of these arrays that `to_json` was called on."""
-        evaluations = {k: Evaluation(*values[k]) for k in ("initial", "best")}
+        evaluations = {
+            k: Evaluation(*values[k]) for k in ("initial", "best", "last") if values[k]
+        }
         return cls(**{**values, **evaluations}, arrays=arrays)
+
+
+def better(new: Evaluation, old: Evaluation | None, metric: str) -> bool:
+    """Whether an evaluation is better than another one, by this metric."""
+    if old is None:
+        return True
+    one, other = getattr(new, metric), getattr(old, metric)
+    return one < other if metric == "loss" else one > other
 
 
 def all_finite(metrics: dict[str, float]) -> bool:

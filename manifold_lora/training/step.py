@@ -41,8 +41,13 @@ def initial_state(
     opt_state = init_sharded(tx.init, factors, axes)
     mesh = jax.sharding.get_mesh()
     replicated = None if mesh.empty else NamedSharding(mesh, P())
-    key = jax.jit(jax.random.key, out_shardings=replicated)(seed)
+    key = jax.jit(_dropout_key, out_shardings=replicated)(seed)
     return TrainState(factors, opt_state, key)
+
+
+def _dropout_key(seed: Array) -> Array:
+    """A key that the initialisation of the adapters does not draw from."""
+    return jax.random.split(jax.random.key(seed))[1]
 
 
 def largest_residual(manifolds: Any, factors: Any) -> Array:
@@ -72,14 +77,14 @@ def make_step(
     Args:
         rebuild: from `adapters.split`.
         tx: maps gradients of the factors to additive updates.
-        manifolds: prefix tree of the factors, for the residual.
+        manifolds: prefix tree of the factors, for the residual; None without.
         axes: names of the axes of the factors, from `adapters.axes`.
         accumulate: number of parts; divides the rows of a batch.
 
     Returns:
         A function whose metrics are scalars: `loss` (mean over targets), `grad_norm`
-        (global, before clipping), `residual` (after the step) and `tokens` (without
-        padding).
+        (global, before clipping), `tokens` (without padding) and, with `manifolds`,
+        `residual` (after the step).
     """
 
     @vmap_over_groups
@@ -128,9 +133,10 @@ def make_step(
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
-            "residual": largest_residual(manifolds, factors),
             "tokens": (batch["segment_ids"] > 0).sum(),
         }
+        if manifolds is not None:
+            metrics["residual"] = largest_residual(manifolds, factors)
         state = TrainState(factors, opt_state, key)
         return constrain_to_storage(state, state.factors, axes), metrics
 

@@ -1,15 +1,17 @@
 """A fine-tuning run, from its configuration to its result."""
 
 import contextlib
+import dataclasses
+import datetime
 import time
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from manifold_lora.adapters import axes, manifold_tree, split
+from manifold_lora.checkpoints.companions import stop_tokens
 from manifold_lora.checkpoints.huggingface import read_llama_config
 from manifold_lora.data.builtin import BASE
 from manifold_lora.data.preview import show_batch
@@ -32,26 +34,35 @@ from manifold_lora.training.data import (
     total_steps,
     training_batches,
 )
-from manifold_lora.training.optimizer import build_optimizer
+from manifold_lora.training.directory import RunDirectory, saved_date
+from manifold_lora.training.loop import Feed, Loop
+from manifold_lora.training.optimizer import build_optimizer, check_optimizer
 from manifold_lora.training.resume import (
     Preempted,
     checkpoint_errors,
     open_checkpoints,
     restore,
-    save_checkpoint,
     start_or_resume,
 )
-from manifold_lora.training.run import ADAPTER, Metrics, finished, open_run
-from manifold_lora.training.setup import check_agreement, check_mesh, load_model
-from manifold_lora.training.state import all_finite
+from manifold_lora.training.run import Metrics, check_trackers
+from manifold_lora.training.setup import (
+    check_agreement,
+    check_mesh,
+    check_tokens,
+    identify,
+    load_model,
+)
 from manifold_lora.training.step import initial_state, make_step
+
+__all__ = ["Diverged", "Preempted", "processes", "train"]
 
 
 def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]:
     """Fine-tune an adapter as configured and write the run directory.
 
-    An unfinished run of the same configuration resumes from its newest checkpoint. Of
-    several processes all call this, with the same configuration.
+    An unfinished run of the same configuration resumes from its newest checkpoint, and
+    a finished one if it is given more steps. Of several processes all call this, with
+    the same configuration.
 
     Args:
         config: of the run.
@@ -71,96 +82,114 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         >>> summary = train(TrainConfig(learning_rate=0.03))  # doctest: +SKIP
     """
     started = time.perf_counter()
-    launch, batch_size = config.launch, config.batch.batch_size
+    launch = config.launch
     processes.initialise(launch.coordinator, launch.processes, launch.process_id)
     console = console or Console(quiet=not processes.is_main())
-    if not config.show_batch and (summary := finished(config)):
-        display.show_finished(console, config, summary)
-        return summary
+    check_trackers(config)
     mesh = make_mesh(read_mesh(launch.mesh))
     with jax.set_mesh(mesh), processes.report_lost_process():
-        # Data
-        source = config.model.path or BASE
-        check_mesh(config, mesh, read_llama_config(source))  # before what takes long
-        tokenizer = load_tokenizer(source)
-        data = load_data(config, tokenizer)
-        check_agreement(config, data)
         if config.show_batch:
-            show_batch(next(iter(training_batches(config, data))), tokenizer, console)
+            _show_batch(config, console)
             return {}
-        to_devices = BatchSharder(mesh, batch_size)
+        with RunDirectory(config) as directory:
+            return _run(config, console, directory, mesh, started)
 
-        # Model
-        model = load_model(config)
-        rebuild, initial_factors, frozen = split(model)
-        manifolds, names = manifold_tree(model), axes(model)
 
-        # Step and evaluation, each compiled once
-        steps = total_steps(config, data)
-        width = model.config.hidden_size
-        tx, schedule = build_optimizer(config, manifolds, steps, width)
-        step = make_step(rebuild, tx, manifolds, names, config.batch.accumulate)
-        held_out = held_out_batches(config, data, to_devices)
-        evaluate = make_evaluate(rebuild, names)
-        display.show_plan(console, config, model, data, steps, mesh)
+def _run(
+    config: TrainConfig,
+    console: Console,
+    directory: RunDirectory,
+    mesh: Any,
+    started: float,
+) -> dict[str, Any]:
+    """The run in its directory, which this process holds."""
+    # Data
+    config = _with_date(config, saved_date(directory.settings))
+    directory.check_settings(config)
+    source, out = config.model.path or BASE, directory.path
+    shapes = read_llama_config(source)
+    check_mesh(config, mesh, shapes)  # before what takes long
+    tokenizer = load_tokenizer(source)
+    data = load_data(config, tokenizer)
+    stop = stop_tokens(source, tokenizer)
+    check_tokens(data, stop, shapes.vocab_size, tokenizer)
+    check_agreement(config, data)
+    to_devices = BatchSharder(mesh, config.batch.batch_size)
 
-        # Loop
-        out = open_run(config)
-        save_adapter = partial(save_factors, config, model)
-        fresh = initial_state(initial_factors, tx, names, config.optimizer.seed)
-        eval_every = config.evaluation.eval_every or -(-steps // 4)
-        checkpoint_every = config.checkpoints.checkpoint_every or 250
-        with contextlib.ExitStack() as stack:
-            checkpoints = stack.enter_context(open_checkpoints(config, model, out))
-            preemption = stack.enter_context(processes.Preemption())
-            restored = restore(checkpoints, fresh, console)
-            metrics = stack.enter_context(Metrics(out, config, restored))
+    # Model
+    model = load_model(config)
+    identity = identify(config, model, data)
+    steps = total_steps(config, data)
+    if summary := directory.finished(identity, steps):
+        display.show_finished(console, config, summary)
+        return summary
+    rebuild, initial_factors, frozen = split(model)
+    manifolds, names = manifold_tree(model), axes(model)
+
+    # Step and evaluation, each compiled once
+    tx, schedule = build_optimizer(config, manifolds, steps, model.config.hidden_size)
+    check_optimizer(config, tx, initial_factors)
+    step = make_step(rebuild, tx, None, names, config.batch.accumulate)
+    held_out = held_out_batches(config, data, to_devices)
+    evaluate = make_evaluate(rebuild, names)
+    display.show_plan(console, config, model, data, steps, mesh)
+
+    # Loop
+    directory.open(config)
+    save_adapter = partial(save_factors, config, model)
+    fresh = initial_state(initial_factors, tx, names, config.optimizer.seed)
+    with contextlib.ExitStack() as stack:
+        store = open_checkpoints(config, identity, out)
+        checkpoints = stack.enter_context(store)
+        preemption = stack.enter_context(processes.Preemption())
+        restored = restore(checkpoints, fresh, console)
+        metrics = stack.enter_context(Metrics(out, config, restored))
+        measure = None
+        if config.evaluation.eval_every != 0:
             measure = partial(
                 report_evaluation, evaluate, frozen, held_out, metrics, console
             )
-            run = start_or_resume(
-                fresh, restored, checkpoints, measure, save_adapter, out, console
-            )
-            started -= run.seconds
-            batches = iter(training_batches(config, data, rows=to_devices.local_rows))
-            if run.data_state is not None:
-                batches.set_state(run.data_state)
-            bar = stack.enter_context(display.StepBar(console, steps, run.step))
-            while run.step < steps:
-                out_of_patience = run.evaluations_since_best == config.patience
-                if out_of_patience or (batch := next(batches, None)) is None:
-                    break
-                step_started = time.perf_counter()
-                rate = np.asarray(schedule(run.step)).item()
-                arrays, measured = step(run.arrays, frozen, to_devices(batch))
-                row = {name: float(value) for name, value in measured.items()}
-                tokens = int(row.pop("tokens"))
-                speed = tokens / (time.perf_counter() - step_started)
-                run = run.after_step(arrays, tokens, row["residual"])
-                row |= {"learning_rate": rate, "tokens_per_second": round(speed)}
-                metrics.write(step=run.step, **row)
-                if not all_finite(row):
-                    raise Diverged.after(config, model, run, row)
-                bar.advance(row)
-                evaluated = run.step % eval_every == 0 or run.step == steps
-                if evaluated:
-                    evaluation = measure(run.step, arrays.factors, row["residual"])
-                    run = run.after_evaluation(evaluation, config.best_metric)
-                    if run.best_step == run.step:
-                        save_adapter(arrays.factors, out / ADAPTER)
-                preempted = preemption.reached(run.step)
-                if evaluated or preempted or run.step % checkpoint_every == 0:
-                    seconds = time.perf_counter() - started
-                    run = run.paused(seconds, batches.get_state())
-                    save_checkpoint(checkpoints, config, run, console)
-                if preempted:
-                    checkpoints.wait()
-                    raise Preempted.after(run, out)
-            with checkpoint_errors(config, console):
-                checkpoints.wait()
+        run = start_or_resume(
+            fresh, restored, checkpoints, measure, save_adapter, out, console
+        )
+        loop = Loop(
+            config,
+            steps,
+            step,
+            frozen,
+            manifolds,
+            schedule,
+            measure,
+            save_adapter,
+            metrics,
+            checkpoints,
+            preemption,
+            console,
+            started - run.seconds,
+            directory.commit,
+        )
+        batches = training_batches(config, data, rows=to_devices.local_rows)
+        run = loop.run(run, Feed(batches, to_devices, run.data_state), model)
+        with checkpoint_errors(config, console):
+            checkpoints.wait()
 
-        # Result; the model has the best factors
-        display.show_early_stop(console, config, run)
-        display.show_predictions(console, model, tokenizer, data.held_out[:8])
-        run = run._replace(seconds=time.perf_counter() - started)
-        return save_result(config, console, model, data, held_out, run, metrics)
+    # Result; the model gets the factors of adapter/
+    run = run._replace(seconds=time.perf_counter() - loop.started)
+    display.show_early_stop(console, config, run)
+    return save_result(
+        config, console, model, data, held_out, run, metrics, tokenizer, identity, steps
+    )
+
+
+def _show_batch(config: TrainConfig, console: Console) -> None:
+    tokenizer = load_tokenizer(config.model.path or BASE)
+    data = load_data(config, tokenizer)
+    show_batch(next(iter(training_batches(config, data))), tokenizer, console)
+
+
+def _with_date(config: TrainConfig, saved: str | None) -> TrainConfig:
+    """With the date that chat templates write: of the earlier run, or today."""
+    if config.data.date is not None or config.data.path is None:
+        return config
+    date = saved or datetime.date.today().isoformat()
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))

@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tomli_w
 from rich.console import Console
 from safetensors.numpy import load_file
 
 from manifold_lora.checkpoints.store import CheckpointError
+from manifold_lora.configuration.flat import flatten
 from manifold_lora.errors import InputError
 from manifold_lora.training import train as training
 from tests import command
@@ -62,10 +64,14 @@ def elsewhere(settings: Settings) -> Settings:
     return settings | {"out": settings["out"].with_name("uninterrupted")}
 
 
+def without_costs(summary: dict[str, Any]) -> dict[str, Any]:
+    return {**summary, "seconds": 0, "peak_memory_bytes": 0}
+
+
 def same_outcome(settings: Settings, summary: dict[str, Any]) -> None:
     """The run ended as one that was never interrupted, to the last bit."""
     uninterrupted, _ = run(elsewhere(settings))
-    assert {**summary, "seconds": 0} == {**uninterrupted, "seconds": 0}
+    assert without_costs(summary) == without_costs(uninterrupted)
     one, other = settings["out"], elsewhere(settings)["out"]
     assert (one / ADAPTER).read_bytes() == (other / ADAPTER).read_bytes()
     assert (one / "start" / Path(ADAPTER).name).read_bytes() != (
@@ -74,7 +80,8 @@ def same_outcome(settings: Settings, summary: dict[str, Any]) -> None:
 
     def rows(out: Path) -> list[dict[str, Any]]:
         lines = (out / "metrics.jsonl").read_text().splitlines()
-        return [{**json.loads(x), "tokens_per_second": 0} for x in lines]
+        costs = {"tokens_per_second": 0, "peak_memory_bytes": 0}
+        return [{**json.loads(x), **costs} for x in lines]
 
     assert rows(one) == rows(other)
 
@@ -139,13 +146,14 @@ def test_sigterm_writes_a_checkpoint_and_the_run_resumes(settings, monkeypatch):
 
 
 def test_patience_survives_an_interruption(settings, monkeypatch):
-    # no answer is right before the end
-    settings = settings | {"best_metric": "accuracy", "patience": 2, "eval_every": 2}
+    # nothing is better than the first evaluation
+    settings = settings | {"best_metric": "accuracy", "patience": 1, "eval_every": 2}
+    settings = settings | {"learning_rate": 1e-9, "free_learning_rate": 1e-9}
     interrupt(monkeypatch, 3, fail)
     with pytest.raises(Interrupted):
         run(settings)
     summary, _ = run(settings)
-    assert (summary["steps"], summary["best_step"]) == (4, 0)
+    assert (summary["steps"], summary["best_step"]) == (4, 2)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(settings):
@@ -229,8 +237,10 @@ def test_a_lost_best_adapter_is_replaced(settings, monkeypatch):
 def test_a_checkpoint_that_cannot_be_written(settings, errors):
     settings = settings | {"checkpoint_errors": errors}
     settings["out"].mkdir()
+    (settings["out"] / "config.toml").write_text(
+        tomli_w.dumps(flatten(train_config(**settings)))
+    )
     shutil.copy(__file__, settings["out"] / "checkpoints")  # no directory
-    settings = settings | {"overwrite": True}
     if errors == "stop":
         with pytest.raises(CheckpointError, match="checkpoints/2 cannot be written"):
             run(settings)

@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from manifold_lora.data.batches import evaluation_batches
 from manifold_lora.data.tokens import load_tokenizer
 from manifold_lora.evaluation.heldout import make_evaluate
 from manifold_lora.training import train as training
+from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.data import load_data
 from manifold_lora.training.setup import effective_ranks
 from manifold_lora.training.step import largest_residual
@@ -99,6 +102,8 @@ def test_a_run_continues_from_an_adapter(settings: Settings, tmp_path: Path):
         "alpha": ({"alpha": 1.0}, "alpha: found 8, needed 1.0"),
         "rslora": ({"rslora": True}, "rslora: found False, needed True"),
         "diagonal": ({"diagonal_s": True}, "diagonal_s: found False, needed True"),
+        "targets": ({"targets": "v_proj"}, "needed v_proj"),
+        "pattern": ({"rank_pattern": {"0.*": 3}}, "needed {'0.*': 3}"),
     }
     for name, (change, message) in refused.items():
         wrong = then | {"out": tmp_path / name} | change
@@ -106,6 +111,27 @@ def test_a_run_continues_from_an_adapter(settings: Settings, tmp_path: Path):
             run(wrong)
         assert message in str(caught.value) and "--adapter" in str(caught.value)
         assert not (tmp_path / name).exists()
+
+
+def test_a_continued_run_inherits_the_settings_of_its_adapter(
+    settings: Settings, tmp_path: Path
+):
+    first = settings | {"method": "lora", "rank": 2, "targets": "q_proj", "alpha": 6.0}
+    run(first)
+    given = {"model": settings["model"], "data": settings["data"], "steps": 1}
+    adapter = settings["out"] / "adapter"
+    config = train_config(**given, adapter=adapter, dropout=0.25)
+    inherited = config.adapter
+    assert (inherited.method, inherited.rank, inherited.alpha) == ("lora", 2, 6)
+    assert (inherited.targets, inherited.dropout) == ("q_proj", 0.25)
+    assert config.learning_rate == train_config(**given, method="lora").learning_rate
+    run(given | {"adapter": adapter, "dropout": 0.25, "out": tmp_path / "then"})
+    saved = tomllib.loads((tmp_path / "then" / "config.toml").read_text())
+    assert (saved["targets"], saved["dropout"], saved["rank"]) == ("q_proj", 0.25, 2)
+    peft = json.loads((tmp_path / "then/adapter/adapter_config.json").read_text())
+    assert (peft["target_modules"], peft["lora_dropout"]) == (["q_proj"], 0.25)
+    from_python = TrainConfig(initial_adapter=adapter).adapter
+    assert (from_python.method, from_python.targets) == ("lora", "q_proj")
 
 
 def test_ranks_of_layers_that_are_not_adapted_do_not_count(files: tuple[Path, Path]):
@@ -120,6 +146,7 @@ def test_diagonal_scaling_writes_the_merged_model(settings: Settings):
     summary = run(scaled)
     names = sorted(p.name for p in settings["out"].iterdir())
     assert names == [
+        ".lock",
         "checkpoints",
         "config.toml",
         "loss.png",

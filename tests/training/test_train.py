@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: what they write, keep, show and refuse."""
 
+import datetime
 import io
 import itertools
 import json
@@ -77,18 +78,20 @@ def test_a_run(finished):
     settings, summary, shown = finished
     out = settings["out"]
     assert sorted(p.name for p in out.iterdir()) == [
+        ".lock",
         "adapter",
         "checkpoints",
         "config.toml",
+        "last",
         "loss.png",
         "metrics.jsonl",
         "start",
         "summary.json",
     ]
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert tomllib.loads((out / "config.toml").read_text()) == flatten(
-        train_config(**settings)
-    )
+    saved = tomllib.loads((out / "config.toml").read_text())
+    assert saved.pop("date") == datetime.date.today().isoformat()
+    assert saved == flatten(train_config(**settings))
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     steps = [row for row in rows(settings) if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 13))
@@ -97,16 +100,19 @@ def test_a_run(finished):
         "learning_rate",
         "grad_norm",
         "tokens_per_second",
-        "residual",
         "step",
     }
     assert set(steps[0]) == keys
+    measured = [row["step"] for row in steps if "residual" in row]
+    assert measured == [4, 8, 10, 12]  # every ten steps, and at evaluations
     evaluations = [row for row in rows(settings) if "eval_loss" in row]
     assert [row["step"] for row in evaluations] == [0, 4, 8, 12]
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert summary["loss_before"] == evaluations[0]["eval_loss"]
     assert summary["loss_after"] == min(row["eval_loss"] for row in evaluations)
-    assert summary["largest_residual"] == max(row["residual"] for row in steps)
+    assert summary["largest_residual"] == max(row.get("residual", 0) for row in steps)
+    assert summary["better_than_start"] and summary["best_step"] > 0
+    assert all(row["peak_memory_bytes"] > 1e7 for row in evaluations[1:])
     assert summary["largest_residual"] < RESIDUAL
     assert abs(summary["least_effective_rank"] - 4) < EFFECTIVE_RANK
     # two layers of q_proj (32 → 32) and down_proj (48 → 32), rank 4
@@ -205,9 +211,11 @@ def test_directory_of_something_else_is_left_alone(settings):
 
 def test_early_stopping(settings):
     summary, shown = run(settings, learning_rate=1e-9, free_learning_rate=1e-9,
-                         best_metric="accuracy", patience=2)  # fmt: skip
-    assert summary["steps"] == 8 and summary["best_step"] == 0
-    assert "No improvement for 2 evaluations" in shown
+                         best_metric="accuracy", patience=1)  # fmt: skip
+    assert summary["steps"] == 8 and summary["best_step"] == 4
+    assert "No improvement for 1 evaluations" in shown
+    assert summary["better_than_start"] is False
+    assert "no evaluation was better than the start" in shown
 
 
 def test_nan_stops_the_run_and_keeps_the_best_adapter(settings, monkeypatch):
