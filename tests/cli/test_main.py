@@ -256,4 +256,4 @@ def test_an_interruption_while_it_compiles_is_exit_code_130(files, tmp_path):
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in shown
-    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "run" / "start" / "adapter_config.json").exists()
