@@ -98,11 +98,10 @@ def _locate(
             it, as the template writes them.
         ends: matches the tokens that may end a turn.
     """
-    (before, prompted, text), turn, previous = texts, turns[index], turns[index - 1]
-    stop = len(text) - len(_trailing_prompt(previous, prompted, text, ends))
+    (before, prompted, text), turn = texts, turns[index]
     start = len(commonprefix([prompted, text]))
     context = before.rstrip()
-    if len(context) > stop or not text.startswith(context):
+    if not text.startswith(context):
         # The template always writes a prompt, or another system message.
         if not text.startswith(prompted):
             raise TemplateError(
@@ -120,6 +119,7 @@ def _locate(
         raise TemplateError(_why_absent(turn, index))
     content = content[max(start - found, 0) :]
     after = max(start, found) + len(content)
+    stop = len(text) - len(_trailing_prompt(prompted, text[after:], ends))
     matches = [m.end() for m in ends.finditer(text, after, stop)]
     if not matches:
         raise TemplateError(
@@ -129,21 +129,22 @@ def _locate(
     return Text(text, [(start, matches[-1])], [content])
 
 
-def _trailing_prompt(
-    previous: Turn, prompted: str, text: str, ends: re.Pattern[str]
-) -> str:
-    """The generation prompt at the end of a text, if the template always writes it.
+def _trailing_prompt(prompted: str, text: str, ends: re.Pattern[str]) -> str:
+    """The generation prompt after an answer, if the template always writes it.
 
-    It is what both renderings end with, after the end of the turn before.
+    Args:
+        prompted: a rendering that ends with the generation prompt.
+        text: what follows the answer.
+        ends: matches the tokens that may end a turn.
     """
-    content = previous.text.strip()
-    after = prompted.rfind(content) + len(content)
-    tail = commonprefix([prompted[after:][::-1], text[::-1]])[::-1]
-    rest = text[: len(text) - len(tail)].rstrip()
-    if not any(match.end() == len(rest) for match in ends.finditer(rest)):
-        end = ends.search(tail)
-        tail = tail[end.end() :] if end else ""
-    return tail if tail.strip() else ""
+    cut = len(text) - len(commonprefix([prompted[::-1], text[::-1]]))
+    matches = list(ends.finditer(text))
+    # Different tokens may end with the same characters: cut after the whole token.
+    cut = next((m.end() for m in matches if m.start() < cut < m.end()), cut)
+    rest = text[:cut].rstrip()
+    if not any(m.end() == len(rest) for m in matches):
+        cut = next((m.end() for m in matches if m.start() >= cut), len(text))
+    return text[cut:] if text[cut:].strip() else ""
 
 
 def _why_absent(turn: Turn, index: int) -> str:
@@ -176,13 +177,25 @@ def dropped_content(record: Record, text: str) -> str | None:
         content = turn.text.strip() if turn.role in ("system", "user") else ""
         if content not in text:
             return f"the content of message {index + 1} ({turn.role})"
-        for call in turn.extra.get("tool_calls") or ():
-            if str(call.get("function", call).get("name")) not in text:
+        for name in _names(turn.extra.get("tool_calls"), "tool_calls"):
+            if name not in text:
                 return f"tool_calls of message {index + 1}"
         reasoning = turn.extra.get("reasoning_content") or ""
+        if not isinstance(reasoning, str):
+            raise TemplateError("reasoning_content must be a string")
         if turn.trained and reasoning.strip() not in text:
             return f"reasoning_content of message {index + 1}"
-    for tool in record.tools:
-        if str(tool.get("function", tool).get("name")) not in text:
-            return "tools"
+    if any(name not in text for name in _names(list(record.tools), "tools")):
+        return "tools"
     return None
+
+
+def _names(functions: Any, key: str) -> list[str]:
+    """The names of tools or of calls."""
+    try:
+        return [str(item.get("function", item)["name"]) for item in functions or []]
+    except (AttributeError, KeyError, TypeError):
+        raise TemplateError(
+            f'{key} must be a list of objects such as {{"type": "function", '
+            '"function": {"name": ...}}'
+        ) from None

@@ -29,6 +29,10 @@ class TemplateError(InputError):
     """A template cannot render a chat; the message says why."""
 
 
+class TemplateTimeout(TemplateError):
+    """A template takes too long for a chat."""
+
+
 class Rendering(NamedTuple):
     """A chat as text."""
 
@@ -75,8 +79,13 @@ class Renderer:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", date: str | None = None):
         special = {k: str(x) for k, x in tokenizer.special_tokens_map.items()}
-        date = date or datetime.date.today().isoformat()
-        self._shared = {"special_tokens": special, "date": date}
+        try:
+            day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+        except ValueError:
+            raise InputError(
+                f"--date must be a date such as 2026-01-31, got {date!r}."
+            ) from None
+        self._shared = {"special_tokens": special, "date": day.isoformat()}
 
     def render(
         self,
@@ -127,7 +136,7 @@ class _Worker:
             answer = self._answers.get(timeout=seconds)
         except queue.Empty:
             self.stop()
-            raise TemplateError(
+            raise TemplateTimeout(
                 f"the chat template takes more than {seconds:g} seconds"
             ) from None
         except OSError:  # it has ended

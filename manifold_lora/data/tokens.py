@@ -1,7 +1,7 @@
 """Records to token ids and masks of what is trained."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,19 @@ import numpy as np
 from manifold_lora.data.chats import Text, dropped_content, render_chat
 from manifold_lora.data.masks import Tokens, tokenize
 from manifold_lora.data.records import MAX_PROBLEMS, Record
-from manifold_lora.data.templates import Renderer, TemplateError, choose_template
+from manifold_lora.data.templates import (
+    Renderer,
+    TemplateError,
+    TemplateTimeout,
+    choose_template,
+)
 from manifold_lora.data.tokenizer import load_tokenizer as load_tokenizer
 from manifold_lora.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MAX_TIMEOUTS = 2  # records for which a template takes too long
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,13 +168,18 @@ def _encode_all(
     ends = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
     texts: list[tuple[int, Text]] = []
     problems: dict[int, str] = {}
+    timeouts = 0
     renderer = Renderer(tokenizer, date)
     for number, record in enumerate(records):
         try:
             made = _texts(record, tokenizer, renderer, ends)
+            _check_text("".join(text.text for text in made))
             texts += [(number, text) for text in made]
         except TemplateError as error:
             problems[number] = str(error)
+            timeouts += isinstance(error, TemplateTimeout)
+        if timeouts == MAX_TIMEOUTS:  # one record may be odd; here it is the template
+            raise InputError("\n".join(_located(records, problems)[-MAX_PROBLEMS:]))
     encoded = []
     all_tokens = tokenize([text for _, text in texts], tokenizer)
     for (number, text), tokens in zip(texts, all_tokens, strict=True):
@@ -176,13 +188,19 @@ def _encode_all(
         if problem := _untrained(text, tokens, tokenizer, names):
             problems.setdefault(number, problem)
         tokens.masks[:, :1] = False  # it has no context
+        if not tokens.masks.any():
+            problems.setdefault(number, "it has nothing to train")
         encoded.append((number, tokens))
-    invalid = [
+    valid = [(records[i], tokens) for i, tokens in encoded if i not in problems]
+    return valid, _located(records, problems)
+
+
+def _located(records: Sequence[Record], problems: Mapping[int, str]) -> list[str]:
+    """The problems of records, with the location of each."""
+    return [
         f"{records[number].location or f'record {number + 1}'}: {problem}"
         for number, problem in sorted(problems.items())
     ]
-    valid = [(records[i], tokens) for i, tokens in encoded if i not in problems]
-    return valid, invalid
 
 
 def _end_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
@@ -227,10 +245,23 @@ def _texts(
         text = prompt + completion
         span = (len(prompt), len(text))
         return [Text(text, [span], [completion], special_tokens=True)]
+    if not any(turn.trained for turn in record.turns):
+        raise TemplateError("it has no answer to train")
     texts = render_chat(record, template, renderer, ends)
     if dropped := dropped_content(record, "".join(text.text for text in texts)):
         raise TemplateError(f"the chat template does not write {dropped}")
     return texts
+
+
+def _check_text(text: str) -> None:
+    """Refuse half of a surrogate pair: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TemplateError(
+            f"it holds {text[error.start]!r}, half of a surrogate pair, which is not "
+            "a character"
+        ) from None
 
 
 def _without_bos(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -247,7 +278,7 @@ def _without_bos(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
 def _with_eos(tokens: Tokens, eos: Any) -> Tokens:
     """With an EOS, if there is none, that belongs to the answer."""
     ids, masks = tokens
-    if ids[-1:] != [eos]:
+    if ids[-1:].tolist() != [eos]:
         ids = np.append(ids, np.int32(eos))
         masks = np.append(masks, np.zeros((len(masks), 1), np.bool_), axis=1)
     masks[:, -1] = True

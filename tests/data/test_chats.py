@@ -150,3 +150,30 @@ def test_a_date_is_fixed_in_the_configuration():
     tokenizer = make_tokenizer(template=dated)
     (example,), _ = encode([chat("So?", "Yes.")], tokenizer, 99, date="2024-07-26")
     assert str(tokenizer.decode(example.input_ids)).startswith("26 Jul 2024")
+
+
+def test_a_prompt_is_not_trained_if_turns_end_differently():
+    """The end tokens of user and assistant have their last characters in common."""
+    template = (
+        "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '\n' + m.content + "
+        "('<|eot_id|>' if m.role == 'assistant' else '<|end_header_id|>') + '\n' }}"
+        "{% endfor %}{{ '<|start_header_id|>assistant\n' }}"
+    )
+    record = chat("a", "b", "assistant", "d")
+    assert trained(record, template) == [[f"b{EOT}", f"d{EOT}"]]
+
+
+@pytest.mark.parametrize(
+    "value", [["x"], [None], [{"function": "f"}], [{}], {"a": 1}, "s", 5]
+)
+def test_malformed_calls_and_tools_are_refused(value):
+    with pytest.raises(InputError, match="record 1: tool_calls must be a list"):
+        encode([with_key("tool_calls", value)], make_tokenizer(template=LLAMA3), 999)
+
+
+def test_other_malformed_keys_are_refused():
+    tokenizer = make_tokenizer(template=LLAMA3)
+    tools = Record(chat("a", "b").turns, tools=({"function": "f"},))
+    for record in (with_key("reasoning_content", 5), tools):
+        with pytest.raises(InputError, match="record 1: .* must be a"):
+            encode([record], tokenizer, 999)

@@ -91,3 +91,32 @@ def test_only_chats_need_a_default_template():
     examples, _ = encode([named], tokenizer, 99)
     trained = examples[0].input_ids[examples[0].loss_mask]
     assert tokenizer.decode(trained) == f"Ho{EOT}"
+
+
+@pytest.mark.parametrize("skip_invalid", [False, True])
+def test_an_endless_template_is_not_tried_for_every_record(monkeypatch, skip_invalid):
+    """Not even if invalid records are left out: 7,000 of them would take hours."""
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    loop = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}"
+    tokenizer = make_tokenizer(template=loop + "{% endfor %}")
+    records = [Record(completion="k"), *[CHAT] * 50]
+    with pytest.raises(
+        InputError, match="^record 2: .* seconds\nrecord 3: .* seconds$"
+    ):
+        encode(records, tokenizer, 99, skip_invalid=skip_invalid)
+
+
+@pytest.mark.parametrize("date", ["2026-13-45", "2026-02-30", "0000-00-00", "today"])
+def test_a_day_that_does_not_exist(date):
+    with pytest.raises(InputError, match=f"--date must be .*, got '{date}'"):
+        encode([CHAT], make_tokenizer(template=LLAMA3), 99, date=date)
+
+
+def test_a_template_that_writes_far_more_than_the_chat():
+    """Within the limit of memory, but nothing to tokenise."""
+    with pytest.raises(InputError, match="record 1: .* writes 1,000,... characters"):
+        tokenizer = make_tokenizer(template="{{ 'a' * 1000000 }}" + LLAMA3)
+        encode([CHAT], tokenizer, 99)
+    long = Record((Turn("user", "a" * 100_000), CHAT.turns[1]))
+    examples, _ = encode([long], make_tokenizer(template=LLAMA3), 200_000)
+    assert len(examples[0].input_ids) > 100_000

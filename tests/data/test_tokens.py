@@ -302,3 +302,32 @@ def test_load_tokenizer_names_the_missing_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Record((Turn("user", "a\ud83d"), Turn("assistant", "b", trained=True))),
+        Record((Turn("user", "a"), Turn("assistant", "\udc00b", trained=True))),
+        Record(prompt="a", completion="b\ud83d"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused(record: Record) -> None:
+    tokenizer = make_tokenizer(template=LLAMA3)
+    with pytest.raises(InputError, match="record 1: .* surrogate pair"):
+        encode([record], tokenizer, 99)
+    records = [record, Record(completion="k")]
+    _, report = encode(records, tokenizer, 99, skip_invalid=True)
+    assert (report.kept, len(report.invalid)) == (1, 1)
+
+
+@pytest.mark.parametrize("template", [LLAMA3, TEMPLATES["tags"]])
+def test_a_chat_without_a_trained_answer_is_refused(template: str) -> None:
+    chat = Record((Turn("user", "a"), Turn("assistant", "b")))
+    with pytest.raises(InputError, match="record 1: it has no answer to train"):
+        encode([chat], make_tokenizer(template=template), 99)
+
+
+def test_a_record_of_only_a_first_token_is_refused() -> None:
+    with pytest.raises(InputError, match="record 1: it has nothing to train"):
+        encode([Record()], make_tokenizer(bos=False), 99)
