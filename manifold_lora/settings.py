@@ -23,7 +23,7 @@ PositiveInt = Annotated[int, Meta(ge=1)]
 NonNegativeInt = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0, le=_FINITE)]
 # Integers stay integers, in files as well.
-PositiveNumber = Annotated[int, Meta(gt=0)] | PositiveFloat
+PositiveNumber = Annotated[int, Meta(gt=0, le=2**31 - 1)] | PositiveFloat
 NonNegativeFloat = Annotated[float, Meta(ge=0, le=_FINITE)]
 Probability = Annotated[float, Meta(ge=0, lt=1)]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from manifold_lora.settings import (
 )
 
 T = TypeVar("T")
+_MATCH_SECONDS = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,9 +165,16 @@ def check_names(
 
 
 def _full_match(pattern: str, name: str) -> bool:
+    import regex  # unlike re's, its matches can be stopped
+
     try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
+        return regex.fullmatch(pattern, name, timeout=_MATCH_SECONDS) is not None
+    except regex.error as error:
         raise InputError(
             f"{pattern!r} is not a regular expression: {error}."
+        ) from error
+    except TimeoutError as error:
+        raise InputError(
+            f"the regular expression {pattern!r} takes more than {_MATCH_SECONDS} "
+            f"seconds to match {name}: make it simpler, or list the names."
         ) from error

@@ -8,19 +8,19 @@ in `factors.safetensors` the factors of methods that have others than A and B.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from manifold_lora.adapters.config import AdapterConfig, lookup
+from manifold_lora.adapters.config import AdapterConfig, is_target, lookup
 from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.options import adapter_class, fields_by_option
+from manifold_lora.checkpoints.peft_config import read_peft_config
+from manifold_lora.checkpoints.tensors import load_tensors
 from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.manifolds import Manifold
@@ -33,23 +33,6 @@ CONFIG, WEIGHTS, EXTRA, FACTORS = (
 )
 Tensors = Mapping[str, np.ndarray]
 Sizes = Mapping[str, tuple[int, int]]
-# Settings of PEFT's LoRA that change the model, with the value that does not.
-_PLAIN: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "kasa_config": None,
-    "layer_replication": None,
-    "lora_bias": False,
-    "monteclora_config": None,
-    "modules_to_save": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-}
-# Initialisations that subtract B A from the base: the adapter belongs to that base.
-_CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 _LORA = {"lora_A.weight": ("r", "in"), "lora_B.weight": ("out", "r")}
 _MAGNITUDE = {"lora_magnitude_vector": ("out",)}
 _STELLA = {
@@ -99,15 +82,16 @@ def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
                 f"{path} has no {file}. Give the directory of a PEFT LoRA adapter, "
                 "such as the adapter/ of a run."
             )
-    config = read_json(path / CONFIG)
-    _check_config(path, config)
-    tensors = _load(path / WEIGHTS)
+    config = read_peft_config(path / CONFIG)
+    tensors = load_tensors(path / WEIGHTS)
     needed = _needed(config, tensors)
     by_module = _by_module(path, config, tensors, needed, sizes)
     extra = read_json(path / EXTRA) if (path / EXTRA).is_file() else {}
+    if not isinstance(extra.get("base", ""), str):
+        raise InputError(f"{path / EXTRA}: base must be text, got {extra['base']!r}.")
     settings = _settings(path, config, tensors, sorted(by_module), extra)
     declared = adapter_class(settings.method).factors(settings)
-    stored = _load(path / FACTORS) if (path / FACTORS).is_file() else {}
+    stored = load_tensors(path / FACTORS) if (path / FACTORS).is_file() else {}
     modules = {
         full: _module(settings, declared, config, full, parts, stored)
         for full, parts in by_module.items()
@@ -115,45 +99,6 @@ def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
     if extra or stored:
         _check_same(path, settings, declared, modules, by_module)
     return AdapterFile(settings.method, settings, modules, extra.get("base"))
-
-
-def _load(file: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{file} is truncated or not a safetensors file ({error}): copy or "
-            "export it again."
-        ) from error
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    if config.get("peft_type") not in ("LORA", "STELLA"):
-        raise InputError(
-            f"{path / CONFIG} is of peft_type {config.get('peft_type')!r}; only LORA "
-            "and STELLA can be read."
-        )
-    unsupported = [
-        f"{key}={config[key]!r}"
-        for key, plain in _PLAIN.items()
-        if config.get(key) not in (plain, None, False, [])
-    ]
-    init = config.get("init_lora_weights")
-    if str(init).lower().startswith(_CHANGED_BASE):
-        unsupported.append(f"init_lora_weights={init!r}")
-    if unsupported:
-        raise InputError(
-            f"{path / CONFIG} uses {', '.join(unsupported)}, which cannot be read: "
-            "merge that adapter into its base with PEFT first."
-        )
-    config.setdefault("lora_dropout", 0.0)
-    errors = [
-        f"{key} (got {config.get(key)!r})"
-        for key in ("r", "lora_alpha", "lora_dropout")
-        if type(config.get(key)) not in (int, float)
-    ]
-    if errors:
-        raise InputError(f"{path / CONFIG} must have a number for {', '.join(errors)}.")
 
 
 def _needed(config: Mapping[str, Any], tensors: Tensors) -> dict[str, tuple]:
@@ -197,6 +142,8 @@ def _by_module(
             shape = tuple(axes.get(name, 0) for name in names)
             if got != shape:
                 errors.append(f"{key}: found {got}, needed {shape}")
+    if by_module:
+        errors += _missing_modules(config, by_module, sizes or {})
     if errors or not by_module:
         raise InputError(
             f"The adapter in {path} does not fit {'this model and ' if sizes else ''}"
@@ -205,6 +152,21 @@ def _by_module(
             + "\nLoad it into the base it was trained on."
         )
     return by_module
+
+
+def _missing_modules(
+    config: Mapping[str, Any], by_module: Mapping[str, Any], names: Iterable[str]
+) -> list[str]:
+    """Modules of a model that are targets and have no tensor at all."""
+    targets = config.get("target_modules")
+    restricted = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    if targets is None or any(config.get(key) is not None for key in restricted):
+        return []
+    return [
+        f"{name}: missing, though target_modules names it"
+        for name in names
+        if name not in by_module and is_target(targets, name)
+    ]
 
 
 def _setting(config: Mapping[str, Any], full: str) -> tuple[int, float]:
@@ -261,8 +223,8 @@ def _settings(
     }
     try:
         return AdapterConfig(**given, options=options)
-    except InputError as error:
-        raise InputError(f"{path / EXTRA}: {error}") from error
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path / (EXTRA if extra else CONFIG)}: {error}") from error
 
 
 def _module(

@@ -4,6 +4,7 @@ One table, `_rows`, maps each tensor of the file to its leaf in the model. Readi
 writing both follow it, so that they are inverse to each other.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax import nnx
 from jax import P
 from safetensors import SafetensorError, safe_open
 
 from manifold_lora.checkpoints.atomic import atomic_directory, save_tensors
+from manifold_lora.checkpoints.tensors import FLOATS, all_finite
 from manifold_lora.decoding import read_json
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
@@ -29,7 +32,7 @@ from manifold_lora.models import Llama, LlamaConfig
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_FLOATS = ("F64", "F32", "F16", "BF16")  # quantised weights are not supported
+_MAX_ERRORS = 8  # shown
 _ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
 _MLP = tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -102,14 +105,18 @@ def load_llama(
 
     Weights of any float dtype are rounded once to `dtype`. On the mesh of
     `jax.set_mesh` the weights are sharded: a host reads only the shards of its devices,
-    each byte once, and holds one tensor of the file in memory at a time. Raises
-    `InputError` for a directory, config or tensor that is not that of a LLaMA; one
-    message lists all bad tensors.
+    each byte once, and holds one tensor of the file in memory at a time. A head that
+    differs from the embedding is loaded even if the config ties them, as transformers 5
+    does. Raises `InputError` for a directory, config or tensor that is not that of a
+    LLaMA, one message listing all bad tensors, and for NaN or infinite weights.
     """
     path = Path(path)
     config = read_llama_config(path)
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
     tensors = _open_tensors(path)
+    _check_layers(path, config, tensors)
+    if config.tie_word_embeddings and _has_own_head(tensors):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
     _check(path, model, tensors)
     for row in _rows(config):
         variable = row.variable(model)
@@ -172,7 +179,13 @@ def _tensor(
 
     def read_shard(index: Any) -> np.ndarray:
         if (key := str(index)) not in shards:
-            shards[key] = stored[index].astype(dtype, copy=False)
+            shard = stored[index]
+            if not all_finite(shard):
+                raise InputError(
+                    f"{name} has values that are NaN or infinite: the model is "
+                    "damaged. Copy or download it again."
+                )
+            shards[key] = shard.astype(dtype, copy=False)
         return shards[key]
 
     if sharding is None:  # `jnp.asarray` does not commit it to the device
@@ -236,38 +249,87 @@ def read_llama_config(path: Path) -> LlamaConfig:
         raise InputError(f"{file}: {error}") from error
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_map(path: Path) -> dict[str, str] | None:
+    """The file of each tensor by the index; None where one file has them all."""
     if (path / _WEIGHTS).is_file():
-        return [path / _WEIGHTS]
-    if not (path / _INDEX).is_file():
+        return None
+    file = path / _INDEX
+    if not file.is_file():
         raise InputError(
             f"{path} has neither {_WEIGHTS} nor {_INDEX}. "
             "Weights in .bin or .pth files must be converted to safetensors first."
         )
-    weight_map = read_json(path / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise InputError(f"{path / _INDEX} has no weight_map: download it again.")
-    files = [path / name for name in sorted(set(weight_map.values()))]
-    if missing := [file.name for file in files if not file.is_file()]:
+    weight_map = read_json(file, _Index).weight_map
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise InputError(f"{file} names {outside[0]!r}, which is not a file beside it.")
+    if missing := [name for name in names if not (path / name).is_file()]:
         raise InputError(
             f"{path} lacks {', '.join(missing)}, named by {_INDEX}: download them."
         )
-    return files
+    return weight_map
+
+
+class _Index(msgspec.Struct):
+    """What is read of the index."""
+
+    weight_map: dict[str, str]
 
 
 def _open_tensors(path: Path) -> dict[str, Any]:
     """The open file of each tensor; only the headers are read."""
-    tensors = {}
-    for file in _weight_files(path):
+    weight_map = _weight_map(path)
+    tensors, errors = {}, []
+    files = [_WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
+    for name in files:
         try:
-            reader = safe_open(file, framework="numpy")
+            reader = safe_open(path / name, framework="numpy")
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{file} is truncated or not a safetensors file ({error}): "
+                f"{path / name} is truncated or not a safetensors file ({error}): "
                 "copy or download it again."
             ) from error
-        tensors |= dict.fromkeys(reader.keys(), reader)
+        for key in reader.keys():  # noqa: SIM118, it is not a dict
+            if key in tensors:
+                errors.append(f"{key} is in two files, {name} and another")
+            elif weight_map is not None and weight_map.get(key) != name:
+                where = weight_map.get(key, "none")
+                errors.append(f"{key} is in {name}, by the index in {where}")
+            tensors[key] = reader
+    errors += [
+        f"{key} is not in {weight_map[key]}"
+        for key in weight_map or ()
+        if (weight_map is not None and key not in tensors)
+    ]
+    if errors:
+        raise InputError(
+            f"{path / _INDEX} does not fit the files:\n  "
+            + "\n  ".join(errors[:_MAX_ERRORS])
+            + "\nDownload the model again."
+        )
     return tensors
+
+
+def _check_layers(path: Path, config: LlamaConfig, tensors: Mapping[str, Any]) -> None:
+    """Compare the number of layers before anything of that size is made."""
+    if config.num_hidden_layers > len(tensors):
+        raise InputError(
+            f"{path}/config.json has num_hidden_layers {config.num_hidden_layers}, but "
+            f"the weights have {len(tensors)} tensors: they are of different models."
+        )
+
+
+def _has_own_head(tensors: Mapping[str, Any]) -> bool:
+    """Whether there is a head with other values than the embedding."""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    if not all(name in tensors for name in names):
+        return False
+    head, embedding = (tensors[name].get_slice(name) for name in names)
+    if head.get_shape() != embedding.get_shape():
+        return True
+    rows, block = head.get_shape()[0], 4096
+    blocks = [slice(i, min(i + block, rows)) for i in range(0, rows, block)]
+    return any(not np.array_equal(head[part], embedding[part]) for part in blocks)
 
 
 def _check(path: Path, model: Llama, tensors: Mapping[str, Any]) -> None:
@@ -285,8 +347,8 @@ def _check(path: Path, model: Llama, tensors: Mapping[str, Any]) -> None:
         header = tensors[name].get_slice(name)
         if (actual := tuple(header.get_shape())) != shape:
             errors.append(f"{name}: found {actual}, needed {shape}")
-        if (kind := header.get_dtype()) not in _FLOATS:
-            errors.append(f"{name}: found {kind}, needed one of {', '.join(_FLOATS)}")
+        if (kind := header.get_dtype()) not in FLOATS:
+            errors.append(f"{name}: found {kind}, needed one of {', '.join(FLOATS)}")
     for name in tensors:
         if name not in needed and not _ignored(name, model.config):
             errors.append(f"{name}: unexpected")

@@ -1,6 +1,8 @@
 """Orbax's `CheckpointManager`, set up for the checkpoints of a training run."""
 
 import logging
+import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,33 @@ class BestOfLatest:
         latest = checkpoints[-self._count :]
         best = {self._best_steps.get(info.step) for info in latest}
         return [info.step in best for info in checkpoints]
+
+
+class PlainPath:
+    """A path to a directory without characters that Orbax takes for a pattern.
+
+    Orbax reads brackets and backslashes of a path as a pattern when it merges the parts
+    of a checkpoint, and colons as a scheme. Such a directory gets a symbolic link in a
+    temporary one.
+
+    Args:
+        directory: which need not exist yet.
+
+    Attributes:
+        path: the directory itself, or the link.
+    """
+
+    def __init__(self, directory: Path):
+        self.path, self._folder = directory, None
+        if not re.fullmatch(r"[\w\s/.,+=@%~#&$;!()'\"-]*", str(directory)):
+            self._folder = tempfile.TemporaryDirectory(prefix="manifold-lora-")
+            self.path = Path(self._folder.name, directory.name)
+            self.path.symlink_to(directory, target_is_directory=True)
+
+    def close(self) -> None:
+        """Remove the link."""
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def open_manager(

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from manifold_lora.checkpoints.atomic import write_text
+from manifold_lora.decoding import decode_json
 
 MANIFEST = "manifest.json"
 
@@ -19,19 +21,24 @@ def write_manifest(directory: Path) -> None:
     write_text(directory / MANIFEST, json.dumps(files, indent=1))
 
 
-def find_damage(directory: Path) -> str:
-    """Describe how the files differ from the manifest; "" if they do not."""
+def find_damage(directory: Path, required: Iterable[str] = ()) -> str:
+    """Describe how the files differ from the manifest; "" if they do not.
+
+    A manifest that does not list the required files is damaged as well.
+    """
     if not directory.is_dir():
         return "is missing"
     if not (directory / MANIFEST).exists():
         return "was not finished"
     try:
-        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        damage = [
+        text = (directory / MANIFEST).read_bytes()
+        files = decode_json(text, dict[str, tuple[int, str]])
+        damage = [f"{MANIFEST} lacks {name}" for name in required if name not in files]
+        damage += [
             _damage_to(directory, name, size, digest)
             for name, (size, digest) in files.items()
         ]
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         return f"{MANIFEST} is corrupt ({error})"
     except OSError as error:
         return f"cannot be read ({error})"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import msgspec
 
 from manifold_lora.checkpoints.atomic import write_text
 from manifold_lora.checkpoints.collectives import failed_processes, from_first_process
@@ -27,7 +28,13 @@ from manifold_lora.checkpoints.leaves import (
     key_to_data,
     named_leaves,
 )
-from manifold_lora.checkpoints.manager import open_manager, restore_arrays, save_arrays
+from manifold_lora.checkpoints.manager import (
+    ITEM,
+    PlainPath,
+    open_manager,
+    restore_arrays,
+    save_arrays,
+)
 from manifold_lora.checkpoints.manifest import MANIFEST, find_damage, write_manifest
 from manifold_lora.errors import InputError
 
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
 
 RUN = "run.json"
+REQUIRED = (RUN, f"{ITEM}/manifest.ocdbt", f"{ITEM}/_METADATA")  # of a checkpoint
 UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax ends the name of what it writes
 
 
@@ -71,6 +79,7 @@ class CheckpointStore:
     def __init__(self, directory: Path, *, identity: dict[str, Any], keep: int = 2):
         self.skipped = []
         self._directory = directory.absolute()
+        self._plain = PlainPath(self._directory)
         self._identity = json.loads(json.dumps(identity))
         self._keep = keep
         self._corrupt: set[int] = set()
@@ -113,6 +122,7 @@ class CheckpointStore:
         self.wait()
         leaves = named_leaves(state)
         run = {
+            "step": step,
             "identity": self._identity,
             "progress": progress,
             "best_step": best_step,
@@ -145,7 +155,7 @@ class CheckpointStore:
             it from being written; whether another one was deleted.
         """
         path, deleted = self._path(step), False
-        if step not in self._corrupt and not find_damage(path):
+        if step not in self._corrupt and not find_damage(path, REQUIRED):
             return True, "", False
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -174,15 +184,15 @@ class CheckpointStore:
             # Orbax deletes old checkpoints before the new one has its manifest. So it
             # always leaves the one before as well; see `_delete_previous`.
             count = max(self._keep, 2)
-            self._manager = open_manager(self._directory, count, self._best_steps)
+            self._manager = open_manager(self._plain.path, count, self._best_steps)
         return self._manager
 
     def _read_best_steps(self) -> list[tuple[int, int]]:
         pairs = []
         for step in self.steps:
             # a corrupt one is reported when it is to be restored
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-                pairs.append((step, _read_run(self._path(step))["best_step"]))
+            with contextlib.suppress(OSError, ValueError):
+                pairs.append((step, _read_run(self._path(step)).best_step))
         return pairs
 
     def _finish(self, manager: "CheckpointManager", step: int, text: str) -> None:
@@ -191,6 +201,7 @@ class CheckpointStore:
         try:
             manager.wait_until_finished()
             if jax.process_index() == 0:
+                _check_merged(path)
                 write_text(path / RUN, text)
                 write_manifest(path)
         except Exception as error:
@@ -267,17 +278,18 @@ class CheckpointStore:
         """
         self.wait()
         path = self._path(step)
-        damage, run = from_first_process(lambda: _read_intact(path))
+        damage, content = from_first_process(lambda: _read_intact(path, step))
         if damage:
             raise CorruptCheckpointError(f"{path}: {damage}")
-        if differences := _differences(run["identity"], self._identity):
+        run = msgspec.convert(content, _Run)
+        if differences := _differences(run.identity, self._identity):
             raise InputError(
                 f"The checkpoint {path} belongs to another run: {differences}. Choose "
                 "another --out, or give --overwrite to restart."
             )
         leaves = named_leaves(like)
         needed = {name: describe_leaf(leaf) for name, leaf in leaves.items()}
-        if differences := _differences(run["leaves"], needed):
+        if differences := _differences(run.leaves, needed):
             raise InputError(
                 f"The arrays of the checkpoint {path} are not those of this run: "
                 f"{differences}. Run with the configuration it was saved with, choose "
@@ -294,7 +306,7 @@ class CheckpointStore:
             raise CorruptCheckpointError(f"{path}: cannot be read: {reason}") from error
         state = [data_to_key(leaf, arrays[name]) for name, leaf in leaves.items()]
         tree = jax.tree.structure(like)
-        return Restored(step, jax.tree.unflatten(tree, state), run["progress"])
+        return Restored(step, jax.tree.unflatten(tree, state), run.progress)
 
     def close(self) -> None:
         """Wait as `wait` does, and release the threads."""
@@ -304,6 +316,7 @@ class CheckpointStore:
                 self._manager.close()
         finally:
             self._thread.shutdown()
+            self._plain.close()
 
     def __enter__(self) -> "CheckpointStore":
         return self
@@ -316,16 +329,47 @@ class CheckpointStore:
         if jax.process_count() == 1 and (failure := self._pending_error()):
             error.add_note(str(failure))
         self._thread.shutdown(wait=jax.process_count() == 1)
+        if jax.process_count() == 1:
+            self._plain.close()
 
 
-def _read_run(path: Path) -> dict[str, Any]:
-    return json.loads((path / RUN).read_text("utf-8"))
+class _Run(msgspec.Struct):
+    """The content of run.json."""
+
+    identity: dict[str, Any]
+    progress: dict[str, Any]
+    best_step: int
+    leaves: dict[str, str]
+    step: int | None = None  # earlier files do not say
 
 
-def _read_intact(path: Path) -> tuple[str, dict[str, Any]]:
+def _read_run(path: Path) -> _Run:
+    # Not msgspec's decoder: a loss may be NaN.
+    try:
+        content = json.loads((path / RUN).read_text("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return msgspec.convert(content, _Run)
+
+
+def _read_intact(path: Path, step: int) -> tuple[str, dict[str, Any]]:
     """The damage to a checkpoint, and its contents other than the arrays."""
-    damage = find_damage(path)
-    return damage, {} if damage else _read_run(path)
+    if damage := find_damage(path, REQUIRED):
+        return damage, {}
+    try:
+        run = _read_run(path)
+    except (OSError, ValueError) as error:
+        return f"{RUN} is corrupt ({error})", {}
+    if run.step not in (None, step):
+        return f"is the checkpoint of step {run.step} under another name", {}
+    return "", msgspec.structs.asdict(run)
+
+
+def _check_merged(path: Path) -> None:
+    """Raise `OSError` unless Orbax has merged what the processes wrote."""
+    for name in REQUIRED[1:]:
+        if not (path / name).is_file():
+            raise OSError(f"{name} was not written")
 
 
 def _delete(path: Path) -> None:

@@ -97,8 +97,9 @@ def model_shape(model: str | Path) -> LlamaConfig:
 
 
 def _read(file: Path) -> LlamaConfig:
+    mapping = read_json(file)
     try:
-        return LlamaConfig.from_hf(read_json(file))
+        return LlamaConfig.from_hf(mapping)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
 

@@ -75,7 +75,7 @@ def write(path: Path, matrices: tiny.Matrices, dtype: Any = np.float32, **config
         "peft_type": "LORA",
         "r": 2,
         "lora_alpha": 3,
-        "target_modules": sorted({full.rpartition(".")[2] for full in matrices}),
+        "target_modules": sorted(matrices),
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "bias": "none",

@@ -99,7 +99,7 @@ def test_initialisations_that_leave_the_base_alone(init: Any, path: Path):
 
 def test_a_config_without_rank_or_alpha(path: Path):
     (path / CONFIG).write_text('{"peft_type": "LORA"}')
-    refused(path, str(path / CONFIG), "r (got None), lora_alpha (got None)")
+    refused(path, str(path / CONFIG), "a number for r, lora_alpha")
 
 
 def test_one_error_names_every_bad_tensor_once(path: Path):

@@ -47,7 +47,7 @@ def write(path: Path, arrays: dict[str, dict[str, np.ndarray]], **config: Any) -
         "r": 2,
         "lora_alpha": 3,
         "lora_dropout": 0.05,
-        "target_modules": sorted({full.rpartition(".")[2] for full in arrays}),
+        "target_modules": sorted(arrays),
         "stella_diag_s": any(x["s"].ndim == 1 for x in arrays.values()),
         "stella_retraction": "polar",
         "stella_grad_scaling": True,

@@ -62,7 +62,7 @@ def test_unknown_names_and_invalid_files(tmp_path):
         model_shape(tmp_path)  # no config.json in it
     file = tmp_path / "config.json"
     file.write_text("{")
-    with pytest.raises(InputError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(InputError, match=r"config\.json: not valid JSON"):
         model_shape(tmp_path)
     file.write_text("[]")
     with pytest.raises(InputError, match="object"):
