@@ -7,19 +7,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from manifold_lora.errors import InputError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-# The files of a directory, by the part of the data that they hold; train-00000-of-00002
-# is a part of such a file.
-PARTS = {
-    "train": re.compile(r"train(ing)?([-_.]\d.*)?", re.IGNORECASE),
-    "valid": re.compile(r"(valid(ation)?|val|eval|dev)([-_.]\d.*)?", re.IGNORECASE),
-    "test": re.compile(r"test([-_.]\d.*)?", re.IGNORECASE),
-}
+# Names of the files to train, validate and test on; train-00000-of-00002 is a shard.
+PARTS = [
+    re.compile(rf"({names})([-_.]\d.*)?", re.IGNORECASE)
+    for names in ("train|training", "valid|validation|val|eval|dev", "test")
+]
 # The location of a record, and a function that parses its value or raises ValueError.
 Values = Iterator[tuple[str, Callable[[], Any]]]
 
@@ -34,9 +32,9 @@ def read_values(path: Path) -> Values:
     Raises:
         InputError: The file is missing, of another kind, or broken as a whole.
     """
-    if path.is_dir():
+    if _is(Path.is_dir, path):
         raise InputError(f"{path} is a directory; give one {KINDS} file in it.")
-    if not path.is_file():
+    if not _is(Path.is_file, path):
         raise InputError(f"{path} does not exist; give a {KINDS} file.")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -52,35 +50,78 @@ def read_values(path: Path) -> Values:
     return _json(path, text)
 
 
-def find_parts(directory: Path) -> dict[str, list[Path]]:
-    """The files of a directory that hold data to train, validate and test on.
+class Parts(NamedTuple):
+    """The files of the parts of the data; those to validate and test on may lack."""
+
+    train: list[Path]
+    valid: list[Path]
+    test: list[Path]
+
+
+def find_files(paths: Iterable[Path]) -> Parts:
+    """The data files of several files and directories.
+
+    A file is one to train on. A directory has a file named train, and perhaps others
+    named valid (validation, val, eval, dev) and test, or shards such as
+    train-00000-of-00002.parquet.
 
     Raises:
-        InputError: There is none to train on, or a part is there in several kinds.
+        InputError: A directory has no file to train on, or has a part in several kinds.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "train.csv").touch(), (folder / "dev.csv").touch()
+        (None, None)
+        >>> [[file.name for file in files] for files in find_files([folder])]
+        [['train.csv'], ['dev.csv'], []]
     """
-    files = sorted(directory.iterdir())
-    parts = {
-        part: [
-            file
-            for file in files
-            if file.suffix.lower() in SUFFIXES and pattern.fullmatch(file.stem)
-        ]
-        for part, pattern in PARTS.items()
-    }
-    if not parts["train"]:
+    parts = Parts([], [], [])
+    for path in paths:
+        if _is(Path.is_dir, path):
+            for part, files in zip(parts, _find_parts(path), strict=True):
+                part.extend(files)
+        else:
+            parts.train.append(path)
+    return parts
+
+
+def _find_parts(directory: Path) -> Parts:
+    try:
+        files = sorted(directory.iterdir())
+    except OSError as error:
+        raise InputError(f"{directory} cannot be read: {error.strerror}.") from error
+    parts = Parts(
+        *(
+            [
+                file
+                for file in files
+                if file.suffix.lower() in SUFFIXES and pattern.fullmatch(file.stem)
+            ]
+            for pattern in PARTS
+        )
+    )
+    if not parts.train:
         names = ", ".join(file.name for file in files[:20]) or "nothing"
         more = f" and {len(files) - 20} more" if len(files) > 20 else ""
         raise InputError(
             f"{directory} has no file to train on, such as train.jsonl or "
             f"train.parquet; it holds {names}{more}. Rename one, or give the files."
         )
-    for part, found in parts.items():
-        if len(found) > 1 and not _are_shards(found):
+    for part in parts:
+        if len(part) > 1 and not _are_shards(part):
             raise InputError(
-                f"{directory} has several files for {part}: "
-                f"{', '.join(file.name for file in found)}. Give the files to use."
+                f"{directory} has several files for one part of the data: "
+                f"{', '.join(file.name for file in part)}. Give the files to use."
             )
     return parts
+
+
+def _is(test: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return test(path)
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _are_shards(files: list[Path]) -> bool:
@@ -91,6 +132,8 @@ def _are_shards(files: list[Path]) -> bool:
 def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}; convert it.") from error
 
@@ -132,12 +175,10 @@ def _decode(text: str) -> Any:
     """JSON as Python writes it, NaN included, but no key twice."""
     try:
         return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, _DuplicateKey):
         raise
     except RecursionError as error:
         raise ValueError("not JSON: nested too deeply") from error
-    except _DuplicateKey:
-        raise
     except ValueError as error:  # Python reads integers of 4300 digits at most
         raise ValueError(f"not JSON: {error}") from error
 

@@ -247,7 +247,7 @@ def _history(value: Value) -> list[Turn]:
             raise InputError(
                 f"history[{index}] must be a pair of a question and its answer"
             )
-        named = dict(zip(("question", "answer"), pair, strict=True))
+        named: Value = {"question": pair[0], "answer": pair[1]}
         question = text_of(named, "question", at=f"history[{index}].")
         answer = text_of(named, "answer", at=f"history[{index}].")
         turns += [Turn("user", question), Turn("assistant", answer, trained=True)]

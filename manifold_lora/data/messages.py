@@ -76,7 +76,9 @@ def _turn(item: dict[str, Any], at: str, style: Style, trained: bool) -> Turn:
             f"{at}.{others[0]} is not understood in a message: remove it, or put what "
             f"it says into {style.text}"
         )
-    extra = {key: text_of(item, key, at=f"{at}.") for key in EXTRA if key in present}
+    extra: dict[str, Any] = {
+        key: text_of(item, key, at=f"{at}.") for key in EXTRA if key in present
+    }
     calls = present.get("tool_calls")
     if name == _CALL:
         calls, item = _json(text_of(item, style.text, at=f"{at}."), at), {}
@@ -165,8 +167,9 @@ def _calls(calls: Any, at: str) -> list[dict[str, Any]]:
 
 
 def _json(text: str, at: str) -> Any:
+    kind: Any = Any
     try:
-        return decode_json(text, Any)
+        return decode_json(text, kind)
     except ValueError as error:
         raise InputError(f"{at} is {error}") from error
 

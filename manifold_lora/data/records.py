@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from manifold_lora.data.files import find_parts, read_values
+from manifold_lora.data.files import read_values
 from manifold_lora.data.formats import ignored_keys, parse_record
 from manifold_lora.data.schema import Record as Record
 from manifold_lora.data.schema import Turn as Turn
@@ -23,14 +23,12 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class RecordsData(NamedTuple):
-    """The records of files and directories, by the part of the data they belong to."""
+class FilesRead(NamedTuple):
+    """The records of some files, and what was left out."""
 
-    train: list[Record]
-    valid: list[Record]  # of directories
-    test: list[Path]  # of directories; files, read by who needs them
+    records: list[Record]
     skipped: list[Skipped]
-    ignored_keys: Counter[str]  # keys without meaning, with their records
+    ignored_keys: Counter[str]  # keys without meaning, with the records that have them
 
 
 def read_records(path: str | PathLike[str]) -> list[Record]:
@@ -41,8 +39,8 @@ def read_records(path: str | PathLike[str]) -> list[Record]:
     `instruction`+`response` (with `context`), `question`+`answer` or `text`, the first
     of these whose keys it has. `.jsonl` and `.ndjson` files hold a record per line;
     `.json` files hold a list, `{"data": [...]}`, or lines; `.csv` and `.tsv` files
-    name their columns in the first row; `.parquet` files need pyarrow. For a directory
-    and for records to leave out, use `read_data`.
+    name their columns in the first row; `.parquet` files need pyarrow. For
+    several files and for records to leave out, use `read_files`.
 
     Args:
         path: The file, text in UTF-8.
@@ -61,70 +59,52 @@ def read_records(path: str | PathLike[str]) -> list[Record]:
         >>> [(record.prompt, record.completion) for record in read_records(file)]
         [('1+1=', '2')]
     """
-    return read_files([Path(path).expanduser()]).train
+    return read_files([path]).records
 
 
-def read_data(
-    paths: Sequence[str | PathLike[str]], *, skip_invalid: bool = False
-) -> RecordsData:
-    """Read the records of several files and directories.
+def read_files(
+    paths: Iterable[str | PathLike[str]], *, skip_invalid: bool = False
+) -> FilesRead:
+    r"""Read the records of several files, and report what is left out.
 
-    A directory has a file named train, and perhaps others named valid (validation,
-    val, eval, dev) and test, or shards such as train-00000-of-00002.parquet. For one
-    file, `read_records` is enough.
+    Use `read_records` for the records of one file, and `data.files.find_files` for the
+    files of directories.
 
     Args:
-        paths: Files and directories.
+        paths: The files.
         skip_invalid: Leave out records that cannot be used, instead of raising.
 
     Raises:
-        InputError: As `read_records`; or a directory has no file to train on, or no
-            record of a file can be used.
+        InputError: As `read_records`; or no record of a file can be used.
 
     Example:
         >>> import pathlib, tempfile
-        >>> folder = pathlib.Path(tempfile.mkdtemp())
-        >>> _ = (folder / "train.csv").write_text("text,id\\nOnce,1\\nTwice,2\\n")
-        >>> data = read_data([folder])
-        >>> [record.completion for record in data.train], dict(data.ignored_keys)
-        (['Once', 'Twice'], {'id': 2})
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "train.csv")
+        >>> _ = file.write_text("text,id\nOnce,1\n,2\n")
+        >>> read = read_files([file], skip_invalid=True)
+        >>> [record.completion for record in read.records], dict(read.ignored_keys)
+        (['Once'], {'id': 1})
+        >>> [skipped.reason for skipped in read.skipped]
+        ['text is empty']
     """
-    files: dict[str, list[Path]] = {"train": [], "valid": [], "test": []}
-    for path in (Path(path).expanduser() for path in paths):
-        parts = find_parts(path) if path.is_dir() else {"train": [path]}
-        for part, found in parts.items():
-            files[part] += found
-    data = read_files(files["train"], skip_invalid)
-    valid = read_files(files["valid"], skip_invalid)
-    return RecordsData(
-        data.train,
-        valid.train,
-        files["test"],
-        data.skipped + valid.skipped,
-        data.ignored_keys + valid.ignored_keys,
-    )
-
-
-def read_files(files: Sequence[Path], skip_invalid: bool = False) -> RecordsData:
-    """The records of some files, all of them as `train`."""
-    data = RecordsData([], [], [], [], Counter())
-    for file in files:
-        records, skipped = _read_file(file, data.ignored_keys)
+    read = FilesRead([], [], Counter())
+    for path in paths:
+        file = Path(path).expanduser()
+        records, skipped = _read_file(file, read.ignored_keys)
         if skipped and not (skip_invalid and records):
             listed = [f"{location}: {reason}" for location, reason in skipped]
             if len(listed) > MAX_PROBLEMS:
                 listed[MAX_PROBLEMS:] = [f"... and {len(listed) - MAX_PROBLEMS} more"]
+            listed.append("Fix these records, or leave them out: --skip-invalid.")
             raise InputError("\n".join(listed))
         if not records:
             raise InputError(f"{file} holds no records; at least one is needed.")
-        data.train.extend(records)
-        data.skipped.extend(skipped)
-    return data
+        read.records.extend(records)
+        read.skipped.extend(skipped)
+    return read
 
 
-def _read_file(
-    file: Path, ignored: Counter[str]
-) -> tuple[list[Record], list[Skipped]]:
+def _read_file(file: Path, ignored: Counter[str]) -> tuple[list[Record], list[Skipped]]:
     records, skipped = list[Record](), list[Skipped]()
     for location, parse in read_values(file):
         try:

@@ -116,7 +116,7 @@ class TrainConfig(RunConfig):
         if self.initial_adapter is not None and self.adapter == AdapterConfig():
             adapter = read_adapter(self.initial_adapter).config
             object.__setattr__(self, "adapter", adapter)
-        builtin = self.data.path is None
+        builtin = not self.data.paths
         schedule = self.schedule
         if schedule.steps is None and schedule.epochs is None:
             length = {"steps": _BUILTIN_STEPS} if builtin else {"epochs": _EPOCHS}

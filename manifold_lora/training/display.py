@@ -15,7 +15,7 @@ from manifold_lora.data.tokens import Example
 from manifold_lora.evaluation.heldout import Evaluation, answer, complete
 from manifold_lora.models import Llama
 from manifold_lora.training.config import TrainConfig
-from manifold_lora.training.data import Data
+from manifold_lora.training.data import Data, describe_data
 from manifold_lora.training.run import (
     ADAPTER,
     MERGED,
@@ -36,10 +36,9 @@ def show_plan(
     mesh: Any,
 ) -> None:
     """What is about to run."""
-    shape, adapter, batch = model.config, config.adapter, config.batch
+    shape, adapter = model.config, config.adapter
     trainable = sum(x.size for x in jax.tree.leaves(factors(model)))
     base = sum(module.base.kernel.size for module in adapters(model).values())
-    report = data.report
     optimizer = getattr(adapter.options, "optimizer", "Riemannian Adam")
     rates = f"{config.learning_rate:g}"
     if config.free_learning_rate is not None:
@@ -51,13 +50,7 @@ def show_plan(
         + ", ".join(name.rpartition(".")[2] for name in adapters(model)),
         "trainable parameters": f"{trainable:,} ({trainable / base:.1%} of what they "
         "adapt)",
-        "data": f"{config.data.path or 'built in, Unicode names to categories'}: "
-        f"{report.kept:,} examples, {len(data.held_out):,} held out",
-        "tokens": f"{report.tokens:,}, of them {report.trained_tokens:,} trained",
-        "batch": f"{batch.batch_size} rows of {data.row_length}"
-        + (f" in {batch.accumulate} micro-batches" if batch.accumulate > 1 else "")
-        + (", packed" if config.data.packing else ""),
-        "tokens per step": f"{batch.batch_size * data.row_length:,}, padding included",
+        **describe_data(config, data),
         "steps": f"{steps:,}",
         "optimiser": f"{optimizer}, learning rate {rates}, {config.schedule.schedule}",
         "output": f"{config.run_directory}/",
@@ -68,13 +61,6 @@ def show_plan(
         rows["devices"] = f"{mesh.size}: {shape_of}" + (
             f"; {count} processes" if count > 1 else ""
         )
-    reports = {"truncated": report, "truncated, held out": data.held_out_report}
-    for name, part in reports.items():
-        if part.truncated or part.split:
-            rows[name] = (
-                f"{part.truncated:,} examples truncated to {batch.sequence_length} "
-                f"tokens (longest {part.longest:,}), {part.split:,} texts split"
-            )
     show_pairs(console, "Plan", rows)
 
 

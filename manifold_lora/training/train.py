@@ -189,7 +189,7 @@ def _show_batch(config: TrainConfig, console: Console) -> None:
 
 def _with_date(config: TrainConfig, saved: str | None) -> TrainConfig:
     """With the date that chat templates write: of the earlier run, or today."""
-    if config.data.date is not None or config.data.path is None:
+    if config.data.date is not None or not config.data.paths:
         return config
     date = saved or datetime.date.today().isoformat()
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
