@@ -74,7 +74,7 @@ class DataConfig(Part):
         False, "leave out the records that cannot be used, and report them"
     )
     packing: bool | None = setting(
-        None, "several examples per row", default_text="where rows are fuller for it"
+        None, "several examples per row", default_text="where it leaves less padding"
     )
     train_on_prompt: bool = setting(False, "compute the loss on prompts too")
     date: Date | None = setting(

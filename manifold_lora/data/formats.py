@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from manifold_lora.data.messages import (
     OPENAI,
     SHAREGPT,
+    meaningless,
     parse_tools,
     parse_turns,
     text_of,
@@ -89,9 +90,9 @@ def parse_record(value: Any) -> Record:
     Example:
         >>> parse_record({"text": "Once upon a time"}).completion
         'Once upon a time'
-        >>> parse_record({"text": "Once upon a time", "label": False})
+        >>> parse_record({"text": "Once", "label": 0})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        manifold_lora.errors.InputError: label is not understood beside text: it ...
+        manifold_lora.errors.InputError: label is not understood beside text: ...
     """
     present = _present(value)
     form = _format_of(value, present)
@@ -121,8 +122,12 @@ def ignored_keys(value: Value) -> list[str]:
         ['id']
     """
     present = _present(value)
-    others = _others(present, _format_of(value, present))
-    return [key for key in others if key not in ("weight", "train")]
+    form = _format_of(value, present)
+    others = _others(present, form)
+    ignored = [key for key in others if key not in ("weight", "train")]
+    return ignored + [
+        f"{key}[].{k}" for key in form.keys for k in meaningless(value[key])
+    ]
 
 
 def _present(value: Any) -> Value:

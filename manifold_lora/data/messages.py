@@ -12,6 +12,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer accepts them
 # Keys of messages that chat templates know; encoding checks that they are rendered.
 EXTRA = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 MEANINGLESS = ("id", "timestamp")
+MAX_DEPTH = 100  # of tools and calls
 
 
 class Style(NamedTuple):
@@ -60,6 +61,12 @@ def parse_turns(
             raise InputError(f"{at} must be an object, got {type(item).__name__}")
         turns.append(_turn(item, at, style, trained))
     return turns
+
+
+def meaningless(messages: Any) -> list[str]:
+    """The keys without meaning that some messages have, if it is a list of messages."""
+    items = messages if isinstance(messages, list) else []
+    return [key for key in MEANINGLESS if any(item.get(key) for item in items)]
 
 
 def _turn(item: dict[str, Any], at: str, style: Style, trained: bool) -> Turn:
@@ -141,7 +148,7 @@ def parse_tools(value: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
         tools = [tools]
     if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
         raise InputError("tools must be a list of objects, or a JSON text of one")
-    _check_surrogates(tools, "tools")
+    _check_texts(tools, "tools")
     return tuple(tools)
 
 
@@ -162,7 +169,7 @@ def _calls(calls: Any, at: str) -> list[dict[str, Any]]:
             parsed.append(call | {"function": function})
         else:
             parsed.append({"type": "function", "function": function})
-    _check_surrogates(parsed, at)
+    _check_texts(parsed, at)
     return parsed
 
 
@@ -174,14 +181,16 @@ def _json(text: str, at: str) -> Any:
         raise InputError(f"{at} is {error}") from error
 
 
-def _check_surrogates(value: Any, at: str) -> None:
+def _check_texts(value: Any, at: str, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise InputError(f"{at} is nested too deeply, in more than {MAX_DEPTH} levels")
     if isinstance(value, str) and SURROGATE.search(value):
         raise InputError(f"{at} contains half of a surrogate pair; fix the text")
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list):
         for item in value:
-            _check_surrogates(item, at)
+            _check_texts(item, at, depth + 1)
 
 
 def text_of(

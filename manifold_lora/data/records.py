@@ -95,8 +95,8 @@ def read_files(
             listed = [f"{location}: {reason}" for location, reason in skipped]
             if len(listed) > MAX_PROBLEMS:
                 listed[MAX_PROBLEMS:] = [f"... and {len(listed) - MAX_PROBLEMS} more"]
-            listed.append("Fix these records, or leave them out: --skip-invalid.")
-            raise InputError("\n".join(listed))
+            remedy = "Fix these records, or leave them out: --skip-invalid."
+            raise InputError("\n".join(listed) + f". {remedy}")
         if not records:
             raise InputError(f"{file} holds no records; at least one is needed.")
         read.records.extend(records)
@@ -110,8 +110,6 @@ def _read_file(file: Path, ignored: Counter[str]) -> tuple[list[Record], list[Sk
         try:
             value: Any = parse()
             record = parse_record(value)
-        except RecursionError:
-            skipped.append(Skipped(location, "nested too deeply"))
         except (InputError, ValueError) as error:
             skipped.append(Skipped(location, str(error)))
         else:

@@ -129,7 +129,7 @@ class TrainConfig(RunConfig):
             if self.learning_rate is UNSET
             else self.learning_rate,
             "adapter": _with_free_rate(self.adapter, self.model.path is None),
-            "data": fill(self.data, packing=builtin),
+            "data": fill(self.data, packing=True) if builtin else self.data,
             "batch": batch,
             "schedule": schedule,
         }
