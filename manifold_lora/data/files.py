@@ -200,13 +200,17 @@ def _table(path: Path, text: str, delimiter: str) -> Values:
     rows, lines = [], []
     limit = csv.field_size_limit(2**31 - 1)  # by default 128 KiB, less than a text
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        source = io.StringIO(text, newline="")
+        reader = csv.reader(source, delimiter=delimiter, strict=True)
         for row in reader:
             rows.append(row)
             lines.append(reader.line_num)  # the last line of the row
     except csv.Error as error:
         line = lines[-1] + 1 if lines else 1
-        raise InputError(f"{path}:{line}: not {path.suffix[1:]}: {error}") from error
+        raise InputError(
+            f"{path}:{line}: not {path.suffix[1:]}: {error}; quotes in a text must be "
+            "doubled, and the text stand in quotes."
+        ) from error
     finally:
         csv.field_size_limit(limit)
     names = rows[0] if rows else []

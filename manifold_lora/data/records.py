@@ -16,18 +16,11 @@ from manifold_lora.errors import InputError
 MAX_PROBLEMS = 8  # shown per file; the rest are counted
 
 
-class Skipped(NamedTuple):
-    """A record that cannot be used and was left out."""
-
-    location: str
-    reason: str
-
-
 class FilesRead(NamedTuple):
     """The records of some files, and what was left out."""
 
     records: list[Record]
-    skipped: list[Skipped]
+    skipped: list[str]  # location and reason of the records left out
     ignored_keys: Counter[str]  # keys without meaning, with the records that have them
 
 
@@ -84,17 +77,17 @@ def read_files(
         >>> read = read_files([file], skip_invalid=True)
         >>> [record.completion for record in read.records], dict(read.ignored_keys)
         (['Once'], {'id': 1})
-        >>> [skipped.reason for skipped in read.skipped]
-        ['text is empty']
+        >>> [text.rpartition("/")[2] for text in read.skipped]
+        ['train.csv:3: text is empty']
     """
     read = FilesRead([], [], Counter())
     for path in paths:
         file = Path(path).expanduser()
         records, skipped = _read_file(file, read.ignored_keys)
         if skipped and not (skip_invalid and records):
-            listed = [f"{location}: {reason}" for location, reason in skipped]
-            if len(listed) > MAX_PROBLEMS:
-                listed[MAX_PROBLEMS:] = [f"... and {len(listed) - MAX_PROBLEMS} more"]
+            listed = skipped[:MAX_PROBLEMS]
+            if more := len(skipped) - len(listed):
+                listed.append(f"... and {more} more")
             remedy = "Fix these records, or leave them out: --skip-invalid."
             raise InputError("\n".join(listed) + f". {remedy}")
         if not records:
@@ -104,14 +97,14 @@ def read_files(
     return read
 
 
-def _read_file(file: Path, ignored: Counter[str]) -> tuple[list[Record], list[Skipped]]:
-    records, skipped = list[Record](), list[Skipped]()
+def _read_file(file: Path, ignored: Counter[str]) -> tuple[list[Record], list[str]]:
+    records, skipped = list[Record](), list[str]()
     for location, parse in read_values(file):
         try:
             value: Any = parse()
             record = parse_record(value)
         except (InputError, ValueError) as error:
-            skipped.append(Skipped(location, str(error)))
+            skipped.append(f"{location}: {error}")
         else:
             ignored.update(ignored_keys(value))
             records.append(dataclasses.replace(record, location=location))

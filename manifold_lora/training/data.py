@@ -25,7 +25,8 @@ from manifold_lora.training.config import TrainConfig
 # Rows are packed where more than a tenth would be padding and an epoch keeps its steps.
 FULL_ENOUGH = 0.9
 PACKED_STEPS = 50
-MAX_REASONS = 5  # shown, of the records that are left out
+# Shown of the records that are left out.
+MAX_REASONS, MAX_LOCATIONS = 5, 10
 MEASURED = 20_000  # examples that are packed to measure how full the rows are
 
 
@@ -59,13 +60,12 @@ def load_data(config: TrainConfig, tokenizer: Any) -> Data:
     )
     with _naming(name):
         evaluated, held_out_report = encode(held_out, tokenizer, length, **options)
-    skipped = [f"{location}: {reason}" for location, reason in read.skipped]
     return Data(
         train,
         evaluated,
         report,
         held_out_report,
-        (*skipped, *report.invalid, *held_out_report.invalid),
+        (*read.skipped, *report.invalid, *held_out_report.invalid),
         read.ignored_keys,
         *_choose_packing(config, train),
     )
@@ -241,8 +241,9 @@ def _describe_skipped(skipped: Sequence[str]) -> str:
         locations.setdefault(reason, []).append(location)
     lines = [f"{len(skipped):,}"]
     for reason, places in list(locations.items())[:MAX_REASONS]:
-        more = f" and {len(places) - 3:,} more" if len(places) > 3 else ""
-        lines.append(f"{reason}: {', '.join(places[:3])}{more}")
+        shown = ", ".join(places[:MAX_LOCATIONS])
+        more = len(places) - MAX_LOCATIONS
+        lines.append(f"{reason}: {shown}" + (f" and {more:,} more" if more > 0 else ""))
     if len(locations) > MAX_REASONS:
         lines.append(f"and {len(locations) - MAX_REASONS:,} more reasons")
     return "\n".join(lines)

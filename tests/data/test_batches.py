@@ -313,7 +313,8 @@ def test_the_fill_is_that_of_the_batches(rows: int) -> None:
     sizes = np.random.default_rng(1).geometric(0.1, 3000) + 1
     examples = of_sizes(sizes)
     lengths = bucket_lengths(examples, rows, 512)
-    options = {"batch_size": rows, "sequence_length": 512, "seed": 0, "epochs": 1}
+    options: dict[str, Any] = {"batch_size": rows, "sequence_length": 512, "seed": 0}
+    options |= {"epochs": 1}
     data = list(batches(examples, lengths=lengths, **options))
     fill = sizes.sum() / sum(batch["input_ids"].size for batch in data)
     assert unpacked_fill(examples, rows, lengths) == pytest.approx(fill, rel=0.02)

@@ -99,6 +99,8 @@ def test_parquet_without_pyarrow(
             "a.csv:2: the row has 1 cells and the first row name",
         ),
         ("a.tsv", "text\tid\na\tb\tc\n", "a.tsv:2: the row has 3 cells"),
+        ("a.csv", 'text\na\n"b\nc\n', "a.csv:3: not csv: unexpected end of data"),
+        ("a.csv", 'text\n"b"c\n', "a.csv:2: not csv: ',' expected after"),
         ("a.jsonl", '{"text": "a", "text": "b"}', "the key text occurs twice"),
         ("a.jsonl", "[" * 100_000, "a.jsonl:1: not JSON: nested too deeply"),
         ("a.json", "[" * 100_000, "not JSON: nested too deeply"),
