@@ -90,7 +90,7 @@ class BatchConfig(Part):
 
     batch_size: PositiveInt = setting(
         UNSET,
-        "examples (rows, with --packing) of a step",
+        "examples of a step; rows, where they are packed",
         default_text="16; for the built-in data 8",
     )
     accumulate: PositiveInt = setting(

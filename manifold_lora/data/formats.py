@@ -95,7 +95,7 @@ def parse_record(value: Any) -> Record:
         manifold_lora.errors.InputError: label is not understood beside text: ...
     """
     present = _present(value)
-    form = _format_of(value, present)
+    form = _format_of(value)
     beside = "+".join(form.keys)
     problems = []
     for key in _others(present, form):
@@ -121,9 +121,8 @@ def ignored_keys(value: Value) -> list[str]:
         >>> ignored_keys({"text": "Once upon a time", "id": 3, "weight": 1})
         ['id']
     """
-    present = _present(value)
-    form = _format_of(value, present)
-    others = _others(present, form)
+    form = _format_of(value)
+    others = _others(_present(value), form)
     ignored = [key for key in others if key not in ("weight", "train")]
     return ignored + [
         f"{key}[].{k}" for key in form.keys for k in meaningless(value[key])
@@ -141,9 +140,8 @@ def _others(present: Value, form: Format) -> list[str]:
     return [key for key in present if key not in form.keys + form.optional]
 
 
-def _format_of(value: Value, present: Value) -> Format:
+def _format_of(value: Value) -> Format:
     complete = [form for form in FORMATS if value.keys() >= set(form.keys)]
-    # An empty text is better refused as empty than as a record of unknown format.
     for form in complete:
         if all(value[key] is not None for key in form.keys):
             return form

@@ -17,6 +17,7 @@ from manifold_lora.training.data import (
     total_steps,
     training_batches,
 )
+from tests import smollm2
 from tests.configs import train_config
 from tests.tiny import data_file, model_directory
 
@@ -192,3 +193,18 @@ def test_the_setting_of_several_files(tmp_path: Path) -> None:
     assert train_config(data="a.jsonl").data.paths == (Path("a.jsonl"),)
     assert train_config(data=Path("a")).data.paths == (Path("a"),)
     assert train_config(data=["a", "b"]).data.paths == (Path("a"), Path("b"))
+
+
+@pytest.mark.real
+@pytest.mark.timeout(600)
+def test_a_tenth_of_the_tokens_of_commonsense_records_is_padding_at_most() -> None:
+    tasks = ("ARC-Challenge", "ARC-Easy", "openbookqa")
+    files = [smollm2.commonsense() / task / "train.json" for task in tasks]
+    config = train_config(data=files, epochs=1)
+    data = load_data(config, load_tokenizer(smollm2.directory()))
+    tokens = size = 0
+    for batch in training_batches(config, data):
+        tokens += int((batch["segment_ids"] > 0).sum())
+        size += batch["segment_ids"].size
+    assert tokens == data.report.tokens
+    assert data.packing and 1 - tokens / size < 0.1
