@@ -1,6 +1,7 @@
 """Training records from files and directories; the format of each is detected."""
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Iterable
 from os import PathLike
@@ -82,7 +83,7 @@ def read_files(
     """
     read = FilesRead([], [], Counter())
     for path in paths:
-        file = Path(path).expanduser()
+        file = Path(os.path.expanduser(path))  # a user who is not there is no error
         records, skipped = _read_file(file, read.ignored_keys)
         if skipped and not (skip_invalid and records):
             listed = skipped[:MAX_PROBLEMS]

@@ -125,6 +125,8 @@ def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     assert read_records("~/a.jsonl")[0].completion == "a"
+    with pytest.raises(InputError, match="~nobody-here/a.jsonl does not exist"):
+        read_records("~nobody-here/a.jsonl")
 
 
 @pytest.mark.parametrize(
