@@ -149,8 +149,11 @@ def _format_of(value: Value) -> Format:
         nulls = [key for key in complete[0].keys if value[key] is None]
         raise InputError(f"{nulls[0]} is null")
     accepted = " | ".join("+".join(form.keys) for form in FORMATS)
-    keys = ", ".join(map(str, value)) or "none"
-    raise InputError(f"unknown format: keys found: {keys}; accepted: {accepted}")
+    keys = ", ".join([str(key) for key in value][:20]) or "none"
+    hints = [f"; {key}: {MEANINGFUL[key]}" for key in value if key in MEANINGFUL][:1]
+    raise InputError(
+        f"unknown format: keys found: {keys}; accepted: {accepted}{''.join(hints)}"
+    )
 
 
 def _messages(value: Value) -> Record:

@@ -88,6 +88,8 @@ def _turn(item: dict[str, Any], at: str, style: Style, trained: bool) -> Turn:
     }
     calls = present.get("tool_calls")
     if name == _CALL:
+        if calls is not None:
+            raise InputError(f"{at} is a {_CALL} and has tool_calls: keep one of them")
         calls, item = _json(text_of(item, style.text, at=f"{at}."), at), {}
     if calls is not None:
         if not answer:

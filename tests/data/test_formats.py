@@ -347,6 +347,8 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
         (chat() | {"tools": ["f"]}, "tools must be a list of objects"),
         (chat() | {"tools": [{"a": "\ud83d"}]}, "tools contains half of a surrogate"),
         (chat() | {"tools": [{"a": deep(200)}]}, "tools is nested too deeply"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "accepted.*; chosen: prefer"),
+        ({"input_ids": [1], "labels": [1]}, "accepted.*; input_ids: tokens are made"),
         ({"prompt": "a", "completion": None}, "completion is null"),
         ({"messages": None}, "messages is null"),
     ],
