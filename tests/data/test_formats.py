@@ -343,6 +343,14 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
             {"conversations": [{"from": "function_call", "value": "f"}]},
             "not valid JSON",
         ),
+        (
+            {
+                "conversations": [
+                    {"from": "function_call", "value": "{}", "tool_calls": [CALL]}
+                ]
+            },
+            "is a function_call and has tool_calls",
+        ),
         (chat() | {"tools": "f(x)"}, "tools is not valid JSON"),
         (chat() | {"tools": ["f"]}, "tools must be a list of objects"),
         (chat() | {"tools": [{"a": "\ud83d"}]}, "tools contains half of a surrogate"),
