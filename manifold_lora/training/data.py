@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from manifold_lora.data.batches import batches, evaluation_batches, padded_length
+from manifold_lora.data.batches import batches, padded_length
 from manifold_lora.data.builtin import builtin_records
 from manifold_lora.data.records import Record, read_records
 from manifold_lora.data.tokens import Example, Report, encode
 from manifold_lora.distributed.arrays import BatchSharder
 from manifold_lora.errors import InputError
+from manifold_lora.evaluation.batches import HeldOutBatches
 from manifold_lora.training.config import TrainConfig
 
 
@@ -67,15 +68,11 @@ def _hold_out(
 
 def held_out_batches(
     config: TrainConfig, data: Data, to_devices: BatchSharder
-) -> list[Any]:
-    """The held-out examples, on the devices."""
-    host_batches = evaluation_batches(
-        data.held_out,
-        batch_size=config.batch.batch_size,
-        sequence_length=padded_length(data.held_out, config.batch.sequence_length),
-        rows=to_devices.local_rows,
-    )
-    return [to_devices(batch) for batch in host_batches]
+) -> HeldOutBatches:
+    """The held-out examples in micro-batches, put on the devices one at a time."""
+    batch = config.batch
+    rows, mesh = batch.batch_size // batch.accumulate, to_devices.sharding.mesh
+    return HeldOutBatches(data.held_out, rows, batch.sequence_length, mesh)
 
 
 def training_batches(
