@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, groupby
 from typing import Any
 
-from jax.sharding import Mesh
+import jax
 
 from manifold_lora.data.batches import evaluation_batches, padded_length
 from manifold_lora.data.tokens import Example
@@ -17,13 +17,13 @@ class HeldOutBatches:
     """Held-out examples in micro-batches, made one at a time in every iteration.
 
     Examples of similar length share a micro-batch, which is padded to one of a few
-    lengths. The longest come first: where memory is short, it runs out at once.
+    lengths. The longest come first: where memory is short, it runs out at once. The
+    batches are put on the mesh of `jax.set_mesh`; without one they stay on the host.
 
     Args:
         examples: from `encode`; their answers are evaluated.
         rows: of a micro-batch, over all processes.
         sequence_length: of the longest row that is allowed.
-        mesh: of the devices that the batches are put on; None keeps them on the host.
 
     Raises:
         InputError: an example is longer than `sequence_length`.
@@ -36,14 +36,9 @@ class HeldOutBatches:
         [(2, 40), (2, 16)]
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        rows: int,
-        sequence_length: int,
-        mesh: Mesh | None = None,
-    ):
-        self._put = None if mesh is None else BatchSharder(mesh, rows)
+    def __init__(self, examples: Sequence[Example], rows: int, sequence_length: int):
+        mesh = jax.sharding.get_mesh()
+        self._put = None if mesh.empty else BatchSharder(mesh, rows)
         local_rows = None if self._put is None else self._put.local_rows
         longest = padded_length(examples, sequence_length)
         lengths = [min(-(-longest // (8 * 2**n)) * 8, longest) for n in range(LENGTHS)]

@@ -70,7 +70,7 @@ def make_evaluate(
     return evaluate
 
 
-def evaluation_sums(rebuild: Callable[..., Any], axes: Any) -> jax.stages.Wrapped:
+def evaluation_sums(rebuild: Callable[..., Any], axes: Any) -> Any:
     """The compiled sums over the answer of every row, (groups, rows per group, 5).
 
     They are the negative log-likelihood, the number of answer tokens, of those that are

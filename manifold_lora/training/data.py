@@ -9,7 +9,6 @@ from manifold_lora.data.batches import batches, padded_length
 from manifold_lora.data.builtin import builtin_records
 from manifold_lora.data.records import Record, read_records
 from manifold_lora.data.tokens import Example, Report, encode
-from manifold_lora.distributed.arrays import BatchSharder
 from manifold_lora.errors import InputError
 from manifold_lora.evaluation.batches import HeldOutBatches
 from manifold_lora.training.config import TrainConfig
@@ -66,13 +65,11 @@ def _hold_out(
     return training, [record for i, record in enumerate(records) if i in chosen]
 
 
-def held_out_batches(
-    config: TrainConfig, data: Data, to_devices: BatchSharder
-) -> HeldOutBatches:
-    """The held-out examples in micro-batches, put on the devices one at a time."""
+def held_out_batches(config: TrainConfig, held_out: list[Example]) -> HeldOutBatches:
+    """Held-out examples in micro-batches, as large as those of a training step."""
     batch = config.batch
-    rows, mesh = batch.batch_size // batch.accumulate, to_devices.sharding.mesh
-    return HeldOutBatches(data.held_out, rows, batch.sequence_length, mesh)
+    rows = batch.batch_size // batch.accumulate
+    return HeldOutBatches(held_out, rows, batch.sequence_length)
 
 
 def training_batches(
