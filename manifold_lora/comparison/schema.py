@@ -6,6 +6,7 @@ from msgspec import Meta
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 Rates = Annotated[list[Positive], Meta(min_length=1, max_length=2)]
 MeanAndSpread = Annotated[list[float], Meta(min_length=2, max_length=2)]
 
@@ -21,8 +22,8 @@ class Measures(TypedDict):
     """The fields of `Evaluation`."""
 
     loss: float
-    accuracy: float
-    exact_match: float
+    accuracy: Share
+    exact_match: Share
 
 
 class Result(TypedDict):

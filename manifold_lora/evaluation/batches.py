@@ -44,7 +44,8 @@ class HeldOutBatches:
         lengths = [min(-(-longest // (8 * 2**n)) * 8, longest) for n in range(LENGTHS)]
 
         def padded(batch: Sequence[Example]) -> int:
-            return min(n for n in lengths if n >= len(batch[0].input_ids))
+            fitting = (n for n in lengths if n >= len(batch[0].input_ids))
+            return min(fitting, default=longest)
 
         ordered = sorted(examples, key=lambda e: len(e.input_ids), reverse=True)
         full = [ordered[start : start + rows] for start in range(0, len(ordered), rows)]

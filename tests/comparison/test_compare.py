@@ -221,11 +221,6 @@ def test_rows_of_one_text_are_in_one_part(settings):
         split_held_out(given, splits.data._replace(train=rows[:1]))
 
 
-def test_the_seed_of_the_search_is_checked_before_anything_runs(settings):
-    with pytest.raises(InputError, match="--seed must be"):
-        resolve_comparison(compare_config(**settings | {"seed": -3}))
-
-
 def test_the_search_takes_the_least_loss_and_grows(finished):
     content, *_ = finished
     for name, place in (("lora", 0), ("stiefel", 0), ("stiefel", 1)):

@@ -8,30 +8,7 @@ from rich.console import Console
 
 from manifold_lora.comparison.plot import plot_comparison
 from manifold_lora.comparison.report import show_table, summarise, write
-
-
-def cell(method, seed, losses, curve, rates=(0.1,), **changes):
-    return {
-        "method": method,
-        "rank": 4,
-        "trainable": 1000,
-        "rates": list(rates),
-        "seed": seed,
-        "steps": 20,
-        "diverged": False,
-        "losses": losses,
-        "curve": [{"step": 10 * i, "loss": x} for i, x in enumerate(curve)],
-        "final": {
-            "loss": curve[-1],
-            "accuracy": 0.5 + 0.1 * seed,
-            "exact_match": 0.2 + 0.2 * seed,
-        },
-        "largest_residual": 0.0,
-        "last_residual": 0.0,
-        "effective_rank_b": 3.0 + seed,
-        "least_effective_rank_b": 2.0 + seed,
-        "effective_rank_update": 2.5,
-    } | changes
+from tests.comparison.cells import cell
 
 
 @pytest.fixture
