@@ -21,7 +21,8 @@ class HeldOutBatches:
     batches are put on the mesh of `jax.set_mesh`; without one they stay on the host.
 
     Args:
-        examples: from `encode`; their answers are evaluated.
+        examples: from `encode`; their answers are evaluated. Without any, there are no
+            batches.
         rows: of a micro-batch, over all processes.
         sequence_length: of the longest row that is allowed.
 
@@ -40,7 +41,7 @@ class HeldOutBatches:
         mesh = jax.sharding.get_mesh()
         self._put = None if mesh.empty else BatchSharder(mesh, rows)
         local_rows = None if self._put is None else self._put.local_rows
-        longest = padded_length(examples, sequence_length)
+        longest = padded_length(examples, sequence_length) if examples else 0
         lengths = [min(-(-longest // (8 * 2**n)) * 8, longest) for n in range(LENGTHS)]
 
         def padded(batch: Sequence[Example]) -> int:
