@@ -118,8 +118,10 @@ class _Study:
         self.comparison, self.results, self.bar = comparison, results, bar
         data = load_data(first, load_tokenizer(source))
         self.data, validation, test = split_held_out(first, data)
-        self.validation = held_out_batches(first, validation)
-        self.test = held_out_batches(first, test)
+        self.test = held_out_batches(first, self.data)
+        self.validation = held_out_batches(
+            first, self.data._replace(held_out=validation)
+        )
         self.held_out = {
             "validation": len(validation),
             "test": len(test),

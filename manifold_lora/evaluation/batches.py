@@ -1,4 +1,4 @@
-"""Held-out examples in micro-batches, as large as those of a training step."""
+"""Held-out examples in batches no larger than the micro-batches of training."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby
@@ -9,21 +9,24 @@ import jax
 from manifold_lora.data.batches import evaluation_batches, padded_length
 from manifold_lora.data.tokens import Example
 from manifold_lora.distributed.arrays import BatchSharder
+from manifold_lora.distributed.mesh import group_count
 
 LENGTHS = 3  # of rows, each compiled once: the longest, half of it and a quarter
 
 
 class HeldOutBatches:
-    """Held-out examples in micro-batches, made one at a time in every iteration.
+    """Held-out examples in batches, made one at a time in every iteration.
 
-    Examples of similar length share a micro-batch, which is padded to one of a few
-    lengths. The longest come first: where memory is short, it runs out at once. The
-    batches are put on the mesh of `jax.set_mesh`; without one they stay on the host.
+    Examples of similar length share a batch, which is padded to one of a few lengths
+    and has as many rows as its tokens allow. The longest come first: where memory is
+    short, it runs out at once. The batches are put on the mesh of `jax.set_mesh`;
+    without one they stay on the host.
 
     Args:
         examples: from `encode`; their answers are evaluated. Without any, there are no
             batches.
-        rows: of a micro-batch, over all processes.
+        tokens: of a batch at most, padding included, such as those of a micro-batch of
+            training; but a batch has a row for every group of devices.
         sequence_length: of the longest row that is allowed.
 
     Raises:
@@ -31,35 +34,41 @@ class HeldOutBatches:
 
     Examples:
         >>> import numpy as np
-        >>> examples = [Example(np.arange(n), np.arange(n) > 1) for n in (7, 40, 9, 33)]
-        >>> batches = HeldOutBatches(examples, rows=2, sequence_length=512)
+        >>> examples = [Example(np.arange(n), np.arange(n) > 1) for n in (7, 40, 9, 8)]
+        >>> batches = HeldOutBatches(examples, tokens=48, sequence_length=512)
         >>> [batch["input_ids"].shape for batch in batches]
-        [(2, 40), (2, 16)]
+        [(1, 40), (3, 16)]
     """
 
-    def __init__(self, examples: Sequence[Example], rows: int, sequence_length: int):
-        mesh = jax.sharding.get_mesh()
-        self._put = None if mesh.empty else BatchSharder(mesh, rows)
-        local_rows = None if self._put is None else self._put.local_rows
+    def __init__(self, examples: Sequence[Example], tokens: int, sequence_length: int):
         longest = padded_length(examples, sequence_length) if examples else 0
         lengths = [min(-(-longest // (8 * 2**n)) * 8, longest) for n in range(LENGTHS)]
+        mesh = jax.sharding.get_mesh()
+        groups = group_count(mesh.shape)
+        most = -(-len(examples) // groups)  # rows of a group that can be filled
 
-        def padded(batch: Sequence[Example]) -> int:
-            fitting = (n for n in lengths if n >= len(batch[0].input_ids))
-            return min(fitting, default=longest)
+        def rows(length: int) -> int:
+            return groups * min(max(tokens // (length * groups), 1), most)
 
         ordered = sorted(examples, key=lambda e: len(e.input_ids), reverse=True)
-        full = [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
-        self._parts = [
-            evaluation_batches(
-                list(chain.from_iterable(part)),
-                batch_size=rows,
+        batches: list[tuple[int, list[Example]]] = []
+        while ordered:
+            fitting = (n for n in lengths if n >= len(ordered[0].input_ids))
+            length = min(fitting, default=longest)
+            batches.append((length, ordered[: rows(length)]))
+            ordered = ordered[rows(length) :]
+        self._parts = []
+        for length, part in groupby(batches, key=lambda batch: batch[0]):
+            put = None if mesh.empty else BatchSharder(mesh, rows(length))
+            host_batches = evaluation_batches(
+                list(chain.from_iterable(filled for _, filled in part)),
+                batch_size=rows(length),
                 sequence_length=length,
-                rows=local_rows,
+                rows=None if put is None else put.local_rows,
             )
-            for length, part in groupby(full, padded)
-        ]
+            self._parts.append((host_batches, put))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in chain.from_iterable(self._parts):
-            yield batch if self._put is None else self._put(batch)
+        for host_batches, put in self._parts:
+            for batch in host_batches:
+                yield batch if put is None else put(batch)

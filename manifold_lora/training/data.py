@@ -65,11 +65,11 @@ def _hold_out(
     return training, [record for i, record in enumerate(records) if i in chosen]
 
 
-def held_out_batches(config: TrainConfig, held_out: list[Example]) -> HeldOutBatches:
-    """Held-out examples in micro-batches, as large as those of a training step."""
-    batch = config.batch
-    rows = batch.batch_size // batch.accumulate
-    return HeldOutBatches(held_out, rows, batch.sequence_length)
+def held_out_batches(config: TrainConfig, data: Data) -> HeldOutBatches:
+    """The held-out examples, in batches of as many tokens as training has at a time."""
+    rows = config.batch.batch_size // config.batch.accumulate
+    length = config.batch.sequence_length
+    return HeldOutBatches(data.held_out, rows * data.row_length, length)
 
 
 def training_batches(

@@ -123,10 +123,10 @@ def test_the_numbers_of_a_cell_are_those_of_its_adapter(settings, finished):
     rebuild, factors, frozen = split(model)
     splits = splits_of(settings)
     evaluate = heldout.make_evaluate(rebuild, axes(model))
-    again = evaluate(factors, frozen, HeldOutBatches(splits.test, 8, 16))
+    again = evaluate(factors, frozen, HeldOutBatches(splits.test, 128, 16))
     assert again.loss == pytest.approx(cell["final"]["loss"], abs=1e-6)
     assert again._asdict() == cell["final"] | {"loss": again.loss}
-    other = evaluate(factors, frozen, HeldOutBatches(splits.validation, 8, 16))
+    other = evaluate(factors, frozen, HeldOutBatches(splits.validation, 128, 16))
     assert other.loss != pytest.approx(cell["final"]["loss"], abs=1e-4)
     ranks = []
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -355,7 +355,7 @@ def test_divergence_ends_a_cell(finished, monkeypatch, name):
         return state, metrics | ({name: math.nan} if next(count) == 3 else {})
 
     monkeypatch.setattr(lora, "step", poisoned)
-    held_out = HeldOutBatches(lora.data.held_out, 8, 16)
+    held_out = HeldOutBatches(lora.data.held_out, 128, 16)
     cell = lora.run(Rates(0.02), 0, 6, 3, held_out, lambda *_: None)
     assert cell["diverged"] and cell["steps"] == 3 and "final" not in cell
     assert len(cell["losses"]) == 3

@@ -61,8 +61,10 @@ class Case:
             self.examples.append(example)
             self.logits.append(logits(tensors, CONFIG, ids))
 
-    def evaluate(self, rows: int, examples: list[Example] | None = None) -> Evaluation:
-        batches = HeldOutBatches(examples or self.examples, rows, sequence_length=512)
+    def evaluate(
+        self, tokens: int, examples: list[Example] | None = None
+    ) -> Evaluation:
+        batches = HeldOutBatches(examples or self.examples, tokens, 512)
         measure = make_evaluate(self.rebuild, axes(self.model))
         return measure(self.factors, self.frozen, batches)
 
@@ -85,7 +87,7 @@ def test_measures_are_those_of_numpy(case: Case):
         hits = x[places - 1].argmax(-1) == true
         correct += hits.tolist()
         exact.append(bool(hits.all()))
-    found = case.evaluate(rows=4)
+    found = case.evaluate(tokens=100)
     assert found.loss == pytest.approx(np.mean(nll), rel=FLOAT32)
     assert found.accuracy == np.mean(correct)
     assert found.exact_match == np.mean(exact)
@@ -94,11 +96,11 @@ def test_measures_are_those_of_numpy(case: Case):
 
 
 def test_measures_do_not_depend_on_the_micro_batches(case: Case):
-    first, *others = [case.evaluate(rows) for rows in (1, 2, 3, 7)]
+    first, *others = [case.evaluate(tokens) for tokens in (1, 64, 150, 999)]
     for other in others:
         assert other.loss == pytest.approx(first.loss, rel=1e-6)
         assert other[1:] == first[1:]
-    reordered = case.evaluate(3, case.examples[::-1])
+    reordered = case.evaluate(64, case.examples[::-1])
     assert reordered.loss == pytest.approx(first.loss, rel=1e-6)
 
 
@@ -116,7 +118,7 @@ def test_only_answers_are_measured_whatever_is_trained(tmp_path: Path):
             np.testing.assert_array_equal(x, y)
     assert majority(on_all, on_all) == 0.75
     for one, other in zip(
-        HeldOutBatches(on_answers, 2, 16), HeldOutBatches(on_all, 2, 16), strict=True
+        HeldOutBatches(on_answers, 16, 16), HeldOutBatches(on_all, 16, 16), strict=True
     ):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
@@ -133,24 +135,24 @@ def test_batches_have_every_example_once_in_few_shapes():
         Example(np.full(n, i + 1, np.int32), np.ones(n, bool))
         for i, n in enumerate(rng.integers(2, 101, 50))
     ]
-    batches = list(HeldOutBatches(examples, rows=4, sequence_length=512))
-    assert [len(batch["input_ids"]) for batch in batches] == [4] * 13  # not 50 / 4 + 2
-    lengths = [batch["input_ids"].shape[1] for batch in batches]
-    assert lengths == sorted(lengths, reverse=True) and set(lengths) <= {104, 56, 32}
+    batches = list(HeldOutBatches(examples, tokens=416, sequence_length=512))
+    shapes = [batch["input_ids"].shape for batch in batches]
+    assert shapes == sorted(shapes, key=lambda shape: -shape[1])
+    assert set(shapes) == {(4, 104), (7, 56), (13, 32)}  # of 416 tokens at most
     rows = [row[row > 0] for batch in batches for row in batch["input_ids"]]
     rows = sorted((row for row in rows if len(row)), key=lambda row: row[0])
     for row, example in zip(rows, examples, strict=True):
         np.testing.assert_array_equal(row, example.input_ids)
     padded = sum(batch["input_ids"].size for batch in batches)
-    assert padded < 1.5 * sum(len(row) for row in rows) < 104 * 4 * 13
+    assert padded < 1.5 * sum(len(row) for row in rows) < 104 * 50
 
 
 def test_the_longest_row_is_no_longer_than_allowed():
     examples = [Example(np.ones(n, np.int32), np.ones(n, bool)) for n in (30, 3)]
-    batches = list(HeldOutBatches(examples, rows=1, sequence_length=30))
-    assert [batch["input_ids"].shape for batch in batches] == [(1, 30), (1, 8)]
+    batches = list(HeldOutBatches(examples, tokens=20, sequence_length=30))
+    assert [batch["input_ids"].shape for batch in batches] == [(1, 30), (2, 8)]
     with pytest.raises(ml.InputError, match="30 tokens, more than the 29"):
-        list(HeldOutBatches(examples, rows=1, sequence_length=29))
+        list(HeldOutBatches(examples, tokens=20, sequence_length=29))
 
 
 def test_two_batches_at_most_are_on_the_devices(case: Case):
@@ -160,7 +162,7 @@ def test_two_batches_at_most_are_on_the_devices(case: Case):
 
     def on_devices():
         nonlocal most
-        for batch in HeldOutBatches(case.examples * 3, rows=1, sequence_length=512):
+        for batch in HeldOutBatches(case.examples * 3, 1, sequence_length=512):
             put = jax.tree.map(jnp.asarray, batch)
             alive.append(weakref.ref(put["input_ids"]))
             most = max(most, sum(ref() is not None for ref in alive))
@@ -192,8 +194,8 @@ def test_evaluation_takes_no_more_memory_than_a_training_step(accumulate: int):
     tx, _ = build_optimizer(TrainConfig(adapter=adapter), tags, 10, 64)
     state = initial_state(factors, tx, names, 0)
 
-    def batch(rows: int) -> dict[str, jax.Array]:
-        whole = jnp.ones((rows, 64), jnp.int32)
+    def batch(rows: int, length: int) -> dict[str, jax.Array]:
+        whole = jnp.ones((rows, length), jnp.int32)
         names = ("input_ids", "loss_mask", "positions", "segment_ids")
         return dict.fromkeys(names, whole)
 
@@ -202,9 +204,11 @@ def test_evaluation_takes_no_more_memory_than_a_training_step(accumulate: int):
         return compiled.memory_analysis().temp_size_in_bytes
 
     step = make_step(rebuild, tx, tags, names, accumulate)
-    training = bytes_of(step, state, frozen, batch(8))
+    training = bytes_of(step, state, frozen, batch(8, 64))
     sums = evaluation_sums(rebuild, names)
-    assert 0 < bytes_of(sums, factors, frozen, batch(8 // accumulate)) <= training
+    rows = 8 // accumulate
+    for shape in ((rows, 64), (2 * rows, 32), (max(rows // 2, 1), 128)):
+        assert 0 < bytes_of(sums, factors, frozen, batch(*shape)) <= training
 
 
 def test_completions_hold_one_row_at_a_time(case: Case, monkeypatch):
