@@ -2,6 +2,7 @@
 
 import bisect
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -107,7 +108,8 @@ def evaluation_batches(
     """Every example once, in order, one per row, in batches of one shape.
 
     Use it for losses and accuracies over an entire data set; the last batch is padded
-    with empty rows (`segment_ids` 0). The arrays and `rows` are those of `batches`.
+    with empty rows (`segment_ids` 0). The arrays and `rows` are those of `batches`, but
+    `loss_mask` marks the answers, whatever training has its loss on.
 
     Raises:
         InputError: No examples, one too long, or a size that is not positive.
@@ -115,8 +117,9 @@ def evaluation_batches(
     import grain
 
     _check(examples, batch_size, sequence_length)
-    numbers = grain.MapDataset.range(len(examples))
-    return _unpacked(examples, numbers, batch_size, (sequence_length,), rows)
+    answers = [replace(example, loss_mask=example.answer_mask) for example in examples]
+    numbers = grain.MapDataset.range(len(answers))
+    return _unpacked(answers, numbers, batch_size, (sequence_length,), rows)
 
 
 def padded_length(examples: Sequence[Example], sequence_length: int) -> int:

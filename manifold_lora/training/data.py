@@ -10,16 +10,14 @@ import numpy as np
 from manifold_lora.data.batches import (
     batches,
     bucket_lengths,
-    evaluation_batches,
-    padded_length,
     unpacked_fill,
 )
 from manifold_lora.data.builtin import builtin_records
 from manifold_lora.data.files import find_files
 from manifold_lora.data.records import FilesRead, Record, read_files
 from manifold_lora.data.tokens import Example, Report, encode
-from manifold_lora.distributed.arrays import BatchSharder
 from manifold_lora.errors import InputError
+from manifold_lora.evaluation.batches import HeldOutBatches
 from manifold_lora.training.config import TrainConfig
 
 # Rows are packed where more than a tenth would be padding and an epoch keeps its steps.
@@ -146,17 +144,11 @@ def _choose_packing(
     return True, (longest,), tokens / size, fill_unpacked
 
 
-def held_out_batches(
-    config: TrainConfig, data: Data, to_devices: BatchSharder
-) -> list[Any]:
-    """The held-out examples, on the devices."""
-    host_batches = evaluation_batches(
-        data.held_out,
-        batch_size=config.batch.batch_size,
-        sequence_length=padded_length(data.held_out, config.batch.sequence_length),
-        rows=to_devices.local_rows,
-    )
-    return [to_devices(batch) for batch in host_batches]
+def held_out_batches(config: TrainConfig, data: Data) -> HeldOutBatches:
+    """The held-out examples, in batches of as many tokens as training has at a time."""
+    rows = config.batch.batch_size // config.batch.accumulate
+    length = config.batch.sequence_length
+    return HeldOutBatches(data.held_out, rows * data.row_length, length)
 
 
 def training_batches(

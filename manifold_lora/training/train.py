@@ -130,7 +130,7 @@ def _run(
     tx, schedule = build_optimizer(config, manifolds, steps, model.config.hidden_size)
     check_optimizer(config, tx, initial_factors)
     step = make_step(rebuild, tx, None, names, config.batch.accumulate)
-    held_out = held_out_batches(config, data, to_devices)
+    held_out = held_out_batches(config, data)
     evaluate = make_evaluate(rebuild, names)
     display.show_plan(console, config, model, data, steps, mesh)
 
