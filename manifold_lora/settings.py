@@ -67,7 +67,7 @@ def type_hints(kind: type) -> dict[str, Any]:
 def decode(value: Any, hint: Any, *, from_text: bool = False) -> Any:
     """The value as the type says, strictly: 1 is a float, "1" and True are not.
 
-    Text alone is a list of one item.
+    Text or a path alone is a list of one item.
 
     Args:
         value: from TOML, Python or, as text, from the command line.
@@ -86,7 +86,7 @@ def decode(value: Any, hint: Any, *, from_text: bool = False) -> Any:
     """
     if _is_mapping(hint) and isinstance(value, Mapping):
         return _decode_items(value, typing.get_args(hint)[1], from_text)
-    if isinstance(value, str) and typing.get_args(hint)[1:] == (...,):
+    if isinstance(value, str | Path) and typing.get_args(hint)[1:] == (...,):
         value = (value,)
     try:
         return msgspec.convert(value, hint, strict=not from_text, dec_hook=_path)

@@ -59,16 +59,29 @@ def recover(path: str | os.PathLike[str]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file atomically, replacing any existing one."""
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The path of a hidden file to write, which becomes `path` when the block ends.
+
+    It has the suffix of `path`, which tells Matplotlib the format of a picture. After
+    an error inside the block an existing file is untouched and the partial one removed.
+    """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # A long name must stay within the 255 bytes of a file system.
+    name = f".{path.stem[:40]}.{os.getpid()}.partial{path.suffix[:40]}"
+    partial = path.with_name(name)
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically, replacing any existing one."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def save_tensors(tensors: dict[str, np.ndarray], file: Path) -> None:

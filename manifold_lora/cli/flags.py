@@ -109,7 +109,13 @@ def read_flags(kind: type[Config], flags: CommandFlags) -> Config:
         for name, value in values.items()
         if value is not None and value is not _NOT_GIVEN
     }
-    sources = [Source(given, flag, from_text=True)]
+    # An empty variable of the shell must not mean the default.
+    empty = tuple(
+        f"{flag(name)} needs at least one value"
+        for name, value in given.items()
+        if value == ()
+    )
+    sources = [Source(given, flag, from_text=True, problems=empty)]
     if flags.config is not None:
         sources.insert(0, read_toml(flags.config, typing.cast(type, kind)))
     return compose(kind, *sources)

@@ -22,15 +22,17 @@ from manifold_lora.comparison.results import (
     RESULTS,
     TABLE,
     ResultsFile,
+    run_name,
 )
 from manifold_lora.comparison.runner import Runner
 from manifold_lora.comparison.search import search
+from manifold_lora.comparison.splits import split_held_out
 from manifold_lora.configuration.flat import flatten
-from manifold_lora.data.batches import evaluation_batches, padded_length
 from manifold_lora.data.builtin import BASE
 from manifold_lora.data.tokens import load_tokenizer
+from manifold_lora.evaluation.heldout import Evaluation
 from manifold_lora.training.config import TrainConfig
-from manifold_lora.training.data import load_data, total_steps
+from manifold_lora.training.data import held_out_batches, load_data, total_steps
 from manifold_lora.training.optimizer import Rates
 from manifold_lora.training.setup import load_base
 
@@ -44,9 +46,10 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
 
     1. Search: short runs with one seed over each method's grid, which is extended while
        the best rate is at its edge. A method with two rates searches one, then the
-       other.
-    2. Full-length runs at the best rates with every seed. For a given seed, all methods
-       see the same batches in the same order.
+       other. The loss on the validation part decides.
+    2. Full-length runs at the best rates with every seed, reported on the test part.
+       Neither these seeds nor the test part have been used by the search. For a given
+       seed, all methods see the same batches in the same order.
     3. Timing: some steps of every method in turn, relative to the baseline.
 
     Each finished run is written to compare.json at once, and an interrupted comparison
@@ -79,6 +82,9 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
         for seed in comparison.seeds:
             for name, rates in best.items():
                 study.run(name, rates, seed)
+        # Without runs of other names, which an edited file may hold.
+        content["cells"] = {name: results[name] for name in study.used}
+        content["held_out"] = study.held_out
         if "step_seconds" not in content:
             content["step_seconds"] = study.time_steps()
             results.write()
@@ -110,24 +116,26 @@ class _Study:
         source = first.model.path or BASE
         read_llama_config(source)  # report a bad model before the slow parts
         self.comparison, self.results, self.bar = comparison, results, bar
-        self.data = load_data(first, load_tokenizer(source))
-        self.held_out = list(
-            evaluation_batches(
-                self.data.held_out,
-                batch_size=first.batch.batch_size,
-                sequence_length=padded_length(
-                    self.data.held_out, first.batch.sequence_length
-                ),
-            )
+        data = load_data(first, load_tokenizer(source))
+        self.data, validation, test = split_held_out(first, data)
+        self.test = held_out_batches(first, self.data)
+        self.validation = held_out_batches(
+            first, self.data._replace(held_out=validation)
         )
+        self.held_out = {
+            "validation": len(validation),
+            "test": len(test),
+            "test_is_eval_data": first.data.eval_path is not None,
+        }
         self.base = load_base(first)
         self.steps = total_steps(first, self.data)
         self.search_steps = comparison.search_steps or max(1, self.steps // 3)
         self.eval_every = first.evaluation.eval_every or max(1, self.steps // 12)
+        self.used: dict[str, None] = {}  # names of the runs, in order
         self._runners: dict[str, Runner] = {}
 
     def find_rates(self, name: str) -> Rates:
-        """The learning rates with the lowest held-out loss in short runs."""
+        """The learning rates with the lowest validation loss in short runs."""
         config = self.comparison.runs[name]
         best = Rates(config.learning_rate, config.free_learning_rate)
         grid = self.comparison.grids[name]
@@ -146,11 +154,11 @@ class _Study:
 
         def result(rate: float) -> dict[str, Any]:
             tried = rates._replace(**{which: rate})
-            return self.run(name, tried, self.comparison.seeds[0], searching=True)
+            return self.run(name, tried, self.comparison.search_seed, searching=True)
 
         def loss(rate: float) -> float:
             tried = result(rate)
-            return math.inf if tried["diverged"] else tried["final"]["loss"]
+            return tried["final"]["loss"] if "final" in tried else math.inf
 
         what = "the free learning rate" if which == "free" else "the learning rate"
         return search(f"{name}: {what}", grid, loss, lambda r: _describe(result(r)))[0]
@@ -164,12 +172,13 @@ class _Study:
             name: of the method.
             rates: peak learning rates.
             seed: of the initialisation, the order of the data and dropout.
-            searching: a short run of the search; its adapter and curve are not saved.
+            searching: a short run of the search, evaluated on the validation part; its
+                adapter and curve are not saved.
         """
         steps = self.search_steps if searching else self.steps
-        shown = " ".join(f"{rate:g}" for rate in rates if rate is not None)
-        key = f"{name} rates {shown} seed {seed} steps {steps}"
-        key += " search" if searching else ""
+        used = [rate for rate in rates if rate is not None]
+        key = run_name(name, used, seed, steps, searching)
+        self.used[key] = None
         if key in self.results:
             return self.results[key]
         adapters = self.comparison.shared.run_directory / ADAPTERS
@@ -179,6 +188,7 @@ class _Study:
             seed,
             steps,
             self.eval_every,
+            self.validation if searching else self.test,
             lambda number, loss: self.bar.update(task, completed=number, loss=loss),
             None if searching else adapters / f"{name}-seed{seed}",
         )
@@ -207,7 +217,7 @@ class _Study:
         return self._runners[name]
 
     def _runner(self, config: TrainConfig) -> Runner:
-        return Runner(config, self.base, self.data, self.held_out)
+        return Runner(config, self.base, self.data)
 
     def time_steps(self) -> dict[str, float]:
         """Median seconds per step of every method, measured in turn."""
@@ -229,9 +239,12 @@ class _Study:
 
 def _describe(result: dict[str, Any]) -> str:
     """The outcome of a run in a few words."""
-    if not result["diverged"]:
-        final = result["final"]
-        return f"held-out loss {final['loss']:.4f}, accuracy {final['accuracy']:.3f}"
+    if "final" in result:
+        final = Evaluation(**result["final"])
+        return (
+            f"held-out loss {final.loss:.4f}, accuracy {final.accuracy:.3f}, "
+            f"exact match {final.exact_match:.3f}"
+        )
     *before, last = result["losses"]
     loss = "nan" if last is None else f"{last:.4g}"
     after = f" after {before[-1]:.4g}" if before else ""
@@ -246,6 +259,7 @@ def _settings(comparison: Comparison) -> dict[str, Any]:
         "grids": {name: list(grid) for name, grid in comparison.grids.items()},
         "baseline": comparison.baseline,
         "seeds": list(comparison.seeds),
+        "search_seed": comparison.search_seed,
         "search_steps": comparison.search_steps,
     }
 

@@ -20,7 +20,8 @@ class CompareConfig(RunConfig):
         options: method options by name; each is passed to the methods that have it.
         methods: names, separated by spaces or commas.
         learning_rates: one grid for all methods, or "auto" for each method's own.
-        seeds: number of runs of every method at its best learning rate.
+        seeds: number of runs of every method at its best learning rate, with seeds
+            that the search does not use.
         search_steps: length of the runs of the search.
 
     Raises:
@@ -39,7 +40,9 @@ class CompareConfig(RunConfig):
         ("auto",), "one grid for all methods, or auto for each method's own"
     )
     seeds: PositiveInt = setting(
-        3, "runs of every method at its best learning rate, with seeds from --seed on"
+        3,
+        "runs of every method at its best learning rate, with seeds from --seed on; "
+        "the search has the next one",
     )
     search_steps: PositiveInt | None = setting(
         None, "length of the runs of the search", default_text="a third of the run"
@@ -63,7 +66,8 @@ class Comparison:
     runs: dict[str, TrainConfig]  # by method
     grids: dict[str, tuple[float, ...]]
     baseline: str
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # of the runs that are reported
+    search_seed: int  # none of them
     search_steps: int | None  # None: a third of the steps
 
 
@@ -93,6 +97,8 @@ def resolve_comparison(config: CompareConfig) -> Comparison:
         if not any(_has_option(name, option, value) for name in names):
             problems.append(f"no method of the comparison takes {option}={value}")
     raise_all(problems)
+    search_seed = config.optimizer.seed + config.seeds
+    dataclasses.replace(config.optimizer, seed=search_seed)  # check its range
     runs = {name: _run_of(config, name) for name in names}
     builtin = config.model.path is None
     grids = {name: tuple(sorted(rates)) or _grid(name, builtin) for name in names}
@@ -102,7 +108,8 @@ def resolve_comparison(config: CompareConfig) -> Comparison:
         runs=runs,
         grids=grids,
         baseline="lora" if "lora" in names else names[0],
-        seeds=tuple(range(first, first + config.seeds)),
+        seeds=tuple(range(first, search_seed)),
+        search_seed=search_seed,
         search_steps=config.search_steps,
     )
 

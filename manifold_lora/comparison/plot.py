@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from manifold_lora.checkpoints.atomic import atomic_file
+
 
 def plot_comparison(
     path: Path, curves: Mapping[str, np.ndarray], baseline: str
@@ -52,4 +54,5 @@ def plot_comparison(
     axes.grid(alpha=0.3, which="both")
     if curves:
         axes.legend(title="final loss", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path)
+    with atomic_file(path) as partial:
+        figure.savefig(partial)

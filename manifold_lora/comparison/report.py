@@ -8,8 +8,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from manifold_lora.checkpoints.atomic import write_text
 from manifold_lora.comparison.plot import plot_comparison
-from manifold_lora.comparison.results import PLOT, TABLE
+from manifold_lora.comparison.results import PLOT, SEARCH, TABLE
 
 Result = dict[str, Any]
 _COLUMNS = (
@@ -19,6 +20,7 @@ _COLUMNS = (
     "learning rate",
     "held-out loss",
     "accuracy",
+    "exact match",
     "steps to baseline",
     "seconds to baseline",
     "step time",
@@ -53,6 +55,7 @@ def summarise(content: dict[str, Any], steps: int) -> list[dict[str, Any]]:
             "rank": results[0]["rank"],
             "parameters": results[0]["trainable"],
             "rates": results[0]["rates"],
+            "at_edge": _at_edge(content, name, results[0]["rates"]),
             "seeds": len(results),
             "diverged": len(results) - len(converged),
             "overhead": seconds[name] / seconds[baseline],
@@ -86,6 +89,7 @@ def _statistics(results: list[Result]) -> dict[str, Any]:
     return {
         "loss": _mean_std([evaluation["loss"] for evaluation in final]),
         "accuracy": _mean_std([evaluation["accuracy"] for evaluation in final]),
+        "exact_match": _mean_std([evaluation["exact_match"] for evaluation in final]),
         "training_loss": _mean_std(training_curve(results)[-1, 1:]),
         "largest_residual": max(result["largest_residual"] for result in results),
         "last_residual": max(result["last_residual"] for result in results),
@@ -106,7 +110,7 @@ def _full_runs(content: dict[str, Any], name: str) -> list[Result]:
     return [
         result
         for key, result in content["cells"].items()
-        if result["method"] == name and not key.endswith(" search")
+        if result["method"] == name and not key.endswith(SEARCH)
     ]
 
 
@@ -157,32 +161,33 @@ def _mean_std(values: Sequence[float] | np.ndarray) -> list[float]:
     return [float(np.mean(values)), spread]
 
 
-def at_edge(content: dict[str, Any], row: dict[str, Any]) -> bool:
+def _at_edge(content: dict[str, Any], method: str, best: list[float]) -> bool:
     """Whether a best rate of the method is the smallest or the largest tried."""
     tried = [
         result["rates"]
         for key, result in content["cells"].items()
-        if result["method"] == row["method"] and key.endswith(" search")
+        if result["method"] == method and key.endswith(SEARCH)
     ]
     return any(
         rate in (min(rates), max(rates))
-        for rate, *rates in zip(row["rates"], *tried, strict=True)
+        for rate, *rates in zip(best, *tried, strict=True)
     )
 
 
-def _texts(row: dict[str, Any], content: dict[str, Any]) -> list[str]:
+def _texts(row: dict[str, Any]) -> list[str]:
     """The cells of a row, in the order of `_COLUMNS`."""
     rates = " / ".join(f"{rate:g}" for rate in row["rates"])
-    rates += " (edge)" if at_edge(content, row) else ""
+    rates += " (edge)" if row["at_edge"] else ""
     texts = [row["method"], str(row["rank"]), f"{row['parameters']:,}", rates]
     if "loss" not in row:
-        return [*texts, "diverged", *[""] * 3, f"{row['overhead']:.2f} ×", *[""] * 3]
+        return [*texts, "diverged", *[""] * 4, f"{row['overhead']:.2f} ×", *[""] * 3]
     reached = row["steps_to_baseline"]
     diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
     return [
         *texts,
         f"{row['loss'][0]:.4f} ± {row['loss'][1]:.4f}{diverged}",
         f"{row['accuracy'][0]:.1%} ± {row['accuracy'][1]:.1%}",
+        f"{row['exact_match'][0]:.1%} ± {row['exact_match'][1]:.1%}",
         "not reached"
         if reached is None
         else f"{reached:.0f} ({row['share_of_steps']:.0%})",
@@ -201,7 +206,7 @@ def show_table(console: Console, content: dict[str, Any]) -> None:
     for name in _ON_TERMINAL:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in content["summary"]:
-        texts = _texts(row, content)
+        texts = _texts(row)
         table.add_row(*[texts[i] for i in shown])
     console.print(table)
     console.print(_note(content), style="dim", soft_wrap=True)
@@ -212,10 +217,10 @@ def write(out: Path, content: dict[str, Any]) -> None:
     lines = ["| " + " | ".join(_COLUMNS) + " |"]
     lines.append("|---|" + "---:|" * (len(_COLUMNS) - 1))
     for row in content["summary"]:
-        texts = _texts(row, content)
+        texts = _texts(row)
         lines.append("| " + " | ".join([f"`{texts[0]}`", *texts[1:]]) + " |")
     text = "\n".join([*lines, "", _note(content)]) + "\n"
-    (out / TABLE).write_text(text, encoding="utf-8")
+    write_text(out / TABLE, text)
     curves = {
         row["method"]: mean_curve(_converged(content, row["method"]))
         for row in content["summary"]
@@ -225,13 +230,18 @@ def write(out: Path, content: dict[str, Any]) -> None:
 
 
 def _note(content: dict[str, Any]) -> str:
-    baseline = content["settings"]["baseline"]
-    seeds = len(content["settings"]["seeds"])
-    edges = any(at_edge(content, row) for row in content["summary"])
+    settings, held_out = content["settings"], content["held_out"]
+    baseline, seeds = settings["baseline"], settings["seeds"]
+    edges = any(row["at_edge"] for row in content["summary"])
+    source = "of --eval-data" if held_out["test_is_eval_data"] else "held out"
     return (
         ("(edge): a best rate is the smallest or the largest tried. " if edges else "")
-        + f"Mean ± standard deviation over {seeds} seeds. To baseline: until the "
+        + f"Rates: of the lowest loss on {held_out['validation']:,} validation "
+        f"examples, with seed {settings['search_seed']}. Results: on "
+        f"{held_out['test']:,} test examples {source}, mean ± standard deviation over "
+        f"seeds {', '.join(map(str, seeds))}. To baseline: until the "
         f"held-out loss reaches the final one of {baseline}; step time: median, "
-        f"relative to {baseline}; constraint violation: maximum over the run; "
-        "effective rank: entropy effective rank, mean over layers and modules."
+        f"relative to {baseline}; accuracy: of answer tokens; exact match: of whole "
+        "answers; constraint violation: maximum over the run; effective rank: entropy "
+        "effective rank, mean over layers and modules."
     )

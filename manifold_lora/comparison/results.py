@@ -1,15 +1,20 @@
 """compare.json: the settings of a comparison and the results of its finished runs."""
 
 import json
-import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from manifold_lora.checkpoints.atomic import write_text
+from manifold_lora.comparison.schema import Content, Result, Row
+from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError
 
 RESULTS, TABLE, PLOT = "compare.json", "compare.md", "compare.png"
 ADAPTERS = "adapters"
+SEARCH = " search"  # ends the name of a run of the search
+_REMEDY = "choose another --out, or pass --overwrite to start again"
 
 
 class ResultsFile:
@@ -22,7 +27,7 @@ class ResultsFile:
 
     Raises:
         InputError: without `overwrite`, the directory contains a comparison with other
-            settings or other files.
+            settings, one that cannot be read, or other files.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], overwrite: bool = False):
@@ -34,7 +39,7 @@ class ResultsFile:
             self._clear()
         elif self.file.is_file():
             self.content = self._read(settings)
-        elif out.is_dir() and any(out.iterdir()):
+        elif out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
             raise InputError(
                 f"--out {out} is not empty and does not contain a comparison: choose "
                 "another directory, or pass --overwrite to write into it."
@@ -48,15 +53,8 @@ class ResultsFile:
                 (self.file.parent / name).unlink(missing_ok=True)
 
     def _read(self, settings: dict[str, Any]) -> dict[str, Any]:
-        try:
-            content = json.loads(self.file.read_text(encoding="utf-8"))
-            before, _ = dotted(content["settings"]), dict(content["cells"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{self.file} is corrupt ({error}): choose another --out, or pass "
-                "--overwrite."
-            ) from error
-        now = dotted(settings)
+        content: Any = read_json(self.file, Content, _REMEDY)
+        before, now = dotted(content["settings"]), dotted(settings)
         changed = [
             f"{k} was {before.get(k, 'unset')}, is {now.get(k, 'unset')}"
             for k in sorted(before | now)
@@ -68,7 +66,9 @@ class ResultsFile:
                 f"--out {self.file.parent} contains a comparison with other settings "
                 f"({shown}). Choose another --out, or pass --overwrite to replace it."
             )
-        return content
+        for problem in _problems(content, sorted(settings["runs"])):
+            raise InputError(f"{self.file}: {problem}: {_REMEDY}.")
+        return content | {"settings": settings}
 
     def __contains__(self, name: str) -> bool:
         return name in self.content["cells"]
@@ -83,10 +83,57 @@ class ResultsFile:
     def write(self) -> None:
         """Write the file atomically."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
         text = json.dumps(self.content, indent=1, allow_nan=False) + "\n"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.file)
+        write_text(self.file, text)
+
+
+def run_name(
+    method: str, rates: Iterable[float], seed: int, steps: int | str, searching: bool
+) -> str:
+    """The name of a run in compare.json.
+
+    >>> run_name("lora", [0.02], seed=0, steps=6, searching=True)
+    'lora rates 0.02 seed 0 steps 6 search'
+    """
+    shown = " ".join(f"{rate:g}" for rate in rates)
+    return f"{method} rates {shown} seed {seed} steps {steps}" + SEARCH * searching
+
+
+def _problems(content: dict[str, Any], methods: list[str]) -> Iterator[str]:
+    """What is wrong with results whose types are right."""
+    curves: dict[str, set[tuple[int, ...]]] = {}
+    for key, result in content["cells"].items():
+        *before, last = result["losses"]
+        steps, searching = result["steps"], key.endswith(SEARCH)
+        if result["diverged"]:  # at some step before the last
+            steps = key.removesuffix(SEARCH).rpartition(" ")[2]
+        elif missing := Result.__optional_keys__ - result.keys():
+            yield f"{key!r} lacks {', '.join(sorted(missing))}"
+        elif last is None or not result["curve"]:
+            yield f"{key!r} has no final loss"
+        elif not searching:
+            points = tuple(point["step"] for point in result["curve"])
+            curves.setdefault(result["method"], set()).add(points)
+        name = run_name(
+            result["method"], result["rates"], result["seed"], steps, searching
+        )
+        if name != key:
+            yield f"{key!r} holds the results of {name!r}"
+        if None in before or len(result["losses"]) != result["steps"]:
+            yield f"{key!r} lacks losses"
+    if any(len(found) > 1 for found in curves.values()):
+        yield "the runs of a method were evaluated after different steps"
+    if sorted(content.get("step_seconds", methods)) != methods:
+        yield "step_seconds are not those of the methods"
+    if "summary" not in content:
+        return
+    rows, measures = content["summary"], Row.__optional_keys__
+    if sorted(row["method"] for row in rows) != methods:
+        yield "summary is not that of the methods"
+    if any(0 < len(measures & row.keys()) < len(measures) for row in rows):
+        yield "summary lacks measures of a method"
+    if missing := Content.__optional_keys__ - content.keys():
+        yield f"summary without {', '.join(sorted(missing))}"
 
 
 def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

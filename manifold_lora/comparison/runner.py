@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,9 @@ class Runner:
     seed only changes the initial factors, so the step is compiled once for all runs.
     """
 
-    def __init__(
-        self, config: TrainConfig, base: Any, data: Data, held_out: Sequence[Any]
-    ):
+    def __init__(self, config: TrainConfig, base: Any, data: Data):
         self.config = config
         self.data = data
-        self.held_out = held_out
         self._base = nnx.split(base)
         model = self.adapted_model(config.optimizer.seed)
         rebuild, factors, _ = split(model)
@@ -79,6 +76,7 @@ class Runner:
         seed: int,
         steps: int,
         eval_every: int,
+        held_out: Iterable[Any],
         on_step: Callable[[int, float], None],
         save: Path | None = None,
     ) -> dict[str, Any]:
@@ -90,6 +88,7 @@ class Runner:
             steps: number of steps.
             eval_every: steps between evaluations of a saved run; other runs are only
                 evaluated at the end.
+            held_out: batches to evaluate.
             on_step: called with the number of every step and its loss.
             save: directory for the final adapter; None: it is not saved.
         """
@@ -99,7 +98,7 @@ class Runner:
         curve = []
 
         def evaluate(number: int) -> Evaluation:
-            evaluation = self.evaluate(state.factors, frozen, self.held_out)
+            evaluation = self.evaluate(state.factors, frozen, held_out)
             if math.isfinite(evaluation.loss):
                 curve.append({"step": number, "loss": evaluation.loss})
             return evaluation

@@ -51,9 +51,10 @@ class ModelConfig(Part):
 class DataConfig(Part):
     """The examples."""
 
-    path: Path | None = setting(
-        None,
-        ".jsonl or .json file to train on",
+    paths: tuple[Path, ...] = setting(
+        (),
+        "JSON, CSV or Parquet files to train on, or directories of train, valid and "
+        "test files",
         name="data",
         default_text="the built-in data",
     )
@@ -61,13 +62,19 @@ class DataConfig(Part):
         None,
         "held-out file",
         name="eval_data",
-        default_text="a part of --data",
+        default_text="the valid file of a directory, or a part of --data",
     )
     eval_examples: PositiveInt = setting(
         1000, "examples held out of --data, at most a tenth of it"
     )
-    packing: bool = setting(
-        UNSET, "several examples per row", default_text="no; for the built-in data yes"
+    split_seed: NonNegativeInt = setting(
+        0, "decides which examples of --data are held out"
+    )
+    skip_invalid: bool = setting(
+        False, "leave out the records that cannot be used, and report them"
+    )
+    packing: bool | None = setting(
+        None, "several examples per row", default_text="where it leaves less padding"
     )
     train_on_prompt: bool = setting(False, "compute the loss on prompts too")
     date: Date | None = setting(
@@ -83,7 +90,7 @@ class BatchConfig(Part):
 
     batch_size: PositiveInt = setting(
         UNSET,
-        "examples (rows, with --packing) of a step",
+        "examples of a step; rows, where they are packed",
         default_text="16; for the built-in data 8",
     )
     accumulate: PositiveInt = setting(

@@ -1,7 +1,8 @@
-"""Loss and accuracy on held-out examples, and sample completions."""
+"""Loss, accuracy and exact match on held-out examples, and sample completions."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,41 +23,73 @@ from manifold_lora.models.loss import token_loss
 
 
 class Evaluation(NamedTuple):
-    """Metrics on held-out examples."""
+    """Measures of how well the answers of held-out examples are predicted.
+
+    >>> Evaluation(loss=0.0, accuracy=1.0, exact_match=1.0).perplexity
+    1.0
+    """
 
     loss: float  # mean negative log-likelihood per answer token
-    accuracy: float  # fraction of examples whose greedy completion is the answer
+    accuracy: float  # share of the answer tokens that are the most likely ones
+    exact_match: float  # share of the examples of which all answer tokens are
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss."""
+        return math.exp(min(self.loss, 709.0))  # beyond it, float64 overflows
 
 
 def make_evaluate(
     rebuild: Callable[..., Any], axes: Any
-) -> Callable[[Any, Any, Iterable[dict[str, np.ndarray]]], Evaluation]:
-    """Make a function (factors, frozen, batches) → `Evaluation`, compiled once.
+) -> Callable[[Any, Any, Iterable[Mapping[str, Any]]], Evaluation]:
+    """Make a function (factors, frozen, batches) → `Evaluation`.
 
-    Greedy decoding yields the answer exactly if each of its tokens has the highest
-    probability given the true tokens before it, so accuracy needs no generation. The
-    end-of-sequence token counts: an answer that does not end there is incorrect.
+    It is compiled once for each shape of a batch. Greedy decoding yields the answer
+    exactly if each of its tokens is the most likely one given the true tokens before
+    it, so an exact match needs no generation. The end-of-sequence token counts: an
+    answer that does not end there is incorrect.
+
+    One batch is evaluated at a time, while the next is made: with the batches of
+    `HeldOutBatches` it takes no more memory than a training step. The sums of the rows
+    are added up in float64, so that they do not depend on how rows are batched.
 
     Args:
         rebuild: from `adapters.split`.
         axes: logical axes of the factors, from `adapters.axes`.
     """
-
-    def sums_over_rows(factors, frozen, batch):
-        nll, mask, hit = token_loss(rebuild(factors, frozen), batch)
-        has_answer = mask.any(axis=1)
-        correct = has_answer & (hit | (mask == 0)).all(axis=1)
-        return jnp.stack([nll.sum(), mask.sum(), correct.sum(), has_answer.sum()])
-
-    sums = _jit_over_groups(sums_over_rows, axes)
+    sums = evaluation_sums(rebuild, axes)
 
     def evaluate(factors, frozen, batches) -> Evaluation:
-        total = np.zeros(4)
+        total, pending = np.zeros(5), np.zeros(5)
         for batch in batches:
-            total += np.asarray(sums(factors, frozen, batch), np.float64).sum(0)
-        return Evaluation(float(total[0] / total[1]), float(total[2] / total[3]))
+            total += _total(pending)  # waits, so that one batch at a time is evaluated
+            pending = sums(factors, frozen, batch)
+        nll, tokens, correct, answers, exact = (total + _total(pending)).tolist()
+        return Evaluation(nll / tokens, correct / tokens, exact / answers)
 
     return evaluate
+
+
+def evaluation_sums(rebuild: Callable[..., Any], axes: Any) -> Any:
+    """The compiled sums over the answer of every row, (groups, rows per group, 5).
+
+    They are the negative log-likelihood, the number of answer tokens, of those that are
+    the most likely ones, and 1 or 0 for a row with an answer and with an exact match.
+    """
+
+    def sums_over_answers(factors, frozen, batch):
+        nll, mask, hit = token_loss(rebuild(factors, frozen), batch)
+        tokens, correct = mask.sum(1), (mask * hit).sum(1)
+        has_answer = tokens > 0
+        exact = has_answer & (correct == tokens)
+        sums = (nll.sum(1), tokens, correct, has_answer, exact)
+        return jnp.stack([x.astype(jnp.float32) for x in sums], axis=-1)
+
+    return _jit_over_groups(sums_over_answers, axes)
+
+
+def _total(sums: Any) -> np.ndarray:
+    return np.asarray(sums, np.float64).reshape(-1, 5).sum(0)
 
 
 def _jit_over_groups(f: Callable[..., Any], axes: Any) -> Callable[..., Any]:
@@ -77,14 +110,26 @@ def _jit_over_groups(f: Callable[..., Any], axes: Any) -> Callable[..., Any]:
 
 
 def majority(train: Sequence[Example], held_out: Sequence[Example]) -> float:
-    """Accuracy of always predicting the most common answer of the training set."""
+    """Exact match of always giving the most common answer of the training set."""
     most_common = Counter(map(answer, train)).most_common(1)[0][0]
     return float(np.mean([answer(example) == most_common for example in held_out]))
 
 
 def answer(example: Example) -> tuple[int, ...]:
-    """The target tokens of an example."""
-    return tuple(example.input_ids[example.loss_mask].tolist())
+    """The tokens of the answer, or of all answers of a chat with several."""
+    return tuple(example.input_ids[example.answer_mask].tolist())
+
+
+def first_turn(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """The prompt before the first answer, and that answer.
+
+    >>> example = Example(np.arange(6), np.array([0, 0, 1, 1, 0, 1], bool))
+    >>> [tokens.tolist() for tokens in first_turn(example)]
+    [[0, 1], [2, 3]]
+    """
+    start = int(example.answer_mask.argmax())
+    length = int(np.append(~example.answer_mask[start:], True).argmax())
+    return example.input_ids[:start], example.input_ids[start : start + length]
 
 
 def complete(
@@ -99,10 +144,11 @@ def complete(
     """Greedy completions of the examples' prompts, without the stop token.
 
     For a handful of samples: it keeps no cache and recomputes the row for every token.
+    Each group of devices holds one row at a time.
     """
-    prompts = [example.input_ids[: example.loss_mask.argmax()] for example in examples]
+    prompts = [first_turn(example)[0] for example in examples]
     groups = group_count(jax.sharding.get_mesh().shape)
-    # Every group needs the same number of rows; completions of the padding are dropped.
+    # Every group needs a row; completions of the padding are dropped.
     rows = [*prompts, *prompts[:1] * (-len(prompts) % groups)]
     lengths = np.array([len(row) for row in rows])
     ids = np.zeros((len(rows), lengths.max() + max_new_tokens), np.int32)
@@ -122,11 +168,14 @@ def complete(
 
         return jax.lax.fori_loop(0, max_new_tokens, extend, ids)
 
-    outputs = _jit_over_groups(generated, axes)(factors, frozen, (ids, lengths))
+    generate = _jit_over_groups(generated, axes)
     completions = []
-    all_ids = to_host(outputs).reshape(ids.shape)
-    for row, prompt in zip(all_ids, prompts, strict=False):
-        new = row[len(prompt) :][:max_new_tokens].tolist()
-        end = next((i for i, token in enumerate(new) if token in stop), len(new))
-        completions.append(new[:end])
-    return completions
+    for start in range(0, len(rows), groups):
+        part = slice(start, start + groups)
+        outputs = to_host(generate(factors, frozen, (ids[part], lengths[part])))
+        parts = zip(outputs.reshape(ids[part].shape), lengths[part], strict=True)
+        for row, length in parts:
+            new = row[length : length + max_new_tokens].tolist()
+            end = next((i for i, token in enumerate(new) if token in stop), len(new))
+            completions.append(new[:end])
+    return completions[: len(examples)]

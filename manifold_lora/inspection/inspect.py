@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from manifold_lora.checkpoints.atomic import write_text
 from manifold_lora.errors import InputError
 from manifold_lora.inspection.measure import gram_matrices, measure
 from manifold_lora.inspection.view import draw, show
@@ -60,7 +61,7 @@ def inspect_adapter(
         report = sources | measure(adapter, start)
     paths.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    (paths.out / REPORT).write_text(text, encoding="utf-8")
+    write_text(paths.out / REPORT, text)
     plots = draw(paths.out, report, gram_matrices(adapter))
     show(console, report)
     files = ", ".join(str(paths.out / name) for name in (REPORT, *plots))

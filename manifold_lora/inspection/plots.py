@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from manifold_lora.checkpoints.atomic import atomic_file
+
 T = TypeVar("T")
 _MAX_PANELS = 8  # rows or columns of a plot that remain readable
 
@@ -56,7 +58,8 @@ def plot_gram(
     figure.suptitle(
         f"{_escape_dollars(title)}\neach divided by the mean of its diagonal"
     )
-    figure.savefig(path)
+    with atomic_file(path) as partial:
+        figure.savefig(partial)
 
 
 def plot_effective_rank(
@@ -104,7 +107,8 @@ def plot_effective_rank(
     handles = grid[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", frameon=False)
     figure.suptitle(_escape_dollars(title))
-    figure.savefig(path)
+    with atomic_file(path) as partial:
+        figure.savefig(partial)
 
 
 def plot_spectra(
@@ -161,7 +165,8 @@ def plot_spectra(
         ticks = MaxNLocator(8, integer=True)
         figure.colorbar(scale, ax=grid, label="layer", ticks=ticks)
     figure.suptitle(_escape_dollars(title))
-    figure.savefig(path)
+    with atomic_file(path) as partial:
+        figure.savefig(partial)
 
 
 def spread(items: Sequence[T], limit: int = _MAX_PANELS) -> list[T]:

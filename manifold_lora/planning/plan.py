@@ -11,6 +11,7 @@ import jax
 from rich.console import Console
 
 from manifold_lora.adapters import factors
+from manifold_lora.checkpoints.atomic import write_text
 from manifold_lora.data.builtin import BASE
 from manifold_lora.distributed.mesh import divisibility_errors, make_mesh
 from manifold_lora.errors import InputError
@@ -83,7 +84,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> dict[str, Any]:
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-        config.out.write_text(text, encoding="utf-8")
+        write_text(config.out, text)
     if not result["fits"]:
         raise DoesNotFitError(
             f"the step does not fit into a device of {planner.devices_name}: see the "

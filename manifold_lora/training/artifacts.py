@@ -204,8 +204,7 @@ def _exported(model: Any, held_out: Any, discarded: float) -> dict[str, Any]:
     rebuild, trained, frozen = split(model)
     evaluation = make_evaluate(rebuild, axes(model))(trained, frozen, held_out)
     return {
-        "loss_exported": evaluation.loss,
-        "accuracy_exported": evaluation.accuracy,
+        **{f"{name}_exported": value for name, value in evaluation._asdict().items()},
         "energy_discarded": discarded,
         "ranks_exported": sorted(
             {rank for module in adapters(model).values() for rank in module.ranks}

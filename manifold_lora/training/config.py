@@ -116,7 +116,7 @@ class TrainConfig(RunConfig):
         if self.initial_adapter is not None and self.adapter == AdapterConfig():
             adapter = read_adapter(self.initial_adapter).config
             object.__setattr__(self, "adapter", adapter)
-        builtin = self.data.path is None
+        builtin = not self.data.paths
         schedule = self.schedule
         if schedule.steps is None and schedule.epochs is None:
             length = {"steps": _BUILTIN_STEPS} if builtin else {"epochs": _EPOCHS}
@@ -129,7 +129,7 @@ class TrainConfig(RunConfig):
             if self.learning_rate is UNSET
             else self.learning_rate,
             "adapter": _with_free_rate(self.adapter, self.model.path is None),
-            "data": fill(self.data, packing=builtin),
+            "data": fill(self.data, packing=True) if builtin else self.data,
             "batch": batch,
             "schedule": schedule,
         }

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from manifold_lora.adapters import adapters, axes, factors, split
 from manifold_lora.data.tokens import Example
-from manifold_lora.evaluation.heldout import Evaluation, answer, complete
+from manifold_lora.evaluation.heldout import Evaluation, complete, first_turn
 from manifold_lora.models import Llama
 from manifold_lora.training.config import TrainConfig
-from manifold_lora.training.data import Data
+from manifold_lora.training.data import Data, describe_data
 from manifold_lora.training.run import (
     ADAPTER,
     MERGED,
@@ -36,10 +36,9 @@ def show_plan(
     mesh: Any,
 ) -> None:
     """What is about to run."""
-    shape, adapter, batch = model.config, config.adapter, config.batch
+    shape, adapter = model.config, config.adapter
     trainable = sum(x.size for x in jax.tree.leaves(factors(model)))
     base = sum(module.base.kernel.size for module in adapters(model).values())
-    report = data.report
     optimizer = getattr(adapter.options, "optimizer", "Riemannian Adam")
     rates = f"{config.learning_rate:g}"
     if config.free_learning_rate is not None:
@@ -51,13 +50,7 @@ def show_plan(
         + ", ".join(name.rpartition(".")[2] for name in adapters(model)),
         "trainable parameters": f"{trainable:,} ({trainable / base:.1%} of what they "
         "adapt)",
-        "data": f"{config.data.path or 'built in, Unicode names to categories'}: "
-        f"{report.kept:,} examples, {len(data.held_out):,} held out",
-        "tokens": f"{report.tokens:,}, of them {report.trained_tokens:,} trained",
-        "batch": f"{batch.batch_size} rows of {data.row_length}"
-        + (f" in {batch.accumulate} micro-batches" if batch.accumulate > 1 else "")
-        + (", packed" if config.data.packing else ""),
-        "tokens per step": f"{batch.batch_size * data.row_length:,}, padding included",
+        **describe_data(config, data),
         "steps": f"{steps:,}",
         "optimiser": f"{optimizer}, learning rate {rates}, {config.schedule.schedule}",
         "output": f"{config.run_directory}/",
@@ -68,13 +61,6 @@ def show_plan(
         rows["devices"] = f"{mesh.size}: {shape_of}" + (
             f"; {count} processes" if count > 1 else ""
         )
-    reports = {"truncated": report, "truncated, held out": data.held_out_report}
-    for name, part in reports.items():
-        if part.truncated or part.split:
-            rows[name] = (
-                f"{part.truncated:,} examples truncated to {batch.sequence_length} "
-                f"tokens (longest {part.longest:,}), {part.split:,} texts split"
-            )
     show_pairs(console, "Plan", rows)
 
 
@@ -93,13 +79,7 @@ def show_result(console: Console, config: TrainConfig, summary: dict[str, Any]) 
         "also": ", ".join(str(out / n) for n in (METRICS, SETTINGS, PICTURE, SUMMARY)),
     }
     if summary["loss_after"] is not None:
-        rows = {
-            "held-out loss": f"{summary['loss_after']:.4f} after, "
-            f"{summary['loss_before']:.4f} before",
-            "accuracy": f"{summary['accuracy_after']:.3f} after, "
-            f"{summary['accuracy_before']:.3f} before, {summary['majority']:.3f} by "
-            "always giving the most common answer",
-        } | rows
+        rows = _measures(summary) | rows
     if summary["better_than_start"] is False:
         rows["note"] = (
             f"no evaluation was better than the start by {config.best_metric}; the "
@@ -112,11 +92,29 @@ def show_result(console: Console, config: TrainConfig, summary: dict[str, Any]) 
     if "loss_exported" in summary:
         rows["as exported"] = (
             f"held-out loss {summary['loss_exported']:.4f}, accuracy "
-            f"{summary['accuracy_exported']:.3f}, ranks "
+            f"{summary['accuracy_exported']:.3f}, exact match "
+            f"{summary['exact_match_exported']:.3f}, ranks "
             f"{', '.join(map(str, summary['ranks_exported']))}, "
             f"{summary['energy_discarded']:.2%} of the energy discarded"
         )
     show_pairs(console, "Result", rows)
+
+
+def _measures(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The held-out measures before and after training."""
+    before, after = (
+        Evaluation(*(summary[f"{name}_{when}"] for name in Evaluation._fields))
+        for when in ("before", "after")
+    )
+    return {
+        "held-out loss": f"{after.loss:.4f} after, {before.loss:.4f} before "
+        f"(perplexity {after.perplexity:.4g} and {before.perplexity:.4g})",
+        "accuracy": f"{after.accuracy:.3f} of the answer tokens after, "
+        f"{before.accuracy:.3f} before",
+        "exact match": f"{after.exact_match:.3f} of the answers after, "
+        f"{before.exact_match:.3f} before, {summary['majority']:.3f} by always giving "
+        "the most common answer",
+    }
 
 
 def show_pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
@@ -146,10 +144,10 @@ def show_predictions(
     table.add_column("predicted")
     table.add_column("truth")
     for example, completion in zip(examples, completions, strict=True):
-        start = int(example.loss_mask.argmax())
+        before, true = first_turn(example)
         prompt, predicted, truth = (
             escape(" ".join(tokenizer.decode(ids, skip_special_tokens=True).split()))
-            for ids in (example.input_ids[:start], completion, answer(example))
+            for ids in (before, completion, true)
         )
         style = "green" if predicted == truth else "red"
         # The end of a long prompt says more than its beginning.
@@ -178,7 +176,8 @@ def show_evaluation(
     """The held-out measures after a step."""
     console.print(
         f"step {step}: held-out loss {evaluation.loss:.4f}, "
-        f"accuracy {evaluation.accuracy:.3f}"
+        f"accuracy {evaluation.accuracy:.3f}, "
+        f"exact match {evaluation.exact_match:.3f}"
         + (f", constraint violation {violation:.1e}" if violation else "")
     )
 

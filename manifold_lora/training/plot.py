@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from manifold_lora.checkpoints.atomic import atomic_file
+
 
 def plot_loss(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Training loss, its running mean and the held-out loss over steps, as a PNG.
@@ -32,4 +34,5 @@ def plot_loss(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     axes.set(xlabel="step", ylabel="loss per answer token", title=title, yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path)
+    with atomic_file(path) as partial:
+        figure.savefig(partial)

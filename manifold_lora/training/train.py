@@ -130,7 +130,7 @@ def _run(
     tx, schedule = build_optimizer(config, manifolds, steps, model.config.hidden_size)
     check_optimizer(config, tx, initial_factors)
     step = make_step(rebuild, tx, None, names, config.batch.accumulate)
-    held_out = held_out_batches(config, data, to_devices)
+    held_out = held_out_batches(config, data)
     evaluate = make_evaluate(rebuild, names)
     display.show_plan(console, config, model, data, steps, mesh)
 
@@ -189,7 +189,7 @@ def _show_batch(config: TrainConfig, console: Console) -> None:
 
 def _with_date(config: TrainConfig, saved: str | None) -> TrainConfig:
     """With the date that chat templates write: of the earlier run, or today."""
-    if config.data.date is not None or config.data.path is None:
+    if config.data.date is not None or not config.data.paths:
         return config
     date = saved or datetime.date.today().isoformat()
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))

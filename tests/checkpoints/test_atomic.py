@@ -2,11 +2,19 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from manifold_lora.checkpoints.atomic import atomic_directory, recover, write_text
+from manifold_lora.checkpoints.atomic import (
+    atomic_directory,
+    atomic_file,
+    recover,
+    write_text,
+)
 
 
 def names(path: Path) -> list[str]:
@@ -128,6 +136,34 @@ def test_a_failed_text_write_leaves_the_older_file(
     with pytest.raises(OSError, match="full"):
         write_text(path, "new")
     assert names(tmp_path) == ["text"] and path.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["p.png", "no suffix", 120 * "ü" + ".json"])
+def test_a_partial_file_has_the_suffix_of_the_file(name: str, tmp_path: Path):
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    with atomic_file(path) as partial:
+        assert partial.suffix == path.suffix or not path.suffix
+        assert partial.name.startswith(".") and partial.parent == tmp_path
+        partial.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert names(tmp_path) == [name] and path.read_bytes() == b"new"
+
+
+def test_a_killed_process_leaves_the_older_file(tmp_path: Path):
+    path = tmp_path / "p.png"
+    path.write_bytes(b"old")
+    code = (
+        "import os, signal, sys\n"
+        "from manifold_lora.checkpoints.atomic import atomic_file\n"
+        "with atomic_file(sys.argv[1]) as partial:\n"
+        "    partial.write_bytes(b'ha')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], check=False)
+    assert done.returncode == -signal.SIGKILL and path.read_bytes() == b"old"
+    (other,) = set(names(tmp_path)) - {path.name}
+    assert other.startswith(".")
 
 
 def test_recover_restores_the_older_directory(tmp_path: Path):

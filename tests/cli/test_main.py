@@ -156,6 +156,7 @@ def bad_inputs(folder, model, data):
         "rope": (("--model", rope, *ok), "yarn"),
         "truncated": (("--model", truncated, *ok), "truncated"),
         "no tokenizer": (("--model", no_tokenizer, *ok), "tokenizer"),
+        "no data": ((*use, "--data"), "--data needs at least one value"),
         "missing data": ((*use, "--data", folder / "none.jsonl"), "none.jsonl"),
         "empty data": ((*use, "--data", write(folder / "e.jsonl", "")), "e.jsonl"),
         "bad line": ((*use, "--data", write(folder / "b.jsonl", bad_line)), "2"),

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,11 +16,15 @@ import manifold_lora as ml
 from manifold_lora.adapters import axes, split
 from manifold_lora.comparison import compare as study
 from manifold_lora.comparison.config import resolve_comparison
-from manifold_lora.comparison.results import ResultsFile
+from manifold_lora.comparison.results import ResultsFile, run_name
 from manifold_lora.comparison.runner import Runner
+from manifold_lora.comparison.splits import split_held_out
+from manifold_lora.data.tokens import load_tokenizer
 from manifold_lora.errors import InputError
 from manifold_lora.evaluation import heldout
+from manifold_lora.evaluation.batches import HeldOutBatches
 from manifold_lora.training import train as training
+from manifold_lora.training.data import load_data
 from manifold_lora.training.optimizer import Rates
 from tests.configs import compare_config, train_config
 from tests.tiny import data_file, model_directory
@@ -81,6 +86,11 @@ def finished(settings):
     return content, shown, calls, runners, len(traces)
 
 
+def splits_of(settings):
+    config = next(iter(resolve_comparison(compare_config(**settings)).runs.values()))
+    return split_held_out(config, load_data(config, load_tokenizer(settings["model"])))
+
+
 def final(content, method):
     cells = content["cells"].items()
     found = [c for k, c in cells if c["method"] == method and "search" not in k]
@@ -104,18 +114,20 @@ def test_what_is_written(settings, finished):
 
 def test_the_numbers_of_a_cell_are_those_of_its_adapter(settings, finished):
     """The file of the adapter, read again, has the loss and the rank in the table."""
-    content, _, _, runners, _ = finished
+    content, *_ = finished
     folder = settings["out"] / "adapters" / "stiefel-seed1"
     cell = final(content, "stiefel")[1]
     model = ml.load_llama(settings["model"])
     model.remat = False
     ml.load_adapter(model, folder)
     rebuild, factors, frozen = split(model)
-    again = heldout.make_evaluate(rebuild, axes(model))(
-        factors, frozen, runners[1].held_out
-    )
+    splits = splits_of(settings)
+    evaluate = heldout.make_evaluate(rebuild, axes(model))
+    again = evaluate(factors, frozen, HeldOutBatches(splits.test, 128, 16))
     assert again.loss == pytest.approx(cell["final"]["loss"], abs=1e-6)
-    assert again.accuracy == cell["final"]["accuracy"]
+    assert again._asdict() == cell["final"] | {"loss": again.loss}
+    other = evaluate(factors, frozen, HeldOutBatches(splits.validation, 128, 16))
+    assert other.loss != pytest.approx(cell["final"]["loss"], abs=1e-4)
     ranks = []
     tensors = load_file(folder / "adapter_model.safetensors")
     for name, a in tensors.items():
@@ -148,6 +160,67 @@ def test_all_methods_see_the_same_batches(finished):
     assert not np.array_equal(by_method["lora"][0], by_method["lora"][6])  # two seeds
 
 
+def test_the_results_are_of_seeds_and_examples_that_the_search_never_saw(
+    settings, finished
+):
+    content, shown, *_ = finished
+    seeds = {
+        searching: {
+            cell["seed"]
+            for key, cell in content["cells"].items()
+            if key.endswith(" search") == searching
+        }
+        for searching in (True, False)
+    }
+    assert seeds == {True: {2}, False: {0, 1}}
+    splits = splits_of(settings)
+    parts = [
+        {example.input_ids.tobytes() for example in part}
+        for part in (splits.data.train, splits.validation, splits.test)
+    ]
+    # 40 records, of which a tenth is held out
+    assert [len(part) for part in parts] == [36, 2, 2]
+    assert len(set.union(*parts)) == 40
+    assert content["held_out"] == {
+        "validation": 2,
+        "test": 2,
+        "test_is_eval_data": False,
+    }
+    for text in (shown, (settings["out"] / "compare.md").read_text()):
+        assert "on 2 validation examples, with seed 2" in text
+        assert "on 2 test examples held out, mean" in text
+        assert "over seeds 0, 1." in text
+
+
+def test_the_test_part_is_eval_data_where_it_is_given(settings, tmp_path):
+    path = data_file(tmp_path / "eval.jsonl", 7)
+    first, second = (
+        splits_of(settings | {"eval_data": path, "seed": n}) for n in (0, 3)
+    )
+    assert [len(part) for part in (first.data.train, first.validation)] == [36, 4]
+    assert len(first.test) == 7 and first.data.held_out is first.test
+    for one, other in zip(first.validation, second.validation, strict=True):
+        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+
+
+def test_rows_of_one_text_are_in_one_part(settings):
+    splits = splits_of(settings)
+    config = train_config(model=settings["model"], data=settings["data"])
+    rows = [replace(e, location=f"a:{n % 5}") for n, e in enumerate(splits.data.train)]
+    again = split_held_out(config, splits.data._replace(held_out=rows))
+    places = [{e.location for e in part} for part in (again.validation, again.test)]
+    assert [len(part) for part in places] == [2, 3] and not places[0] & places[1]
+    assert len(again.validation) + len(again.test) == 36
+    with pytest.raises(InputError, match="one record is held out.*--eval-examples"):
+        split_held_out(config, splits.data._replace(held_out=rows[:1]))
+    given = train_config(
+        **{name: settings[name] for name in ("model", "data")},
+        eval_data=settings["data"],
+    )
+    with pytest.raises(InputError, match="--data has one record"):
+        split_held_out(given, splits.data._replace(train=rows[:1]))
+
+
 def test_the_search_takes_the_least_loss_and_grows(finished):
     content, *_ = finished
     for name, place in (("lora", 0), ("stiefel", 0), ("stiefel", 1)):
@@ -177,8 +250,8 @@ def test_the_summary_is_that_of_the_cells(finished):
     for row in content["summary"]:
         cells = final(content, row["method"])
         assert [cell["seed"] for cell in cells] == [0, 1]
-        for key, field in (("loss", "loss"), ("accuracy", "accuracy")):
-            values = [cell["final"][field] for cell in cells]
+        for key in ("loss", "accuracy", "exact_match"):
+            values = [cell["final"][key] for cell in cells]
             mean, spread = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
             assert row[key] == pytest.approx([mean, spread], abs=1e-12)
         curve = np.mean([[p["loss"] for p in c["curve"]] for c in cells], axis=0)
@@ -242,18 +315,20 @@ def test_other_settings_are_refused(settings, finished):
         compare(settings | {"rank": 2})
 
 
-def test_overwriting_removes_a_comparison_and_nothing_else(tmp_path):
-    ResultsFile(tmp_path, {"seeds": [0]})["one"] = {"loss": 1}
+def test_overwriting_removes_a_comparison_and_nothing_else(finished, tmp_path):
+    one = {"seeds": [0], "runs": {}}
+    name = next(iter(finished[0]["cells"]))
+    ResultsFile(tmp_path, one)[name] = finished[0]["cells"][name]
     (tmp_path / "adapters" / "lora-seed0").mkdir(parents=True)
     (tmp_path / "compare.md").touch()
     (tmp_path / "notes.txt").touch()
-    assert "one" in ResultsFile(tmp_path, {"seeds": [0]})
-    assert "one" not in ResultsFile(tmp_path, {"seeds": [1]}, overwrite=True)
+    assert name in ResultsFile(tmp_path, one)
+    assert name not in ResultsFile(tmp_path, {"seeds": [1]}, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(InputError, match="does not contain a comparison"):
         ResultsFile(tmp_path, {"seeds": [0]})
     (tmp_path / "compare.json").write_text('{"settings": {}}')
-    with pytest.raises(InputError, match="is corrupt"):
+    with pytest.raises(InputError, match="missing required field `cells`.*--overwrite"):
         ResultsFile(tmp_path, {"seeds": [0]})
     with pytest.raises(InputError, match="is a file"):
         ResultsFile(tmp_path / "notes.txt", {})
@@ -280,7 +355,8 @@ def test_divergence_ends_a_cell(finished, monkeypatch, name):
         return state, metrics | ({name: math.nan} if next(count) == 3 else {})
 
     monkeypatch.setattr(lora, "step", poisoned)
-    cell = lora.run(Rates(0.02), 0, 6, 3, lambda *_: None)
+    held_out = HeldOutBatches(lora.data.held_out, 128, 16)
+    cell = lora.run(Rates(0.02), 0, 6, 3, held_out, lambda *_: None)
     assert cell["diverged"] and cell["steps"] == 3 and "final" not in cell
     assert len(cell["losses"]) == 3
     text = json.dumps(cell, allow_nan=False)  # JSON has no NaN
@@ -309,9 +385,8 @@ def test_an_interrupted_comparison_resumes(settings, finished, tmp_path, monkeyp
     def run(self, rates, seed, steps, *_):
         if len(ran) == stop:
             raise KeyboardInterrupt
-        shown = " ".join(f"{rate:g}" for rate in rates if rate is not None)
-        key = f"{self.config.adapter.method} rates {shown} seed {seed} steps {steps}"
-        ran.append(key + (" search" if steps == 2 else ""))
+        used = [rate for rate in rates if rate is not None]
+        ran.append(run_name(self.config.adapter.method, used, seed, steps, steps == 2))
         return content["cells"][ran[-1]]
 
     monkeypatch.setattr(Runner, "run", run)

@@ -8,26 +8,7 @@ from rich.console import Console
 
 from manifold_lora.comparison.plot import plot_comparison
 from manifold_lora.comparison.report import show_table, summarise, write
-
-
-def cell(method, seed, losses, curve, rates=(0.1,), **changes):
-    return {
-        "method": method,
-        "rank": 4,
-        "trainable": 1000,
-        "rates": list(rates),
-        "seed": seed,
-        "steps": 20,
-        "diverged": False,
-        "losses": losses,
-        "curve": [{"step": 10 * i, "loss": x} for i, x in enumerate(curve)],
-        "final": {"loss": curve[-1], "accuracy": 0.5 + 0.1 * seed},
-        "largest_residual": 0.0,
-        "last_residual": 0.0,
-        "effective_rank_b": 3.0 + seed,
-        "least_effective_rank_b": 2.0 + seed,
-        "effective_rank_update": 2.5,
-    } | changes
+from tests.comparison.cells import cell
 
 
 @pytest.fixture
@@ -60,7 +41,9 @@ def content():
             "runs": {"lora": {}, "stiefel": {}},
             "baseline": "lora",
             "seeds": [0, 1],
+            "search_seed": 2,
         },
+        "held_out": {"validation": 500, "test": 1234, "test_is_eval_data": True},
         "cells": grids | runs,
         "step_seconds": {"lora": 0.5, "stiefel": 0.6},
     }
@@ -72,6 +55,7 @@ def test_statistics(content):
     # 1.5 and 2.5; the seed that diverged is ignored
     assert lora["loss"] == pytest.approx([2.0, 0.5**0.5])
     assert lora["accuracy"] == pytest.approx([0.55, 0.1 * 0.5**0.5])
+    assert lora["exact_match"] == pytest.approx([0.3, 0.2 * 0.5**0.5])
     assert lora["effective_rank_b"] == pytest.approx([3.5, 0.5**0.5])
     assert lora["least_effective_rank_b"] == 2.0
     assert (lora["steps_to_baseline"], lora["share_of_steps"]) == (20, 1)
@@ -103,17 +87,20 @@ def test_the_table(content, tmp_path):
     write(tmp_path, content)
     text = (tmp_path / "compare.md").read_text()
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    assert lines[0][:6] == [
+    assert lines[0][:7] == [
         "| `stiefel`",
         "4",
         "1,000",
         "0.1 / 2 (edge)",  # 2 is the largest free rate of 0.5, 1, 2
         "0.5000 ± 0.3536",
         "55.0% ± 7.1%",
+        "30.0% ± 14.1%",
     ]
-    assert lines[0][6:] == ["5 (25%)", "3", "1.20 ×", "–", "3.50", "2.50 |"]
+    assert lines[0][7:] == ["5 (25%)", "3", "1.20 ×", "–", "3.50", "2.50 |"]
     assert lines[1][3:5] == ["0.1", "2.0000 ± 0.7071 (1 diverged)"]
     assert "(edge): a best rate" in text
+    assert "on 500 validation examples, with seed 2" in text
+    assert "on 1,234 test examples of --eval-data" in text
     console = Console(file=io.StringIO(), width=80)
     show_table(console, content)
     shown = console.file.getvalue()  # pyright: ignore

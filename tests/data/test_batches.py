@@ -1,7 +1,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
-from itertools import islice
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,10 @@ import pytest
 from manifold_lora.data.batches import (
     Batch,
     batches,
+    bucket_lengths,
     evaluation_batches,
     padded_length,
+    unpacked_fill,
 )
 from manifold_lora.data.tokens import Example
 from manifold_lora.errors import InputError
@@ -262,3 +264,113 @@ def test_an_unpacked_row_reads_only_its_own_example() -> None:
     data = batches(Recorded(make_examples(8)), rows=[1, 2], shuffle=False, **options)
     next(iter(data))
     assert read == [1, 2]
+
+
+def of_sizes(sizes: Iterable[int]) -> list[Example]:
+    return [Example(np.ones(n, np.int32), np.ones(n, np.bool_)) for n in sizes]
+
+
+def expected_columns(sizes: np.ndarray, rows: int, lengths: Iterable[int]) -> float:
+    """Columns of a batch of `rows` sizes drawn at random, by adding up its longest."""
+    total, below = 0.0, 0.0
+    for length in lengths:
+        reached = float(np.mean(sizes <= length)) ** rows
+        total += length * (reached - below)
+        below = reached
+    return total
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("longest", [40, 100])
+def test_lengths_are_those_with_the_least_padding(rows: int, longest: int) -> None:
+    rng = np.random.default_rng(longest)
+    sizes = np.minimum(rng.geometric(0.06, 300) + 1, longest)
+    lengths = bucket_lengths(of_sizes(sizes), rows, 512)
+    needed = -(-sizes.max() // 8) * 8
+    assert lengths[-1] == needed and 1 <= len(lengths) <= 4
+    columns = expected_columns(sizes, rows, lengths)
+    fewest = {  # over all choices of as many multiples of 8
+        count: min(
+            expected_columns(sizes, rows, (*chosen, needed))
+            for chosen in combinations(range(8, needed, 8), count - 1)
+        )
+        for count in range(1, 5)
+    }
+    assert columns == pytest.approx(fewest[len(lengths)])
+    for count in range(2, len(lengths) + 1):  # each saves a twentieth
+        assert fewest[count] <= 0.95 * fewest[count - 1]
+    if len(lengths) < 4:
+        assert fewest[len(lengths) + 1] > 0.95 * columns
+
+
+def test_lengths_of_equal_examples_and_of_the_longest_row() -> None:
+    assert bucket_lengths(of_sizes([5] * 40), 4, 512) == (8,)
+    assert bucket_lengths(of_sizes([12] * 40), 4, 12) == (12,)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_the_fill_is_that_of_the_batches(rows: int) -> None:
+    sizes = np.random.default_rng(1).geometric(0.1, 3000) + 1
+    examples = of_sizes(sizes)
+    lengths = bucket_lengths(examples, rows, 512)
+    options: dict[str, Any] = {"batch_size": rows, "sequence_length": 512, "seed": 0}
+    options |= {"epochs": 1}
+    data = list(batches(examples, lengths=lengths, **options))
+    fill = sizes.sum() / sum(batch["input_ids"].size for batch in data)
+    assert unpacked_fill(examples, rows, lengths) == pytest.approx(fill, rel=0.02)
+    # three examples in a batch of four rows
+    assert unpacked_fill(of_sizes([8, 8, 8]), 4, (8,)) == 0.75
+
+
+def test_a_batch_has_the_least_length_for_its_longest_row() -> None:
+    examples = make_examples(200)
+    options: dict[str, Any] = {"batch_size": 4, "sequence_length": LENGTH, "seed": 2}
+    options |= {"epochs": 2}
+    lengths = (3, 8, 12, LENGTH)
+    count = Counter[int]()
+    for batch, full in zip(
+        batches(examples, lengths=lengths, **options),
+        batches(examples, **options),
+        strict=True,
+    ):
+        columns = batch["input_ids"].shape[1]
+        longest = int((full["segment_ids"] > 0).sum(axis=1).max())
+        assert columns == min(length for length in lengths if length >= longest)
+        for name, x in batch.items():
+            np.testing.assert_array_equal(x, full[name][:, :columns])
+            assert not full[name][:, columns:].any()
+        count[columns] += 1
+    assert len(count) > 2
+
+
+def test_processes_agree_on_the_lengths_of_batches() -> None:
+    examples = make_examples(50)
+    options: dict[str, Any] = {"batch_size": 4, "sequence_length": LENGTH, "seed": 1}
+    options |= {"epochs": 2, "lengths": (13, 14, 15, LENGTH)}
+    parts = [batches(examples, rows=rows, **options) for rows in ([0, 3], [1, 2])]
+    columns = set()
+    for batch, first, second in zip(batches(examples, **options), *parts, strict=True):
+        for name, x in batch.items():
+            np.testing.assert_array_equal(first[name], x[[0, 3]])
+            np.testing.assert_array_equal(second[name], x[[1, 2]])
+        columns.add(batch["input_ids"].shape[1])
+    assert len(columns) > 1
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_restored_state_continues_to_the_end_of_the_last_epoch(packing: bool) -> None:
+    def data():
+        options: dict[str, Any] = {"batch_size": 4, "sequence_length": LENGTH}
+        options |= {"seed": 3, "packing": packing, "epochs": 2, "lengths": (8, LENGTH)}
+        return iter(batches(make_examples(37), **options))
+
+    original = data()
+    for _ in range(6):
+        next(original)
+    restored = data()
+    restored.set_state(json.loads(json.dumps(original.get_state())))
+    rest = [list(original), list(restored)]
+    assert len(rest[0]) == len(rest[1]) > 2
+    for expected, got in zip(*rest, strict=True):
+        for name in DTYPES:
+            np.testing.assert_array_equal(got[name], expected[name])

@@ -5,136 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from manifold_lora.data.records import Record, Turn, parse_record, read_records
+from manifold_lora.data.records import read_files, read_records
 from manifold_lora.errors import InputError
 
 COMMONSENSE = Path(__file__).parents[2].parent / "shared" / "data" / "commonsense"
-CHAT = (Turn("user", "Hi"), Turn("assistant", "Ho", trained=True))
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": "Hi"},
-                    {"role": "assistant", "content": "Ho"},
-                ],
-                "text": "messages win",
-            },
-            Record(CHAT),
-        ),
-        (
-            {
-                "conversations": [
-                    {"from": "system", "value": ""},
-                    {"from": "human", "value": "Hi"},
-                    {"from": "gpt", "value": "Ho"},
-                ]
-            },
-            Record((Turn("system", ""), *CHAT)),
-        ),
-        ({"prompt": "", "completion": " b"}, Record(prompt="", completion=" b")),
-        (
-            {
-                "prompt": [
-                    {"role": "user", "content": "a"},
-                    {"role": "assistant", "content": "b"},
-                    {"role": "user", "content": "Hi"},
-                ],
-                "completion": [{"role": "assistant", "content": "Ho"}],
-            },
-            Record(
-                (
-                    Turn("user", "a"),
-                    Turn("assistant", "b"),
-                    Turn("user", "Hi"),
-                    Turn("assistant", "Ho", trained=True),
-                )
-            ),
-        ),
-        (
-            {"instruction": "Hi", "input": "", "output": "Ho", "question": "q"},
-            Record(
-                CHAT,
-                "Below is an instruction that describes a task. Write a response that "
-                "appropriately completes the request.\n\n### Instruction:\nHi\n\n"
-                "### Response:\n",
-                "Ho",
-            ),
-        ),
-        (
-            {"instruction": "Add {x}", "input": "1 2", "output": "3"},
-            Record(
-                (Turn("user", "Add {x}\n\n1 2"), Turn("assistant", "3", trained=True)),
-                "Below is an instruction that describes a task, paired with an input "
-                "that provides further context. Write a response that appropriately "
-                "completes the request.\n\n### Instruction:\nAdd {x}\n\n"
-                "### Input:\n1 2\n\n### Response:\n",
-                "3",
-            ),
-        ),
-        (
-            {"question": "Hi", "answer": "Ho", "text": "not this"},
-            Record(CHAT, "Question: Hi\nAnswer:", " Ho"),
-        ),
-        ({"messages": None, "text": "a"}, Record(completion="a")),
-    ],
-)
-def test_each_format_is_detected(value: dict[str, object], expected: Record) -> None:
-    assert parse_record(value) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ([1], "must be an object, got list"),
-        (
-            {"prompt": "a", "respnse": "b"},
-            "keys found: prompt, respnse; accepted: mess",
-        ),
-        ({}, "keys found: none"),
-        ({"messages": "a"}, "messages must be a list of messages, got str"),
-        ({"messages": ["a"]}, r"messages\[0\] must be an object, got str"),
-        (
-            {"messages": [{"role": "tool", "content": "a"}]},
-            r"messages\[0\].role is 'tool'; it must be one of: assistant, system, user",
-        ),
-        (
-            {"conversations": [{"from": ["human"], "value": "a"}]},
-            r"conversations\[0\].from is \['human'\]",
-        ),
-        ({"messages": []}, "no answer"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "no answer"),
-        (
-            {"messages": [{"role": "assistant", "content": "a"}]},
-            "starts with an answer",
-        ),
-        (
-            {"messages": [{"role": "user", "content": None}]},
-            r"messages\[0\].content must be a string, got NoneType",
-        ),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": "a"},
-                    {"role": "assistant", "content": " "},
-                ]
-            },
-            r"messages\[1\].content is empty",
-        ),
-        ({"prompt": "a", "completion": ""}, "completion is empty"),
-        ({"prompt": "a", "completion": []}, "completion must be a string, got list"),
-        ({"prompt": [], "completion": "a"}, "completion must be a list"),
-        ({"question": "a", "answer": ["b"]}, "answer must be a string, got list"),
-        ({"instruction": "a", "output": 3}, "output must be a string, got int"),
-        ({"text": "cut \ud83d"}, "text contains half of a surrogate pair"),
-    ],
-)
-def test_an_invalid_record_raises(value: object, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        parse_record(value)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
@@ -171,7 +45,9 @@ def test_many_bad_records_are_counted(tmp_path: Path) -> None:
         read_records(file)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{file}, record 2: text is empty"
-    assert lines[8:] == ["... and 12 more"]
+    assert lines[8:] == [
+        "... and 12 more. Fix these records, or leave them out: --skip-invalid."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +57,8 @@ def test_many_bad_records_are_counted(tmp_path: Path) -> None:
         ("empty.jsonl", b"", "no records"),
         ("blank.json", b" \n", "no records"),
         ("empty.json", b"[]", "no records"),
-        ("train.csv", b"a,b", "must end in .jsonl, .ndjson or .json, got .csv"),
+        ("train.csv", b"a,b", "no records"),
+        ("train.xlsx", b"a,b", "must end in .*csv.* or .parquet, got .xlsx"),
         ("train", b"{}", "got no suffix"),
         ("bad.json", b'[{"text": "a"},\n{"text"]', "not JSON: .*line 2"),
         ("latin.jsonl", b'{"text": "\xe9"}', "not UTF-8"),
@@ -226,3 +103,36 @@ def test_importing_the_subpackage_is_light() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert process.stdout.strip() == "set()"
+
+
+def test_records_know_where_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    locations = [record.location for record in read_records(file)]
+    assert locations == [f"{file}:1", f"{file}:3"]
+
+
+def test_invalid_records_are_left_out_and_reported(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.json"
+    lines = ['{"text": "a", "id": 1}', '{"text": ""}', "{", '{"text": "b", "id": 2}']
+    first.write_text("\n".join(lines))
+    second.write_text('[{"text": "c", "source": "x"}, {"text": "d", "label": 0}]')
+    read = read_files([first, second], skip_invalid=True)
+    assert [record.completion for record in read.records] == ["a", "b", "c"]
+    assert read.ignored_keys == {"id": 2, "source": 1}
+    starts = [
+        f"{first}:2: text is empty",
+        f"{first}:3: not JSON: Expecting",
+        f"{second}, record 2: label is not understood",
+    ]
+    for skipped, start in zip(read.skipped, starts, strict=True):
+        assert skipped.startswith(start)
+    with pytest.raises(InputError, match="a.jsonl:2: text is empty\n.*a.jsonl:3: not"):
+        read_files([first, second])
+
+
+def test_a_file_of_which_nothing_can_be_used_raises(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"text": ""}\n')
+    with pytest.raises(InputError, match="text is empty"):
+        read_files([file], skip_invalid=True)

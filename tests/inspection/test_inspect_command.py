@@ -1,14 +1,18 @@
 """The command line of `manifold-lora inspect`: help, exit codes and messages."""
 
+import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 import manifold_lora as ml
 from manifold_lora.cli.main import main
+from manifold_lora.inspection.inspect import inspect_adapter
 from tests.inspection.runs import run_directory
 
 
@@ -80,6 +84,26 @@ def test_the_command(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "landing_oblique" in shown and "gram.png" in shown
     assert (tmp_path / "out" / "inspect.json").is_file()
+
+
+def test_a_full_disk_leaves_the_earlier_report(tmp_path, monkeypatch):
+    run_directory(tmp_path / "run", "lora")
+    inspect_adapter(tmp_path / "run", console=Console(quiet=True))
+    out = tmp_path / "run" / "inspect"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert len(before) == 4
+    replace = Path.replace
+    for name in before:
+
+        def full(self, target, name=name):
+            if target.name == name:
+                raise OSError(errno.ENOSPC, "full")
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match="full"):
+            inspect_adapter(tmp_path / "run", console=Console(quiet=True))
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_help_imports_no_jax():

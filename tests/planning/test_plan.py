@@ -63,6 +63,7 @@ def test_a_plan_agrees_with_counted_bytes(model, tmp_path, quick_compilation):
     config = config_of(model, mesh="data=2,fsdp=2,tensor=2", accumulate=2, out=file)
     found = plan(config, Console(file=shown, width=100))
     assert json.loads(file.read_text()) == found
+    assert [path.name for path in file.parent.iterdir()] == ["plan.json"]
     shape = dataclasses.replace(CONFIG, vocab_size=256)
     memory = found["memory"]
     norms = 2 * shape.num_hidden_layers + 1
