@@ -8,10 +8,10 @@ from typing import Any
 import jax
 from rich import progress as bars
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from manifold_lora.adapters import adapters, axes, factors, split
+from manifold_lora.console import PlainTable, print_table, print_text, printable
 from manifold_lora.data.tokens import Example
 from manifold_lora.evaluation.heldout import Evaluation, answer, complete
 from manifold_lora.models import Llama
@@ -111,12 +111,12 @@ def show_result(console: Console, out: Path, summary: dict[str, Any]) -> None:
 
 def show_pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
     """A table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = PlainTable(title, show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
     for name, value in rows.items():
-        table.add_row(name, escape(value))
-    console.print(table)
+        table.add_row(name, value)
+    print_table(console, table)
 
 
 def show_predictions(
@@ -126,32 +126,32 @@ def show_predictions(
     rebuild, trained, frozen = split(model)
     stop = model.config.eos_token_id
     completions = complete(rebuild, axes(model), trained, frozen, examples, stop)
-    table = Table(title="Held-out examples", title_justify="left", box=None)
-    table.add_column("prompt", no_wrap=True)
+    table = PlainTable("Held-out examples")
+    table.add_column("prompt")
     table.add_column("predicted")
     table.add_column("truth")
     for example, completion in zip(examples, completions, strict=True):
         start = int(example.loss_mask.argmax())
         prompt, predicted, truth = (
-            escape(" ".join(tokenizer.decode(ids, skip_special_tokens=True).split()))
+            " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
             for ids in (example.input_ids[:start], completion, answer(example))
         )
         style = "green" if predicted == truth else "red"
         # The end of a long prompt says more than its beginning.
         short = prompt if len(prompt) <= 40 else "…" + prompt[-39:]
-        table.add_row(short, f"[{style}]{predicted}", truth)
-    console.print(table)
+        table.add_row(short, Text(printable(predicted), style), truth)
+    print_table(console, table)
 
 
 def show_finished(
     console: Console, config: TrainConfig, summary: Mapping[str, Any]
 ) -> None:
     """That the same run has been finished before."""
-    console.print(
+    print_text(
+        console,
         f"This run is finished: {config.run_directory}/ holds it (accuracy "
         f"{summary['accuracy_after']:.3f}). Give another --out, or --overwrite to "
         "run it again.",
-        soft_wrap=True,
     )
 
 
@@ -159,19 +159,19 @@ def show_evaluation(
     console: Console, step: int, evaluation: Evaluation, violation: float
 ) -> None:
     """The held-out measures after a step."""
-    console.print(
+    print_text(
+        console,
         f"step {step}: held-out loss {evaluation.loss:.4f}, "
         f"accuracy {evaluation.accuracy:.3f}"
-        + (f", constraint violation {violation:.1e}" if violation else "")
+        + (f", constraint violation {violation:.1e}" if violation else ""),
     )
 
 
 def show_early_stop(console: Console, config: TrainConfig, run: RunState) -> None:
     """That the run stopped early, if it did."""
     if run.evaluations_since_best == config.patience:
-        console.print(
-            f"No improvement for {config.patience} evaluations; stopped early."
-        )
+        text = f"No improvement for {config.patience} evaluations; stopped early."
+        print_text(console, text)
 
 
 class StepBar:

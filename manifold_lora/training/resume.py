@@ -15,6 +15,7 @@ from manifold_lora.checkpoints.store import (
     Restored,
 )
 from manifold_lora.configuration.flat import flatten
+from manifold_lora.console import print_text
 from manifold_lora.evaluation.heldout import Evaluation
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.run import ADAPTER, CHECKPOINTS, START
@@ -51,7 +52,7 @@ def restore(
     """The newest intact checkpoint, if there is one; corrupt ones are reported."""
     restored = checkpoints.restore_latest(like)
     for line in checkpoints.skipped:
-        console.print(f"Skipping corrupt checkpoint: {line}", soft_wrap=True)
+        print_text(console, f"Skipping corrupt checkpoint: {line}")
     return restored
 
 
@@ -80,7 +81,7 @@ def start_or_resume(
         save_adapter(fresh.factors, out / ADAPTER)
         evaluation = measure(0, fresh.factors)
         return RunState(fresh, initial=evaluation, best=evaluation)
-    console.print(f"Resuming from the checkpoint of step {restored.step}.")
+    print_text(console, f"Resuming from the checkpoint of step {restored.step}.")
     run = RunState.from_json(restored.state, restored.progress["progress"])
     best_step, best = run.best_step, restored.state.factors
     try:
@@ -89,10 +90,10 @@ def start_or_resume(
         elif best_step != restored.step:
             best = checkpoints.restore(best_step, fresh).state.factors
     except CorruptCheckpointError as error:
-        console.print(
+        print_text(
+            console,
             f"The best adapter is lost ({error}). The one of step {restored.step} "
             "replaces it.",
-            soft_wrap=True,
         )
         run = run._replace(best=measure(restored.step, best), best_step=restored.step)
     save_adapter(best, out / ADAPTER)
@@ -119,4 +120,4 @@ def checkpoint_errors(config: TrainConfig, console: Console) -> Iterator[None]:
     except CheckpointError as error:
         if config.checkpoints.checkpoint_errors == "stop":
             raise
-        console.print(f"Continuing without it: {error}", style="red")
+        print_text(console, f"Continuing without it: {error}", "red")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from manifold_lora.adapters import axes, manifold_tree, split
 from manifold_lora.checkpoints.huggingface import read_llama_config
+from manifold_lora.console import make_console
 from manifold_lora.data.builtin import BASE
 from manifold_lora.data.preview import show_batch
 from manifold_lora.data.tokens import load_tokenizer
@@ -73,7 +74,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     started = time.perf_counter()
     launch, batch_size = config.launch, config.batch.batch_size
     processes.initialise(launch.coordinator, launch.processes, launch.process_id)
-    console = console or Console(quiet=not processes.is_main())
+    console = console or make_console(quiet=not processes.is_main())
     if not config.show_batch and (summary := finished(config)):
         display.show_finished(console, config, summary)
         return summary
