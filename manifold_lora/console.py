@@ -55,6 +55,7 @@ class SafeStream:
     def __init__(self, stream: Any):
         self._stream = stream  # None: the process was started without it
         self._failed = stream is None
+        self.error: OSError | None = None  # why writing failed; None: the reader left
 
     @property
     def encoding(self) -> str:
@@ -85,8 +86,10 @@ class SafeStream:
             # Python flushes the rest when it ends, and would report the failure then.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-        except (OSError, ValueError):  # a full disk; a closed file
+        except ValueError:  # a closed file
             self._failed = True
+        except OSError as error:  # such as a full disk
+            self._failed, self.error = True, error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -108,6 +111,11 @@ def safe_terminal() -> Iterator[None]:
             yield
         finally:
             out.flush()
+            if out.error is not None:
+                err.write(
+                    f"manifold-lora: stdout could not be written ({out.error.strerror})"
+                    "; files are not affected.\n"
+                )
             err.flush()
 
 

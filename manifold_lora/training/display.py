@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich import progress as bars
 from rich.console import Console
+from rich.table import Column
 from rich.text import Text
 
 from manifold_lora.adapters import adapters, axes, factors, split
@@ -184,15 +186,17 @@ class StepBar:
     """
 
     def __init__(self, console: Console, steps: int, completed: int):
+        fold = Column(overflow="fold")  # numbers are not cut where there is no room
+        text = partial(bars.TextColumn, table_column=fold)
         self._bar = bars.Progress(
-            bars.TextColumn("step"),
-            bars.MofNCompleteColumn(),
+            text("step"),
+            bars.MofNCompleteColumn(table_column=fold),
             bars.BarColumn(bar_width=24),
-            bars.TextColumn("loss {task.fields[loss]:.3f}"),
-            bars.TextColumn("lr {task.fields[learning_rate]:.2e}"),
-            bars.TextColumn("{task.fields[tokens_per_second]:,.0f} tokens/s"),
-            bars.TimeRemainingColumn(compact=True),
-            bars.TextColumn("left"),
+            text("loss {task.fields[loss]:.3f}"),
+            text("lr {task.fields[learning_rate]:.2e}"),
+            text("{task.fields[tokens_per_second]:,.0f} tokens/s"),
+            bars.TimeRemainingColumn(compact=True, table_column=fold),
+            text("left"),
             console=console,
         )
         row: Any = {"loss": math.nan, "learning_rate": 0.0, "tokens_per_second": 0.0}
