@@ -14,6 +14,17 @@ class InputError(ValueError):
     """
 
 
+def shortened(text: str, length: int = 80) -> str:
+    """A text, or the beginning of a long one, for messages.
+
+    >>> shortened("9" * 1000, 5)
+    '99999… (1000 characters)'
+    """
+    if len(text) <= length:
+        return text
+    return f"{text[:length]}… ({len(text)} characters)"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the closest known name, and all known ones.
 

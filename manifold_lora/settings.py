@@ -5,8 +5,9 @@ keys, checks and help follow from these declarations. Imports no JAX.
 """
 
 import dataclasses
+import itertools
 import math
-import sys
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,16 +17,26 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from manifold_lora.errors import InputError
+from manifold_lora.errors import InputError, shortened
 
-_FINITE = sys.float_info.max
-PositiveInt = Annotated[int, Meta(ge=1)]
-NonNegativeInt = Annotated[int, Meta(ge=0)]
-PositiveFloat = Annotated[float, Meta(gt=0, le=_FINITE)]
+# Steps, rows and lengths are counted in int32 on devices.
+MAX_INT = 2**31 - 1
+# Its square is finite in float32.
+MAX_FLOAT = 10**18
+PositiveInt = Annotated[int, Meta(ge=1, le=MAX_INT)]
+NonNegativeInt = Annotated[int, Meta(ge=0, le=MAX_INT)]
+PositiveFloat = Annotated[float, Meta(gt=0, le=MAX_FLOAT)]
 # Integers stay integers, in files as well.
-PositiveNumber = Annotated[int, Meta(gt=0, le=2**31 - 1)] | PositiveFloat
-NonNegativeFloat = Annotated[float, Meta(ge=0, le=_FINITE)]
+PositiveNumber = Annotated[int, Meta(gt=0, le=MAX_FLOAT)] | PositiveFloat
+NonNegativeFloat = Annotated[float, Meta(ge=0, le=MAX_FLOAT)]
 Probability = Annotated[float, Meta(ge=0, lt=1)]
+# `jax.random.key` ignores all bits but the last 32, without a word.
+MAX_SEED = 2**32 - 1
+Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
+# Beyond any matrix of a model, and any context and batch that devices hold.
+Rank = Annotated[int, Meta(ge=1, le=2**16)]
+BatchSize = Annotated[int, Meta(ge=1, le=2**20)]
+SequenceLength = Annotated[int, Meta(ge=2, le=2**24)]
 
 # The default of a setting that the other settings decide, such as 2·rank for alpha.
 UNSET: Any = None
@@ -91,9 +102,13 @@ def decode(value: Any, hint: Any, *, from_text: bool = False) -> Any:
     try:
         return msgspec.convert(value, hint, strict=not from_text, dec_hook=_path)
     except msgspec.ValidationError as error:
-        value = _number(value) if from_text else value
+        number = _number(value) if from_text else value
+        if number is not value:
+            return decode(number, hint)
+        if isinstance(error.__cause__, _PathError):
+            raise ValueError(str(error.__cause__)) from error
         needed = requirement(hint, value)
-        raise ValueError(f"must be {needed}, got {value!r}") from error
+        raise ValueError(f"must be {needed}, got {_shown(value)}") from error
 
 
 def _is_mapping(hint: Any) -> bool:
@@ -123,10 +138,63 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _shown(value: Any) -> str:
+    try:
+        return shortened(repr(value))
+    except ValueError:  # Python's limit
+        return "an integer of more than 4300 digits"
+
+
+class _PathError(ValueError):
+    """A path that no file can have."""
+
+
+_MAX_NAME = 255  # bytes, on all common file systems
+
+
 def _path(kind: type, value: Any) -> Any:
-    if kind is Path and isinstance(value, str | Path):
-        return Path(value)
-    raise ValueError(value)
+    if kind is not Path or not isinstance(value, str | Path):
+        raise ValueError(value)
+    shown = _shown(str(value))
+    if not str(value):
+        raise _PathError("must be a path, got an empty text")
+    try:
+        path = Path(value).expanduser()
+        # In a locale without UTF-8, undecodable bytes are surrogates.
+        names = [os.fsencode(name.encode().decode()) for name in path.parts]
+    except RuntimeError as error:
+        raise _PathError(
+            f"starts with the home of a user who does not exist: {shown} (write ./~ "
+            "for a file whose name starts with ~)"
+        ) from error
+    except UnicodeError as error:
+        raise _PathError(
+            f"must be a path in UTF-8, got {shown}: rename it, or set a locale with "
+            "UTF-8, such as LC_ALL=C.UTF-8"
+        ) from error
+    if b"\0" in b"".join(names):
+        raise _PathError(f"must be a path without NUL characters, got {shown}")
+    if max(map(len, names), default=0) > _MAX_NAME:
+        raise _PathError(
+            f"must be a path whose names have at most {_MAX_NAME} bytes, got {shown}"
+        )
+    return path
+
+
+def read_path(value: str | os.PathLike[str], name: str) -> Path:
+    """A path that a user gives: `~` is their home.
+
+    Args:
+        value: the path.
+        name: of what it is, for the message.
+
+    Raises:
+        InputError: no file can have this path.
+    """
+    try:
+        return decode(os.fspath(value), Path)
+    except ValueError as error:
+        raise InputError(f"{name} {error}.") from error
 
 
 def validate(config: Any, also: Iterable[str] = ()) -> None:
@@ -179,7 +247,7 @@ def requirement(hint: Any, value: Any = None) -> str:
     if origin is Annotated:
         numbers = int if args[0] is int else int | float
         is_number = isinstance(value, numbers) and not isinstance(value, bool)
-        return _range(args[1]) if is_number else requirement(args[0])
+        return _range(args[1], value) if is_number else requirement(args[0])
     if origin in (typing.Union, types.UnionType):
         types_of = {arg: (*typing.get_args(arg), arg)[0] for arg in args}
         if float in types_of.values():  # integers are numbers
@@ -206,12 +274,14 @@ _WORDS = {
 }
 
 
-def _range(meta: Meta) -> str:
+def _range(meta: Meta, value: int | float = 0) -> str:
     if meta.ge is not None and meta.lt is not None:
         return f"in [{meta.ge:g}, {meta.lt:g})"
-    if meta.ge is not None:
-        return f"at least {meta.ge:g}"
-    return "a positive number"
+    least = "a positive number" if meta.ge is None else f"at least {meta.ge:g}"
+    if meta.le is None or value <= meta.le or math.isnan(value):
+        return least
+    most = number(float(meta.le)) if meta.le == MAX_FLOAT else meta.le
+    return f"{least}, at most {most}"
 
 
 def flag(name: str) -> str:
@@ -225,7 +295,7 @@ def flag(name: str) -> str:
 
 def check_renamed(arguments: Sequence[str]) -> None:
     """Raise `InputError` for a flag that is written otherwise now."""
-    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, value in itertools.zip_longest(arguments, arguments[1:]):
         for old, new in RENAMED.items():
             if argument.partition("=")[0] == flag(old):
                 raise InputError(f"{flag(old)} is now called {flag(new)}.")

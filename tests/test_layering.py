@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "manifold_lora"
 # Each subpackage with those it may import; itself and these it always may.
-EVERYWHERE = {"decoding", "errors", "methods", "settings"}
+EVERYWHERE = {"console", "decoding", "errors", "methods", "settings"}
 BELOW = {
     "manifolds": set(),
     "optimizers": {"manifolds"},

@@ -9,9 +9,9 @@ from manifold_lora.adapters.options import MethodOptions, make_options, options_
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.settings import (
     UNSET,
-    PositiveInt,
     PositiveNumber,
     Probability,
+    Rank,
     setting,
     validate,
 )
@@ -24,7 +24,7 @@ _MATCH_SECONDS = 1
 class LowRankConfig:
     """What adapters of all methods have in common: rank, scale and targets."""
 
-    rank: PositiveInt = setting(16, "columns r of the factors")
+    rank: Rank = setting(16, "columns r of the factors")
     alpha: PositiveNumber = setting(
         UNSET, "numerator of the scale s = alpha/rank of ΔW", default_text="2·rank"
     )
@@ -35,7 +35,7 @@ class LowRankConfig:
         "names of modules, or one regular expression for whole names",
         single=True,  # in a file or as a flag, a list of one is that one
     )
-    rank_pattern: Mapping[str, PositiveInt] = setting(
+    rank_pattern: Mapping[str, Rank] = setting(
         {}, "rank by module, as in: q_proj 8 mlp.* 32"
     )
     alpha_pattern: Mapping[str, PositiveNumber] = setting({}, "alpha by module")

@@ -7,11 +7,11 @@ import jax
 import optax
 from flax import nnx
 from rich.console import Console
-from rich.table import Table
 
 from manifold_lora.adapters.config import AdapterConfig
 from manifold_lora.adapters.factor import tags
 from manifold_lora.adapters.options import OptimizerInputs, adapter_class, inits
+from manifold_lora.console import PlainTable, print_table, print_text
 from manifold_lora.manifolds import Manifold
 from manifold_lora.methods import METHODS
 from manifold_lora.models import Linear
@@ -27,15 +27,9 @@ def show_methods(console: Console) -> None:
         adapter = adapter_class(name)
         options, factors = adapter.options, adapter.factors(AdapterConfig(name))
         trained, total = memory[name]
-        table = Table(
-            title=name,
-            title_justify="left",
-            title_style="bold",
-            show_header=False,
-            box=None,
-        )
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(overflow="fold")
+        table = PlainTable(name, title_style="bold", show_header=False)
+        table.add_column(style="dim")
+        table.add_column()
         lines = {
             "ΔW": options.update,
             "factors": _factors(tags(factors)),
@@ -50,11 +44,12 @@ def show_methods(console: Console) -> None:
         }
         for key, value in lines.items():
             table.add_row(key, value)
-        console.print(table, "")
-    console.print(
+        print_table(console, table)
+        print_text(console, "")
+    print_text(
+        console,
         f"Memory: trained factors and optimiser state of one {SIZE}×{SIZE} layer, rank "
         f"{RANK}, float32.",
-        soft_wrap=True,
     )
 
 

@@ -24,7 +24,7 @@ from manifold_lora.configuration.flat import (
 )
 from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS
-from manifold_lora.settings import default_text, flag
+from manifold_lora.settings import MAX_INT, default_text, flag
 
 Config = TypeVar("Config")
 
@@ -151,6 +151,11 @@ def _help(entry: Entry) -> str:
     text = by_method(texts)
     if entry.option and len({*texts.values()}) == 1:
         text += f" ({_names(list(texts))})"
+    hint = _without_none(entry.hint)
+    if typing.get_origin(hint) is Annotated:
+        base, limits = typing.get_args(hint)
+        if base is int and limits.le != MAX_INT:  # the limit of any number
+            text += f" ({limits.ge} to {limits.le})"
     return text
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
-from rich.console import Console
 from tyro.extras import SubcommandApp
 
-from manifold_lora.errors import InputError
+from manifold_lora.console import make_console, print_text, safe_terminal
+from manifold_lora.errors import InputError, nearest
 from manifold_lora.planning.chips import hide_accelerators
 from manifold_lora.settings import check_renamed
 
@@ -68,7 +68,7 @@ def methods() -> None:
     """List the methods: formula, manifolds, defaults, memory, export, options."""
     from manifold_lora.adapters.describe import show_methods
 
-    show_methods(Console())
+    show_methods(make_console())
 
 
 def inspect(
@@ -105,22 +105,34 @@ CONFIGURATIONS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exit with 2 and one message where the input is wrong."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with safe_terminal():
+        _report_errors(arguments or ["--help"])
+
+
+def _run(arguments: Sequence[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    chosen = arguments[0] if arguments else ""
+    chosen = arguments[0]
+    names = [command.__name__ for command in COMMANDS]
+    if chosen not in names and not chosen.startswith("-"):
+        raise InputError(f"there is no command {chosen!r}. {nearest(chosen, names)}")
     if chosen == plan.__name__:
         hide_accelerators()  # before JAX is imported
+    check_renamed(arguments)
+    app = SubcommandApp()
+    for command in COMMANDS:
+        parsed: Any = _parsed(command, command.__name__ == chosen)
+        app.command(parsed, name=command.__name__)
+    app.cli(
+        prog="manifold-lora",
+        description="Low-rank adapters on matrix manifolds for LLaMA, in JAX.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+    )
+
+
+def _report_errors(arguments: Sequence[str]) -> None:
     try:
-        check_renamed(arguments)
-        app = SubcommandApp()
-        for command in COMMANDS:
-            parsed: Any = _parsed(command, command.__name__ == chosen)
-            app.command(parsed, name=command.__name__)
-        app.cli(
-            prog="manifold-lora",
-            description="Low-rank adapters on matrix manifolds for LLaMA, in JAX.",
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
-        )
+        _run(arguments)
     except InputError as error:
         if "--debug" in arguments:
             raise
@@ -175,5 +187,4 @@ def stop(message: object, code: int) -> NoReturn:
 
 
 def _report(message: object) -> None:
-    text = f"manifold-lora: {message}"
-    Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True)
+    print_text(make_console(stderr=True), f"manifold-lora: {message}", "red")

@@ -28,8 +28,10 @@ from manifold_lora.comparison.runner import Runner
 from manifold_lora.comparison.search import search
 from manifold_lora.comparison.splits import split_held_out
 from manifold_lora.configuration.flat import flatten
+from manifold_lora.console import make_console, print_text
 from manifold_lora.data.builtin import BASE
 from manifold_lora.data.tokens import load_tokenizer
+from manifold_lora.distributed.mesh import all_devices
 from manifold_lora.evaluation.heldout import Evaluation
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.data import held_out_batches, load_data, total_steps
@@ -62,16 +64,17 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
         InputError: the configuration, the model or the data is invalid, or a method
             diverges at every rate.
     """
-    console = console or Console()
+    all_devices()  # reports a platform that is not there
+    console = console or make_console()
     comparison = resolve_comparison(config)
     out = comparison.shared.run_directory
     results = ResultsFile(out, _settings(comparison), config.output.overwrite)
     content = results.content
     if "summary" in content:
-        console.print(
+        print_text(
+            console,
             f"The comparison in {out}/ is finished. Choose another --out, or pass "
             "--overwrite to run it again.",
-            soft_wrap=True,
         )
         show_table(console, content)
         return content
@@ -97,7 +100,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
     results.write()  # last: a file with a summary marks a finished comparison
     show_table(console, content)
     files = ", ".join(str(out / name) for name in (TABLE, PLOT, RESULTS))
-    console.print(f"Wrote {files}, {out / ADAPTERS}/", soft_wrap=True)
+    print_text(console, f"Wrote {files}, {out / ADAPTERS}/")
     return content
 
 
@@ -194,7 +197,7 @@ class _Study:
         )
         self.bar.remove_task(task)
         text = f"{key}: {_describe(self.results[key])}"
-        self.bar.console.print(text, soft_wrap=True)
+        print_text(self.bar.console, text)
         return self.results[key]
 
     def runner(self, name: str) -> Runner:

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from manifold_lora.checkpoints.atomic import write_text
 from manifold_lora.comparison.plot import plot_comparison
 from manifold_lora.comparison.results import PLOT, SEARCH, TABLE
+from manifold_lora.console import PlainTable, print_table, print_text
 
 Result = dict[str, Any]
 _COLUMNS = (
@@ -201,15 +201,15 @@ def _texts(row: dict[str, Any]) -> list[str]:
 
 def show_table(console: Console, content: dict[str, Any]) -> None:
     """Print the table."""
-    table = Table(title="Comparison, best first", title_justify="left", box=None)
+    table = PlainTable("Comparison, best first")
     shown = [_COLUMNS.index(name) for name in _ON_TERMINAL]
     for name in _ON_TERMINAL:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in content["summary"]:
         texts = _texts(row)
         table.add_row(*[texts[i] for i in shown])
-    console.print(table)
-    console.print(_note(content), style="dim", soft_wrap=True)
+    print_table(console, table)
+    print_text(console, _note(content), "dim")
 
 
 def write(out: Path, content: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from manifold_lora.adapters.options import (
     options_class,
 )
 from manifold_lora.errors import InputError, nearest
-from manifold_lora.settings import RENAMED, decode, raise_all, type_hints
+from manifold_lora.settings import RENAMED, decode, raise_all, read_path, type_hints
 
 Config = TypeVar("Config")
 OPTIONS = "options"
@@ -184,20 +184,29 @@ def read_toml(path: Path, kind: type) -> Source:
     Raises:
         InputError: no such file, or broken TOML.
     """
+    path = read_path(path, "--config")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(
             f"--config {path} cannot be read: {error.strerror}."
         ) from error
-    except ValueError as error:
-        raise InputError(f"--config {path} is not valid TOML: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"--config {path} is not valid TOML: {_reason(error)}."
+        ) from error
     flat: dict[str, Any] = {}
     problems = []
     known = entries(kind)
+
+    def add(name: str, value: Any) -> None:
+        if name in flat:
+            problems.append(f"{path}: {name} is given twice")
+        flat[name] = value
+
     for key, value in values.items():
         if not (isinstance(value, dict) and key in parts(kind)):
-            flat[key] = value
+            add(key, value)
             continue
         for name, inner in value.items():
             group = known[name].group if name in known else key
@@ -206,8 +215,19 @@ def read_toml(path: Path, kind: type) -> Source:
                     f"belongs in [{group}]" if group else "belongs before all tables"
                 )
                 problems.append(f"{path}: {name} stands in [{key}] and {where}")
-            flat[name] = inner
+            add(name, inner)
     return Source(flat, lambda name: f"{path}: {name}", problems=tuple(problems))
+
+
+def _reason(error: Exception) -> str:
+    """Why a text is not TOML."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not a text in UTF-8 ({error.reason} at byte {error.start})"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if str(error).startswith("Exceeds the limit"):
+        return "an integer has more than 4300 digits"
+    return str(error)
 
 
 def flatten(config: Any) -> dict[str, Any]:

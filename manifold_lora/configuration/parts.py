@@ -6,15 +6,18 @@ settings are `UNSET` until the command's configuration fills them in.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta
-
+from manifold_lora.distributed.launch import launch_problems
 from manifold_lora.settings import (
     UNSET,
+    BatchSize,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    Seed,
+    SequenceLength,
+    raise_all,
     setting,
     validate,
 )
@@ -67,9 +70,7 @@ class DataConfig(Part):
     eval_examples: PositiveInt = setting(
         1000, "examples held out of --data, at most a tenth of it"
     )
-    split_seed: NonNegativeInt = setting(
-        0, "decides which examples of --data are held out"
-    )
+    split_seed: Seed = setting(0, "decides which examples of --data are held out")
     skip_invalid: bool = setting(
         False, "leave out the records that cannot be used, and report them"
     )
@@ -88,7 +89,7 @@ class DataConfig(Part):
 class BatchConfig(Part):
     """The batch of an optimiser step."""
 
-    batch_size: PositiveInt = setting(
+    batch_size: BatchSize = setting(
         UNSET,
         "examples of a step; rows, where they are packed",
         default_text="16; for the built-in data 8",
@@ -96,7 +97,7 @@ class BatchConfig(Part):
     accumulate: PositiveInt = setting(
         1, "gradient-accumulation steps: micro-batches that a batch is split into"
     )
-    sequence_length: Annotated[int, Meta(ge=2)] = setting(
+    sequence_length: SequenceLength = setting(
         UNSET,
         "tokens of a row at most; longer examples are truncated",
         default_text="512; for the built-in data 128",
@@ -113,9 +114,7 @@ class OptimizerConfig(Part):
     clip: NonNegativeFloat = setting(
         1.0, "largest global norm of the gradient; 0: no clipping"
     )
-    seed: NonNegativeInt = setting(
-        0, "of the initialisation, the order of the data and dropout"
-    )
+    seed: Seed = setting(0, "of the initialisation, the order of the data and dropout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +132,9 @@ class ScheduleConfig(Part):
     schedule: Literal["linear", "cosine", "constant"] = setting(
         "linear", "of the learning rate after the warm-up"
     )
-    warmup_steps: NonNegativeInt = setting(20, "steps until the full learning rate")
+    warmup_steps: NonNegativeInt = setting(
+        20, "steps until the full learning rate, at most all but one"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,3 +218,7 @@ class LaunchConfig(Part):
         default_text="from the launcher",
         saved=False,
     )
+
+    def __post_init__(self):
+        validate(self)
+        raise_all(launch_problems(self.coordinator, self.processes, self.process_id))

@@ -8,6 +8,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from manifold_lora.console import printable
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -51,7 +53,7 @@ def show_batch(
             pairs = zip(batch["input_ids"][row][in_segment], is_target, strict=True)
             # Decode runs, not tokens: a token may be a fragment of a character.
             for target, run in groupby(pairs, key=lambda pair: bool(pair[1])):
-                decoded = str(tokenizer.decode([int(token) for token, _ in run]))
+                decoded = printable(tokenizer.decode([int(token) for token, _ in run]))
                 if target:
                     text.append(f"{opening}{decoded}{closing}", "bold green")
                 else:

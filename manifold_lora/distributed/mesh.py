@@ -5,9 +5,11 @@ without it.
 """
 
 import math
+import os
+import re
 from typing import TYPE_CHECKING, Any
 
-from manifold_lora.errors import InputError, nearest
+from manifold_lora.errors import InputError, nearest, shortened
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 # tensor: shards heads, hidden units of the MLP and the vocabulary.
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes that shard the rows of a batch
+_PACKAGES = {"cuda": "jax[cuda12]", "gpu": "jax[cuda12]", "tpu": "jax[tpu]"}
+_SIZE = re.compile("[1-9][0-9]{0,5}")
 
 
 def read_mesh(text: str | None) -> dict[str, int] | None:
@@ -35,19 +39,20 @@ def read_mesh(text: str | None) -> dict[str, int] | None:
     if text is None:
         return None
     sizes: dict[str, int] = {}
+    given = f"--mesh {shortened(text)}"
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         if name not in AXES:
             raise InputError(
-                f"--mesh {text}: unknown axis {name!r}. {nearest(name, AXES)} Write "
-                "sizes as in data=2,fsdp=4,tensor=2."
+                f"{given}: unknown axis {shortened(name)!r}. {nearest(name, AXES)} "
+                "Write sizes as in data=2,fsdp=4,tensor=2."
             )
         if name in sizes:
-            raise InputError(f"--mesh {text}: {name} is given twice.")
-        if not size.isdecimal() or int(size) < 1:
+            raise InputError(f"{given}: {name} is given twice.")
+        if not _SIZE.fullmatch(size):
             raise InputError(
-                f"--mesh {text}: the size of {name} must be a positive integer, got "
-                f"{size!r}."
+                f"{given}: the size of {name} must be a positive integer up to "
+                f"999999, got {shortened(size)!r}."
             )
         sizes[name] = int(size)
     return {axis: sizes.get(axis, 1) for axis in AXES}
@@ -92,10 +97,27 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: Any = None) -> "Mesh
 
 
 def all_devices() -> Any:
-    """The devices of all processes."""
+    """The devices of all processes.
+
+    Raises:
+        InputError: JAX_PLATFORMS names what is not there, or no platform starts.
+    """
     import jax
 
-    return jax.devices()
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # JAX asserts without a message where a platform has no plugin.
+        lines = str(error).removeprefix("Unable to initialize backend ").splitlines()
+        reason = f" JAX reports: {lines[0]}." if lines else ""
+        platforms = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+        if not platforms:
+            raise InputError(f"JAX finds no device to run on.{reason}") from error
+        package = _PACKAGES.get(platforms.partition(",")[0])
+        install = f"install {package}, or " if package else ""
+        raise InputError(
+            f"JAX finds no {platforms} ({install}unset JAX_PLATFORMS).{reason}"
+        ) from error
 
 
 def group_count(sizes: Any) -> int:

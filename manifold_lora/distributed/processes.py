@@ -4,16 +4,21 @@ import contextlib
 import glob
 import hashlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
 
-from manifold_lora.errors import InputError
+from manifold_lora.distributed.launch import launch_problems
+from manifold_lora.distributed.mesh import all_devices
+from manifold_lora.errors import InputError, shortened
+from manifold_lora.settings import raise_all
 
 # Seconds without a heartbeat until a process counts as dead and the others are ended.
 HEARTBEAT_TIMEOUT = 30
@@ -37,17 +42,18 @@ def initialise(
         process_id: the index of this process, from 0.
 
     Raises:
-        InputError: the arguments are incomplete, or the processes cannot connect.
+        InputError: the arguments are malformed or incomplete, the processes cannot
+            connect, or there are no devices.
     """
     arguments = (coordinator, processes, process_id)
+    raise_all(launch_problems(*arguments))
     single = arguments == (None, None, None) and not _launched_as_several()
-    if jax.distributed.is_initialized() or single:
-        return
-    if processes is not None and not 0 <= (process_id or 0) < processes:
-        raise InputError(
-            f"--process-id must be 0 to {processes - 1} with --processes {processes}, "
-            f"got {process_id}."
-        )
+    if not (jax.distributed.is_initialized() or single):
+        _connect(*arguments)
+    all_devices()
+
+
+def _connect(*arguments: Any) -> None:
     try:
         jax.distributed.initialize(
             *arguments,
@@ -66,12 +72,22 @@ def initialise(
 def _launched_as_several() -> bool:
     """Whether a launcher started several processes, or this is a TPU host."""
     env = os.environ
-    slurm = "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1
-    mpi = int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+    slurm = "SLURM_STEP_NODELIST" in env and _process_count("SLURM_NTASKS") > 1
+    mpi = _process_count("OMPI_COMM_WORLD_SIZE") > 1
     hosts = env.get("TPU_WORKER_HOSTNAMES", "").count(",") > 0
     chips = bool(glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"))
     tpu = chips and "tpu" in env.get("JAX_PLATFORMS", "tpu")
     return slurm or mpi or hosts or (tpu and "TPU_SKIP_MDS_QUERY" not in env)
+
+
+def _process_count(variable: str) -> int:
+    text = os.environ.get(variable, "1")
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise InputError(
+            f"the environment variable {variable} must be the number of processes, got "
+            f"{shortened(text)!r}: unset it, or start the processes with the launcher."
+        )
+    return int(text)
 
 
 def is_main() -> bool:

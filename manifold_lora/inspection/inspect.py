@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from manifold_lora.checkpoints.atomic import write_text
+from manifold_lora.console import make_console, print_text
+from manifold_lora.distributed.mesh import all_devices
 from manifold_lora.errors import InputError
 from manifold_lora.inspection.measure import gram_matrices, measure
 from manifold_lora.inspection.view import draw, show
+from manifold_lora.settings import read_path
 
 REPORT = "inspect.json"
 
@@ -49,15 +52,18 @@ def inspect_adapter(
     """
     from manifold_lora.checkpoints.adapter_file import read_adapter
 
-    console = console or Console()
-    paths = locate(Path(path), None if out is None else Path(out))
+    console = console or make_console()
+    all_devices()  # reports a platform that is not there
+    paths = locate(
+        read_path(path, "the adapter"), None if out is None else read_path(out, "--out")
+    )
     adapter = read_adapter(paths.adapter)
     start = None if paths.start is None else read_adapter(paths.start)
     sources = {
         "adapter": str(paths.adapter),
         "start": None if paths.start is None else str(paths.start),
     }
-    with console.status("Measuring"):
+    with console.status("Measuring", spinner="line"):  # ASCII
         report = sources | measure(adapter, start)
     paths.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
@@ -65,7 +71,7 @@ def inspect_adapter(
     plots = draw(paths.out, report, gram_matrices(adapter))
     show(console, report)
     files = ", ".join(str(paths.out / name) for name in (REPORT, *plots))
-    console.print(f"Wrote {files}", markup=False, soft_wrap=True)
+    print_text(console, f"Wrote {files}")
     return report
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from manifold_lora.console import PlainTable, print_table, print_text
 from manifold_lora.inspection.plots import plot_effective_rank, plot_gram, plot_spectra
 
 GRAM, RANKS, SPECTRA = "gram.png", "effective_rank.png", "spectra.png"
@@ -73,14 +72,13 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     rows = [(short[kind], measures) for kind, measures in report["kinds"].items()]
     rows.append(("all", report["summary"]))
     layers = {module["layer"] for module in report["modules"].values()} - {None}
-    console.print(
+    print_text(
+        console,
         f"{report['adapter']}: {report['method']}, {len(report['modules'])} modules in "
         f"{len(layers)} layers",
-        markup=False,
-        soft_wrap=True,
     )
-    console.print(_update_table(rows))
-    console.print(_factor_table(rows))
+    print_table(console, _update_table(rows))
+    print_table(console, _factor_table(rows))
     lines = [
         "Means over layers; maxima of violation, cos max (of |cos|) and angle.",
         f"num. rank: singular values above {report['used_threshold']:.0%} of the "
@@ -91,25 +89,25 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     ]
     if report["method"].endswith("dora"):
         lines.append("ΔW: the update of the direction, before scaling by magnitudes.")
-    console.print("\n".join(lines), style="dim", markup=False)
+    print_text(console, "\n".join(lines), "dim")
 
 
-def _update_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Table:
+def _update_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> PlainTable:
     table = _table("ΔW", "module", "rank", *_RANKS, "norm")
-    table.add_column("largest\nentry", justify="right", no_wrap=True)
-    table.add_column("at", no_wrap=True)
+    table.add_column("largest\nentry", justify="right")
+    table.add_column("at")
     for name, measures in rows:
         update = measures["delta_w"]
         entry = update["largest_weight"]
         table.add_row(
-            escape(name),
+            name,
             f"{measures['rank']:.4g}",
             f"{update['rank_used']:.1f}",
             f"{update['effective_rank']:.2f}",
             f"{update['stable_rank']:.2f}",
             f"{update['norm']:#.3g}",
             f"{entry['value']:.2e}",
-            escape(_location(entry)),
+            _location(entry),
         )
     return table
 
@@ -119,15 +117,15 @@ def _location(entry: Mapping[str, Any]) -> str:
     return f"{layer}{entry['row']}, {entry['column']}"
 
 
-def _factor_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Table:
+def _factor_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> PlainTable:
     table = _table("Factors", "module", "", *_RANKS, "violation")
     for heading in ("cos\nmean", "cos\nstd", "cos\nmax", "angle"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     for name, measures in rows:
         for index, (key, factor) in enumerate(measures["factors"].items()):
             table.add_row(
-                escape(name) if index == 0 else "",
-                escape(key.upper()),
+                name if index == 0 else "",
+                key.upper(),
                 f"{factor['rank_used']:.1f}",
                 f"{factor['effective_rank']:.2f}",
                 f"{factor['stable_rank']:.2f}",
@@ -140,9 +138,9 @@ def _factor_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Table:
     return table
 
 
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None)
-    table.add_column(headings[0], no_wrap=True)
+def _table(title: str, *headings: str) -> PlainTable:
+    table = PlainTable(title)
+    table.add_column(headings[0])
     for heading in headings[1:]:
         table.add_column(heading, justify="right")
     return table

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from manifold_lora.adapters import factors
 from manifold_lora.checkpoints.atomic import write_text
+from manifold_lora.console import make_console, print_text
 from manifold_lora.data.builtin import BASE
 from manifold_lora.distributed.mesh import divisibility_errors, make_mesh
 from manifold_lora.errors import InputError
@@ -63,23 +64,23 @@ def plan(config: PlanConfig, console: Console | None = None) -> dict[str, Any]:
         DoesNotFitError: the step does not fit; remedies have been printed.
         CompilerError: the compiler failed.
     """
-    console = console or Console()
+    console = console or make_console()
     target = resolve_plan(config)
     if config.out is not None and config.out.is_dir():
         raise InputError(f"--out {config.out} is a directory: name a JSON file.")
     planner = _Planner(target)
     result: dict[str, Any] = {}
     for sizes in planner.meshes():
-        console.print(
+        print_text(
+            console,
             f"Compiling for {planner.devices_name}, mesh {format_mesh(sizes)}; a large "
             "model takes minutes.",
-            style="dim",
-            soft_wrap=True,
+            "dim",
         )
         result = planner.plan(sizes)
         if result["fits"]:
             break
-        console.print(f"Mesh {format_mesh(sizes)} does not fit.", style="dim")
+        print_text(console, f"Mesh {format_mesh(sizes)} does not fit.", "dim")
     show_plan(console, result)
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)

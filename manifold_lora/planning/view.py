@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from manifold_lora.console import PlainTable, print_table, print_text
 from manifold_lora.planning.meshes import format_mesh
 from manifold_lora.training.display import show_pairs
 
@@ -15,11 +15,10 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     show_pairs(console, "Plan", _settings(plan))
     show_pairs(console, "Memory per device", _memory(plan["memory"]))
     if not plan["fits"]:
-        console.print(
-            "The step does not fit. Changes that should help (estimates):", style="red"
-        )
+        text = "The step does not fit. Changes that should help (estimates):"
+        print_text(console, text, "red")
         for remedy in plan["remedies"] or ["a larger slice or a smaller model"]:
-            console.print(f"  {remedy}", markup=False, soft_wrap=True)
+            print_text(console, f"  {remedy}")
         return
     step = {
         "floating-point operations": _decimal(plan["flops"]),
@@ -32,9 +31,8 @@ def show_plan(console: Console, plan: Mapping[str, Any]) -> None:
     if "seconds" in plan:
         show_pairs(console, "Time (roofline)", _time(plan))
     else:
-        console.print(
-            "No time estimate: the peak rates of CPU devices are unknown.", style="dim"
-        )
+        text = "No time estimate: the peak rates of CPU devices are unknown."
+        print_text(console, text, "dim")
 
 
 def _settings(plan: Mapping[str, Any]) -> dict[str, str]:
@@ -73,7 +71,7 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, str]:
 def _collectives(console: Console, rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
-    table = Table(title="Collectives per step", title_justify="left", box=None)
+    table = PlainTable("Collectives per step")
     for name in ("kind", "axes", "overlapped"):
         table.add_column(name)
     for name in ("calls", "received", "ms"):
@@ -87,7 +85,7 @@ def _collectives(console: Console, rows: list[dict[str, Any]]) -> None:
             f"{_decimal(row['bytes'])}B",
             f"{1e3 * row['seconds']:.2f}" if "seconds" in row else "",
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def _time(plan: Mapping[str, Any]) -> dict[str, str]:

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 from rich import progress as bars
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column
+from rich.text import Text
 
 from manifold_lora.adapters import adapters, axes, factors, split
+from manifold_lora.console import PlainTable, print_table, print_text, printable
 from manifold_lora.data.tokens import Example
 from manifold_lora.evaluation.heldout import Evaluation, complete, first_turn
 from manifold_lora.models import Llama
@@ -119,12 +121,12 @@ def _measures(summary: Mapping[str, Any]) -> dict[str, str]:
 
 def show_pairs(console: Console, title: str, rows: Mapping[str, str]) -> None:
     """A table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = PlainTable(title, show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
     for name, value in rows.items():
-        table.add_row(name, escape(value))
-    console.print(table)
+        table.add_row(name, value)
+    print_table(console, table)
 
 
 def show_predictions(
@@ -139,21 +141,21 @@ def show_predictions(
         return
     rebuild, trained, frozen = split(model)
     completions = complete(rebuild, axes(model), trained, frozen, examples, stop)
-    table = Table(title="Held-out examples", title_justify="left", box=None)
-    table.add_column("prompt", no_wrap=True)
+    table = PlainTable("Held-out examples")
+    table.add_column("prompt")
     table.add_column("predicted")
     table.add_column("truth")
     for example, completion in zip(examples, completions, strict=True):
         before, true = first_turn(example)
         prompt, predicted, truth = (
-            escape(" ".join(tokenizer.decode(ids, skip_special_tokens=True).split()))
+            " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
             for ids in (before, completion, true)
         )
         style = "green" if predicted == truth else "red"
         # The end of a long prompt says more than its beginning.
         short = prompt if len(prompt) <= 40 else "…" + prompt[-39:]
-        table.add_row(short, f"[{style}]{predicted}", truth)
-    console.print(table)
+        table.add_row(short, Text(printable(predicted), style), truth)
+    print_table(console, table)
 
 
 def show_finished(
@@ -162,11 +164,10 @@ def show_finished(
     """That the same run has been finished before."""
     loss = summary["loss_after"]
     measured = "" if loss is None else f" (held-out loss {loss:.4f})"
-    console.print(
+    print_text(
+        console,
         f"This run is finished: {config.run_directory}/ holds it{measured}. Give more "
         "--steps to continue it, another --out, or --overwrite to run it again.",
-        soft_wrap=True,
-        markup=False,
     )
 
 
@@ -174,20 +175,20 @@ def show_evaluation(
     console: Console, step: int, evaluation: Evaluation, violation: float
 ) -> None:
     """The held-out measures after a step."""
-    console.print(
+    print_text(
+        console,
         f"step {step}: held-out loss {evaluation.loss:.4f}, "
         f"accuracy {evaluation.accuracy:.3f}, "
         f"exact match {evaluation.exact_match:.3f}"
-        + (f", constraint violation {violation:.1e}" if violation else "")
+        + (f", constraint violation {violation:.1e}" if violation else ""),
     )
 
 
 def show_early_stop(console: Console, config: TrainConfig, run: RunState) -> None:
     """That the run stopped early, if it did."""
     if run.evaluations_since_best == config.patience:
-        console.print(
-            f"No improvement for {config.patience} evaluations; stopped early."
-        )
+        text = f"No improvement for {config.patience} evaluations; stopped early."
+        print_text(console, text)
 
 
 class StepBar:
@@ -200,15 +201,17 @@ class StepBar:
     """
 
     def __init__(self, console: Console, steps: int, completed: int):
+        fold = Column(overflow="fold")  # numbers are not cut where there is no room
+        text = partial(bars.TextColumn, table_column=fold)
         self._bar = bars.Progress(
-            bars.TextColumn("step"),
-            bars.MofNCompleteColumn(),
+            text("step"),
+            bars.MofNCompleteColumn(table_column=fold),
             bars.BarColumn(bar_width=24),
-            bars.TextColumn("loss {task.fields[loss]:.3f}"),
-            bars.TextColumn("lr {task.fields[learning_rate]:.2e}"),
-            bars.TextColumn("{task.fields[tokens_per_second]:,.0f} tokens/s"),
-            bars.TimeRemainingColumn(compact=True),
-            bars.TextColumn("left"),
+            text("loss {task.fields[loss]:.3f}"),
+            text("lr {task.fields[learning_rate]:.2e}"),
+            text("{task.fields[tokens_per_second]:,.0f} tokens/s"),
+            bars.TimeRemainingColumn(compact=True, table_column=fold),
+            text("left"),
             console=console,
         )
         row: Any = {"loss": math.nan, "learning_rate": 0.0, "tokens_per_second": 0.0}

@@ -14,6 +14,7 @@ from manifold_lora.checkpoints.store import (
     Restored,
 )
 from manifold_lora.configuration.flat import flatten
+from manifold_lora.console import print_text
 from manifold_lora.evaluation.heldout import Evaluation
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.run import ADAPTER, CHECKPOINTS, START
@@ -47,9 +48,7 @@ def restore(
     """The newest intact checkpoint, if there is one; corrupt ones are reported."""
     restored = checkpoints.restore_latest(like)
     for line in checkpoints.skipped:
-        console.print(
-            f"Skipping corrupt checkpoint: {line}", soft_wrap=True, markup=False
-        )
+        print_text(console, f"Skipping corrupt checkpoint: {line}")
     return restored
 
 
@@ -79,7 +78,7 @@ def start_or_resume(
     if restored is None:
         initial = measure(0, fresh.factors) if measure else None
         return RunState(fresh, initial=initial)
-    console.print(f"Resuming from the checkpoint of step {restored.step}.")
+    print_text(console, f"Resuming from the checkpoint of step {restored.step}.")
     run = RunState.from_json(restored.state, restored.progress["progress"])
     best = restored.state.factors
     if run.best_step == 0:
@@ -88,11 +87,10 @@ def start_or_resume(
         if run.best_step != restored.step:
             best = checkpoints.restore(run.best_step, fresh).state.factors
     except CorruptCheckpointError as error:
-        console.print(
+        print_text(
+            console,
             f"The best adapter is lost ({error}). The one of step {restored.step} "
             "replaces it.",
-            soft_wrap=True,
-            markup=False,
         )
         evaluation = measure(restored.step, best) if measure else None
         run = run._replace(best=evaluation, best_step=restored.step)
@@ -120,4 +118,4 @@ def checkpoint_errors(config: TrainConfig, console: Console) -> Iterator[None]:
     except CheckpointError as error:
         if config.checkpoints.checkpoint_errors == "stop":
             raise
-        console.print(f"Continuing without it: {error}", style="red", markup=False)
+        print_text(console, f"Continuing without it: {error}", "red")

@@ -13,6 +13,7 @@ from rich.console import Console
 from manifold_lora.adapters import axes, manifold_tree, split
 from manifold_lora.checkpoints.companions import stop_tokens
 from manifold_lora.checkpoints.huggingface import read_llama_config
+from manifold_lora.console import make_console
 from manifold_lora.data.builtin import BASE
 from manifold_lora.data.preview import show_batch
 from manifold_lora.data.tokens import load_tokenizer
@@ -84,7 +85,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     started = time.perf_counter()
     launch = config.launch
     processes.initialise(launch.coordinator, launch.processes, launch.process_id)
-    console = console or Console(quiet=not processes.is_main())
+    console = console or make_console(quiet=not processes.is_main())
     check_trackers(config)
     mesh = make_mesh(read_mesh(launch.mesh))
     with jax.set_mesh(mesh), processes.report_lost_process():

@@ -88,7 +88,10 @@ def test_options_are_those_of_the_method():
         ),
         ({"alpha": 0}, "alpha must be a positive number, got 0"),
         ({"alpha": float("nan")}, "alpha must be a positive number, got nan"),
-        ({"alpha": float("inf")}, "alpha must be a positive number, got inf"),
+        (
+            {"alpha": float("inf")},
+            "alpha must be a positive number, at most 1e18, got inf",
+        ),
         (
             {"alpha_pattern": {"v_proj": -1.0}},
             "alpha_pattern for v_proj must be a positive number, got -1.0",

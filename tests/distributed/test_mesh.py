@@ -44,8 +44,11 @@ def test_read_mesh_without_text():
         ("8", ["unknown axis '8'"]),
         ("FSDP=8", ["unknown axis 'FSDP'", "fsdp"]),
         ("fsdp=2,fsdp=4", ["fsdp is given twice"]),
-        ("fsdp=0", ["the size of fsdp must be a positive integer, got '0'"]),
-        ("fsdp=-2", ["positive integer, got '-2'"]),
+        (
+            "fsdp=0",
+            ["the size of fsdp must be a positive integer up to 999999, got '0'"],
+        ),
+        ("fsdp=-2", ["positive integer up to 999999, got '-2'"]),
         ("data=2,fsdp=2.5", ["--mesh data=2,fsdp=2.5", "got '2.5'"]),
         ("fsdp=four", ["got 'four'"]),
         ("fsdp", ["got ''"]),
