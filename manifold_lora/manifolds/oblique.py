@@ -18,6 +18,7 @@ from manifold_lora.manifolds.manifold import Manifold
 
 Retraction = Literal["normalise", "exp"]
 
+
 @dataclasses.dataclass(frozen=True)
 class Oblique(Manifold):
     """Columns of unit length: fixes the scale of the columns, not their angles.

@@ -17,7 +17,6 @@ from manifold_lora.manifolds.linalg import (
     times,
 )
 
-
 # Beyond about these lengths of a step the Gram matrix of X + v, of condition number
 # 1 + ‖v‖₂², has no correct digit left for the shortest direction.
 _LONGEST = {"float32": 2.0**9, "float64": 2.0**12}

@@ -25,7 +25,12 @@ from manifold_lora.manifolds.linalg import (
     times,
 )
 from manifold_lora.manifolds.manifold import Manifold
-from manifold_lora.manifolds.orthonormal import longest, orthonormalise, polish, shortened
+from manifold_lora.manifolds.orthonormal import (
+    longest,
+    orthonormalise,
+    polish,
+    shortened,
+)
 
 Retraction = Literal["polar", "qr", "cayley", "exp"]
 Metric = Literal["canonical", "euclidean"]
@@ -205,9 +210,7 @@ class Stiefel(Manifold):
         ]
         scales = [c * eye_like(z) for c, z in zip(cs, zs, strict=True)]
         shifts = [-z for z in zs]
-        points, _ = orthonormalise(
-            self.retraction, wide, shifts, ds, scales, es, grams
-        )
+        points, _ = orthonormalise(self.retraction, wide, shifts, ds, scales, es, grams)
         return [y.astype(dtype) for y, dtype in zip(points, dtypes, strict=True)]
 
     def transport(self, x: Array, y: Array, v: Array) -> Array:

@@ -9,12 +9,12 @@ import optax
 
 from manifold_lora.errors import InputError, check_choice
 from manifold_lora.manifolds import Euclidean, Manifold
-from manifold_lora.manifolds.linalg import at_least_float32
+from manifold_lora.manifolds.linalg import at_least_float32, bounded
 from manifold_lora.optimizers import moments
+from manifold_lora.optimizers.checks import checked
 from manifold_lora.optimizers.tree import (
     Manifolds,
     check_points,
-    check_update,
     map_points,
     map_together,
     resolve,
@@ -110,7 +110,6 @@ def riemannian(
         return state
 
     def update(updates, state, params=None, **extra_args):
-        check_update("riemannian", updates, params)
         tree = resolve(manifolds, params)
         if gradient == "riemannian":
             updates = map_points(_gradient, tree, params, updates)
@@ -126,11 +125,20 @@ def riemannian(
             state = moments.replace(transport_all, state)
         return updates, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    tx = optax.GradientTransformationExtraArgs(init, update)
+    return checked("riemannian", tx, manifolds)
 
 
 def _gradient(manifold: Manifold, x: Any, g: Any) -> Any:
-    return cast_like(g, manifold.riemannian_gradient(x, g))
+    return cast_like(g, manifold.riemannian_gradient(x, finite_squares(manifold, g)))
+
+
+def finite_squares(manifold: Manifold, g: Any) -> Any:
+    """The gradient by a point, shortened where its products would overflow."""
+    if isinstance(manifold, Euclidean):
+        return g
+    leaves, structure = jax.tree.flatten(promoted(g))
+    return structure.unflatten(bounded(*leaves))
 
 
 def _scaled(update_scale: Callable[[Any], Any], manifold: Manifold, x: Any, d: Any):
