@@ -68,13 +68,14 @@ class Oblique(Manifold):
         return self.project(x, g)
 
     def retract(self, x: Array, v: Array) -> Array:
-        """The point reached along v, accurate for columns of v of length up to 1e3.
+        """The point reached along v: a point for every finite v.
 
             normalise    yⱼ/‖yⱼ‖ of yⱼ = xⱼ + vⱼ
             exp          xⱼ cos‖vⱼ‖ + vⱼ sin‖vⱼ‖/‖vⱼ‖
 
         Drift of a column off its sphere is repaired wherever it moves; where
-        vⱼ = 0 it does not change at all.
+        vⱼ = 0 it does not change at all. A column with entries above 2³⁰ is scaled down
+        to that; the great circle has lost its angle to rounding long before.
 
         Args:
             x: point, (…, rows, r).

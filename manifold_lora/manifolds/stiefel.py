@@ -115,7 +115,7 @@ class Stiefel(Manifold):
         return (g - times(x, matmul(g.mT, x))).astype(dtype)
 
     def retract(self, x: Array, v: Array) -> Array:
-        """The point reached along v, accurate for ‖v‖₂ from 0 to 1e3.
+        """The point reached along v: a point for every finite v.
 
             polar    Y (YᵀY)^(−½) of Y = X + v
             qr       Y R⁻¹ of Y = X + v = QR, R upper with positive diagonal
@@ -124,9 +124,15 @@ class Stiefel(Manifold):
 
         with A = Xᵀv and N = v⊥ᵀv⊥ of v⊥ = v − XA. A small step is as accurate as
         the sum x + u itself, and drift of X off the manifold is repaired, except
-        for v = 0: R(X, 0) = X exactly. Orthonormal to 1e-6 in float32 at any size;
-        the distance to the exact point is below 1e-6 up to ‖v‖₂ = 10 for polar, QR and
-        Cayley (exp: 1e-5), and for polar 5e-5 at 100 and 1e-3 at 1e3.
+        for v = 0: R(X, 0) = X exactly. The distance to the exact point is below 1e-6 in
+        float32 up to ‖v‖₂ = 10 for polar, QR and Cayley (exp: 1e-5), and for polar
+        5e-5 at 100.
+
+        Where float32 ends v is shortened, in its direction: scaled by min(1, c/β,
+        2³⁰/max |v|), where β² = max_i Σ_j |vᵀv|_ij bounds ‖v‖₂ ≤ β ≤ r^½ ‖v‖₂, and
+        c = 512 (4096 in float64), or 1536 radians for "exp". Shorter steps are not
+        touched. As v grows polar, QR and Cayley tend to a limit, from which c = 512
+        is some 1/c away.
 
         Args:
             x: point, (…, rows, r).

@@ -69,12 +69,18 @@ def riemannian(
 
     Returns:
         A transformation whose `update` needs `params`, with updates in the dtype of
-        the parameters. Geometry is computed in at least float32.
+        the parameters. Geometry is computed in at least float32, and any finite
+        step stays on the manifold: gradients and displacements are shortened where
+        float32 ends, see the `retract` of each manifold. `optax.inject_hyperparams`
+        works with trees of manifolds; it takes every function for a schedule, so that
+        functions, such as one that makes the tree, must be named in its `static_args`.
 
     Raises:
         InputError: for an unknown `gradient`; at `init`, for a tree that does not
-            fit, a point of impossible shape, or one that is not on its manifold,
-            and for `transport` where the inner state has no first moment.
+            fit, a point of impossible shape or that is not of real floating-point
+            numbers, or one that is not on its manifold, and for `transport` where the
+            inner state has no first moment; at `update`, for gradients of other shapes
+            and for a state of other parameters.
 
     References:
         Absil, Mahony & Sepulchre, "Optimization Algorithms on Matrix Manifolds",

@@ -35,11 +35,6 @@ def is_manifold(node: Any) -> bool:
 
 def resolve(manifolds: Manifolds, params: Any) -> Any:
     """The prefix tree of manifolds for these parameters."""
-    if isinstance(manifolds, jax.Array):
-        raise InputError(
-            "The tree of manifolds is an array. optax.inject_hyperparams calls every "
-            'function as a schedule: name it in static_args=("manifolds",).'
-        )
     if not jax.tree.leaves(params):  # such as the placeholder of optax's map_params
         return Euclidean()
     if callable(manifolds) and not is_manifold(manifolds):
