@@ -172,7 +172,10 @@ class BoundedRank(Manifold):
 
         def correction(gram: Array, ka: Array, dd: Array) -> Array:
             c = matmul(ka, self._inverse_metric(gram))
-            far = jnp.sum(c * matmul(dd, c), (-2, -1), keepdims=True) / most**2
+            # At least ‖VₚC‖², and as large as the rounding of CᵀVₚᵀVₚC.
+            size = jnp.abs(c)
+            far = jnp.sum(size * matmul(jnp.abs(dd), size), (-2, -1), keepdims=True)
+            far = far / most**2
             return eye_like(c) - c / jnp.sqrt(jnp.maximum(far, 1))
 
         return stacked(correction, [matmul(a.mT, a) for a in a], ka, dd)

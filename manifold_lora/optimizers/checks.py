@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ def checked(
     owner: str,
     tx: optax.GradientTransformation,
     manifolds: Manifolds = Euclidean(),  # noqa: B008, frozen
+    check_params: Callable[[Any], None] = lambda params: None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation with checks of everything that it is called with.
 
@@ -61,6 +63,7 @@ def checked(
         return map_points(_widened, resolve(manifolds, params), params, tree)
 
     def init(params: optax.Params) -> optax.OptState:
+        check_params(params)
         if not _has_float16(params):
             return inner.init(params)
         return inner.init(wide(params, params))
@@ -72,7 +75,7 @@ def checked(
             updates, params = (wide(tree, params) for tree in (updates, params))
         try:
             updates, new = inner.update(updates, state, params, **extra_args)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             if isinstance(error, InputError) or _fits(inner, params, state):
                 raise
             raise _other_state(owner) from error

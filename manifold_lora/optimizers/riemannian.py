@@ -105,7 +105,6 @@ def riemannian(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> optax.OptState:
-        check_points(resolve(manifolds, params), params)
         state = inner.init(params)
         if transport and jax.tree.leaves(params) and not moments.has_any(state):
             raise InputError(
@@ -132,7 +131,12 @@ def riemannian(
         return updates, state
 
     tx = optax.GradientTransformationExtraArgs(init, update)
-    return checked("riemannian", tx, manifolds)
+    return checked(
+        "riemannian",
+        tx,
+        manifolds,
+        lambda params: check_points(resolve(manifolds, params), params),
+    )
 
 
 def _gradient(manifold: Manifold, x: Any, g: Any) -> Any:

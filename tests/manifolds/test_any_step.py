@@ -87,7 +87,8 @@ def test_every_finite_step_stays_on_the_manifold(name, seed, kinds, exponents):
     assert residual.max() < ANY_STEP, (kinds[worst], exponents[worst])
 
 
-@pytest.mark.parametrize("name", [n for n in CONSTRAINED if n in PRODUCTS_ONLY])
+# "exp" repairs the drift of a stored bfloat16 point up to some hundred radians only.
+@pytest.mark.parametrize("name", [n for n in CONSTRAINED if "stiefel-exp" not in n])
 def test_long_steps_of_bfloat16_points(name):
     row, rng = ROWS[name], np.random.default_rng(0)
     x = row.draw(rng, (BATCH, *small(row)))
