@@ -1,6 +1,7 @@
 """Numbers, parameters, gradients and states that no optimiser can use are refused."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ RECIPES = {
 each = pytest.mark.parametrize(("name", "make"), RECIPES.items(), ids=RECIPES)
 
 
-def problem(dtype="float32"):
+def problem(dtype="float32") -> Any:
     b = ml.Stiefel().random_point(jax.random.key(0), (8, 2), dtype)
     params = {"a": jnp.ones((6, 2), dtype), "b": b}
     return params, jax.tree.map(lambda x: jnp.sin(7 * x), params)

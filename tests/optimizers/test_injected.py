@@ -1,5 +1,7 @@
 """`optax.inject_hyperparams` around every recipe, with plain trees."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,7 @@ RECIPES = {
 }
 
 
-def problem(options):
+def problem(options) -> Any:
     manifold = options.get("manifolds", TREE)["b"]
     shape = (8, 8, 2) if manifold.parts else (8, 2)
     b = manifold.random_point(jax.random.key(0), shape)
