@@ -147,7 +147,7 @@ class FixedRank(Manifold):
         projection. Orthographic reads the tall factors of d twice; truncation makes
         one sequence of LAPACK calls for all points of one shape.
         """
-        points, vectors = [_wide(x) for x in xs], [bounded(*_wide(d)) for d in ds]
+        points, vectors = [_wide(x) for x in xs], [_bounded(d) for d in ds]
         if self.retraction == "orthographic":
             ys = _orthographic(points, vectors)
         else:
@@ -247,6 +247,12 @@ class FixedRank(Manifold):
 def _wide(x: Any) -> Triple:
     """The parts in one dtype of at least float32."""
     u, s, v = at_least_float32(x["u"], x["s"], x["v"])
+    return u, s, v
+
+
+def _bounded(d: Any) -> Triple:
+    """The parts of a vector with finite squares, scaled together."""
+    u, s, v = bounded(*_wide(d))
     return u, s, v
 
 

@@ -1,7 +1,6 @@
 """What every optimiser checks of its numbers, parameters, gradients and states."""
 
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +33,7 @@ def check_hyperparameters(owner: str, **values: Any) -> None:
                     f"got {type(value).__name__} (with optax.inject_hyperparams, "
                     f'static_args=("{name}",))'
                 )
-        elif not isinstance(value, numbers.Real):
+        elif not isinstance(value, int | float | np.number):
             continue
         elif name in _NOT_NEGATIVE and not 0 <= value < math.inf:
             problems.append(f"{name} ≥ 0 and finite, got {value}")

@@ -80,7 +80,7 @@ every = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("shape", [(1, 2), (8, 1), (2,), ()], ids=str)
 def test_gradients_that_broadcast(make, shape):
     params, grads = problem()
-    tx = make()
+    tx: Any = make()
     with pytest.raises(ml.InputError, match=r"\['b'\]: .* for \(8, 2\)"):
         tx.update(grads | {"b": jnp.ones(shape)}, tx.init(params), params)
 
@@ -93,7 +93,7 @@ def test_a_state_of_other_parameters(make, b):
         k: jnp.eye(*shape) if shape[0] > 1 else jnp.ones(shape)
         for k, shape in b.items()
     }
-    tx = make()
+    tx: Any = make()
     state = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(optax.adam(0.1).init, other),
@@ -124,7 +124,7 @@ def test_float16_points_are_computed_in_float32(name):
     params, grads = problem("float16")
     grads = {"a": grads["a"], "b": grads["b"] * jnp.asarray(1e-3, "float16")}
     grads["b"] = grads["b"].at[:, 0].set(0)  # 0/(0 + ε) with ε = 0 in float16
-    tx = MAKERS[name]()
+    tx: Any = MAKERS[name]()
     state, wide = tx.init(params), jax.tree.map(lambda x: x.astype("float32"), params)
     expected, _ = tx.update(
         jax.tree.map(lambda x: x.astype("float32"), grads), jax.jit(tx.init)(wide), wide
@@ -195,7 +195,7 @@ def test_every_optimizer_of_the_table_survives_the_largest_gradient():
     for row in OPTIMIZERS.values():
         params, gradients = row.problem()
         g = jax.tree.map(lambda x: jnp.full_like(x, 3e38), gradients[0])
-        tx = row.tx
+        tx: Any = row.tx
         updates, _ = jax.jit(tx.update)(g, tx.init(params), params)
         moved = optax.apply_updates(params, updates)
         if row.free is not None:

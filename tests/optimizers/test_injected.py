@@ -53,6 +53,7 @@ def problem(options) -> Any:
 def test_plain_trees_need_no_static_arguments(recipe, options):
     params, grads = problem(options)
     results = []
+    tx: Any = None
     for make in (recipe, optax.inject_hyperparams(recipe)):
         tx = make(learning_rate=RATE, **options)
         state = tx.init(params)
@@ -74,10 +75,10 @@ def test_functions_are_named_in_static_args(recipe):
     make = optax.inject_hyperparams(recipe)
     with pytest.raises(Exception, match=r"inner.*static_args"):
         make(RATE, TREE, inner=optax.sgd).init(params)
-    tx = optax.inject_hyperparams(recipe, static_args=("inner", "manifolds"))(
+    tx: Any = optax.inject_hyperparams(recipe, static_args=("inner", "manifolds"))(
         RATE, lambda params: TREE, inner=optax.sgd
     )
     updates, _ = tx.update(grads, tx.init(params), params)
-    plain = recipe(RATE, TREE, inner=optax.sgd)
+    plain: Any = recipe(RATE, TREE, inner=optax.sgd)
     expected, _ = plain.update(grads, plain.init(params), params)
     np.testing.assert_allclose(updates["a"], expected["a"], atol=HYPERPARAMETER)
