@@ -197,6 +197,6 @@ def test_every_optimizer_of_the_table_survives_the_largest_gradient():
         g = jax.tree.map(lambda x: jnp.full_like(x, 3e38), gradients[0])
         tx: Any = row.tx
         updates, _ = jax.jit(tx.update)(g, tx.init(params), params)
-        moved = optax.apply_updates(params, updates)
+        moved: Any = optax.apply_updates(params, updates)
         if row.free is not None:
             assert (row.manifold.residual(moved["b"]) < max(row.within, ANY_STEP)).all()
