@@ -10,3 +10,5 @@ SLOPE = 0.15  # a fitted order against the claimed one
 MOMENTS = 1e-4  # moments after a step of which some are solutions of equations, float32
 ADAM = 1e-2  # of what a factor has moved: Adam divides small gradients by themselves
 EFFECTIVE_RANK = 1e-3  # entropy effective rank against r
+HYPERPARAMETER = 2e-5  # a step with 1 − β in float32 instead of float64
+ANY_STEP = 1e-5  # constraint violation after a step of any finite length, float32

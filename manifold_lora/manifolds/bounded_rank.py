@@ -11,16 +11,18 @@ from jax import Array
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds.linalg import (
     at_least_float32,
+    bounded,
     eye_like,
     inverse_cholesky,
     matmul,
+    shortening,
     stacked,
     sym,
     times,
 )
 from manifold_lora.manifolds.manifold import Manifold
 from manifold_lora.manifolds.nuclear import shrink
-from manifold_lora.manifolds.orthonormal import orthonormalise
+from manifold_lora.manifolds.orthonormal import longest, orthonormalise
 from manifold_lora.manifolds.stiefel import Stiefel
 
 Order = Literal[1, 2]
@@ -107,15 +109,18 @@ class BoundedRank(Manifold):
         return _like(x, g["a"], vp)
 
     def retract(self, x: Point, v: Point) -> dict[str, Array]:
-        """The point reached along v, accurate for ‖v‖₂ from 0 to 1e3.
+        """The point reached along v: a point for every finite v.
 
             V⁺ = (V + VₚB) H,  A⁺ = (A + K + A N B) H,  H = (I + BᵀNB)^(−½)
 
         with N = VₚᵀVₚ, and B = I for order 1 or B = I − C, C = KᵀA M⁻¹, for order 2
-        (C is scaled down where ‖VₚC‖ would exceed 1e3, far from any geodesic). So
+        (C is scaled down where ‖VₚC‖ would exceed 256, far from any geodesic). So
         A⁺V⁺ᵀ is ΔW + ΔẆ projected to the rows that V⁺ spans. At order 1 it is the
         point of the papers' QR and SVD, but columns keep their identity, as the
         moments of an optimiser need. R(x, 0) = x exactly.
+
+        Before, v is scaled by min(1, c/β, 2³⁰/max |v|) where float32 ends, with
+        β ≥ ‖Vₚ‖₂ as in `Stiefel.retract` and c = 512 for order 1, 256 for order 2.
         """
         return self.step([x], [v])[0]
 
@@ -130,44 +135,50 @@ class BoundedRank(Manifold):
             for x, d in zip(xs, ds, strict=True)
         ]
         a, v, k, d = map(list, zip(*wide, strict=True))
-        w = [matmul(v.mT, d) for v, d in zip(v, d, strict=True)]
-        n = [matmul(d.mT, d) - matmul(w.mT, w) for d, w in zip(d, w, strict=True)]
-        b = self._corrections(a, k, n)
+        k, d = zip(*(bounded(*kd) for kd in zip(k, d, strict=True)), strict=True)
+        most = longest(d[0].dtype) / self.order
+        gram = [matmul(d.mT, d) for d in d]
+        scale = [shortening(g, most) for g in gram]
+        w = [c * matmul(v.mT, d) for v, d, c in zip(v, d, scale, strict=True)]
+        short = [c**2 * g for c, g in zip(scale, gram, strict=True)]
+        n = [g - matmul(w.mT, w) for g, w in zip(short, w, strict=True)]
+        ka = [c * matmul(k.mT, a) for a, k, c in zip(a, k, scale, strict=True)]
+        b = self._corrections(a, ka, short, most)
         nb = stacked(matmul, n, b)
         v, t = orthonormalise(
             "polar",
             v,
             [-wb for wb in stacked(matmul, w, b)],
             d,
-            b,
+            [c * b for c, b in zip(scale, b, strict=True)],
             stacked(lambda b, nb: sym(matmul(b.mT, nb)), b, nb),
+            gram,
         )
         # A⁺ − A is formed from small numbers, so that small steps are accurate.
         h = [eye_like(t) + t for t in t]
         c = stacked(lambda nb, h, t: matmul(nb, h) + t, nb, h, t)
         a = [
-            a + (times(a, c) + times(k, h))
-            for a, c, k, h in zip(a, c, k, h, strict=True)
+            a + (times(a, c) + times(k, s * h))
+            for a, c, k, h, s in zip(a, c, k, h, scale, strict=True)
         ]
         return [_like(x, a, v) for x, a, v in zip(xs, a, v, strict=True)]
 
     def _corrections(
-        self, a: list[Array], k: list[Array], n: list[Array]
+        self, a: list[Array], ka: list[Array], dd: list[Array], most: float
     ) -> list[Array]:
         """B of every point: removes the acceleration −2VₚKᵀA M⁻¹ of the row space."""
         if self.order == 1:
-            return [eye_like(n) for n in n]
+            return [eye_like(g) for g in dd]
 
-        def correction(gram: Array, ka: Array, n: Array) -> Array:
+        def correction(gram: Array, ka: Array, dd: Array) -> Array:
             c = matmul(ka, self._inverse_metric(gram))
-            # ‖VₚC‖ ≤ 1e3, or V + VₚB would lose its smallest singular value in float32.
-            far = jnp.sum(c * matmul(n, c), (-2, -1), keepdims=True) / 1e6
+            # At least ‖VₚC‖², and as large as the rounding of CᵀVₚᵀVₚC.
+            size = jnp.abs(c)
+            far = jnp.sum(size * matmul(jnp.abs(dd), size), (-2, -1), keepdims=True)
+            far = far / most**2
             return eye_like(c) - c / jnp.sqrt(jnp.maximum(far, 1))
 
-        grams = [matmul(a.mT, a) for a in a]
-        return stacked(
-            correction, grams, [matmul(k.mT, a) for a, k in zip(a, k, strict=True)], n
-        )
+        return stacked(correction, [matmul(a.mT, a) for a in a], ka, dd)
 
     def _inverse_metric(self, gram: Array) -> Array:
         """M⁻¹ = (2αI + AᵀA)⁻¹ of a Gram matrix AᵀA."""

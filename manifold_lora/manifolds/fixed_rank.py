@@ -11,16 +11,18 @@ from jax import Array
 from manifold_lora.errors import InputError, check_choice
 from manifold_lora.manifolds.linalg import (
     at_least_float32,
+    bounded,
     deviation,
     eye_like,
     inverse,
     matmul,
+    shortening,
     stacked,
     sym,
     times,
 )
 from manifold_lora.manifolds.manifold import Manifold
-from manifold_lora.manifolds.orthonormal import orthonormalise, polish
+from manifold_lora.manifolds.orthonormal import longest, orthonormalise, polish
 from manifold_lora.manifolds.stiefel import Stiefel
 
 Retraction = Literal["truncation", "orthographic"]
@@ -122,8 +124,12 @@ class FixedRank(Manifold):
         TPU pod: use "orthographic" in training steps. It accepts S = 0, where it
         returns the best rank r of the step, of rank 2r, and so is not a retraction.
         "orthographic" needs an invertible C, in float32 of condition number below about
-        1e3: steps of spectral norm below σ_min(S)/2 are safe, and it is accurate for
-        ‖UₚC⁻¹‖₂ up to 1e3.
+        1e3: steps of spectral norm below σ_min(S)/2 are safe.
+
+        U and V are orthonormal after every finite v, which is scaled by
+        min(1, 2³⁰/max |v|); in "orthographic" C⁻¹ is scaled for U, and for V, by
+        min(1, 512/β), β ≥ ‖UₚC⁻¹‖₂ as in `Stiefel.retract`, and is 0 where C is
+        singular.
 
         Args:
             x: point.
@@ -141,7 +147,7 @@ class FixedRank(Manifold):
         projection. Orthographic reads the tall factors of d twice; truncation makes
         one sequence of LAPACK calls for all points of one shape.
         """
-        points, vectors = [_wide(x) for x in xs], [_wide(d) for d in ds]
+        points, vectors = [_wide(x) for x in xs], [_bounded(d) for d in ds]
         if self.retraction == "orthographic":
             ys = _orthographic(points, vectors)
         else:
@@ -244,6 +250,12 @@ def _wide(x: Any) -> Triple:
     return u, s, v
 
 
+def _bounded(d: Any) -> Triple:
+    """The parts of a vector with finite squares, scaled together."""
+    u, s, v = bounded(*_wide(d))
+    return u, s, v
+
+
 def _like(x: Any, triple: Triple) -> dict[str, Array]:
     """A point or tangent in the dtypes of x."""
     return {
@@ -276,24 +288,27 @@ def _orthographic(xs: Sequence[Triple], ds: Sequence[Triple]) -> list[Triple]:
         x[1] + (d[1] + a + b.mT)
         for x, d, a, b in zip(xs, ds, ws[:k], ws[k:], strict=True)
     ]
-    # Nothing moves where d = 0, even if S is singular.
-    moved = [
-        jnp.any((a != 0) | (d[1] != 0) | (b != 0), axis=(-2, -1), keepdims=True)
-        for a, d, b in zip(grams[:k], ds, grams[k:], strict=True)
-    ]
-    qs = [
-        jnp.where(m | jnp.isfinite(q), q, 0)
-        for m, q in zip(moved, stacked(inverse, cs), strict=True)
-    ]
-    qs = qs + [q.mT for q in qs]
+    # Where C is singular U and V do not move.
+    qs = [jnp.where(jnp.isfinite(q), q, 0) for q in stacked(inverse, cs)]
+    qs = stacked(_shortened, grams, qs + [q.mT for q in qs])
     es = stacked(
         lambda g, w, q: sym(matmul(matmul(q.mT, g - matmul(w.mT, w)), q)), grams, ws, qs
     )
     shifts = stacked(lambda w, q: -matmul(w, q), ws, qs)
-    points, ts = orthonormalise("polar", tall, shifts, directions, qs, es)
+    points, ts = orthonormalise("polar", tall, shifts, directions, qs, es, grams)
     hs = stacked(lambda t: inverse(eye_like(t) + t), ts)
     ss = stacked(lambda h, c, k: matmul(matmul(h, c), k.mT), hs[:k], cs, hs[k:])
     return list(zip(points[:k], ss, points[k:], strict=True))
+
+
+def _shortened(gram: Array, q: Array) -> Array:
+    """Q, scaled so that ‖DQ‖₂ is at most the longest step; DᵀD = gram."""
+    size = jnp.max(jnp.abs(q), axis=(-2, -1), keepdims=True)
+    size = jnp.where(size > 0, size, 1)
+    unit = jnp.abs(q) / size  # the square of Q itself may overflow
+    most = longest(q.dtype) / size
+    # Larger than what rounding makes of |QᵀDᵀDQ|
+    return shortening(matmul(matmul(unit.mT, jnp.abs(gram)), unit), most) * q
 
 
 def _truncate(u: Array, s: Array, v: Array, du: Array, m: Array, dv: Array) -> Array:

@@ -6,7 +6,9 @@ need no all-gather. Two reasons for one helper: JAX multiplies float32 in TF32 o
 and in bfloat16 on TPU by default: a constraint violation of 2e-4 instead of 2e-7.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,32 @@ def at_least_float32(*arrays: Array) -> tuple[Array, ...]:
     """Promote to one common dtype of at least float32, for computing."""
     dtype = jnp.result_type(jnp.float32, *arrays)
     return tuple(a.astype(dtype) for a in arrays)
+
+
+# Largest entry of a vector that is worked with: its powers stay finite.
+LARGEST = 2.0**30
+
+
+def bounded(*parts: Array, axis: Any = (-2, -1)) -> tuple[Array, ...]:
+    """The parts of one vector, scaled together so that max |entry| ≤ 2³⁰.
+
+    So that the squares of any finite vector are finite. Exactly the vector itself
+    where no entry along the axes is larger. Infinite entries become NaN.
+    """
+    sizes = [jnp.max(jnp.abs(p), axis=axis, keepdims=True) for p in parts]
+    size = functools.reduce(jnp.maximum, sizes)
+    scale = jnp.where(size <= LARGEST, 1, LARGEST / jnp.maximum(size, LARGEST))
+    return tuple(p * scale.astype(p.dtype) for p in parts)
+
+
+def shortening(gram: Array, most: Any) -> Array:
+    """The factor that shortens D to ‖D‖₂ ≤ most, from G = DᵀD: shape (…, 1, 1).
+
+    min(1, most/β) with β² = max_i Σ_j |G_ij| ≥ ‖D‖₂²; exactly 1 where β ≤ most.
+    """
+    square = jnp.max(jnp.sum(jnp.abs(gram), -1, keepdims=True), -2, keepdims=True)
+    limit = most**2  # the root of a maximum: √ has no derivative at 0
+    return jnp.where(square <= limit, 1, most / jnp.sqrt(jnp.maximum(square, limit)))
 
 
 def stacked(kernel: Callable[..., Array], *lists: Sequence[Array]) -> list[Array]:
@@ -255,7 +283,8 @@ def expm(a: Array) -> Array:
         exp(A), of the shape of a; exactly I for A = 0.
     """
     degree, most = (16, 12) if a.dtype == jnp.float64 else (9, 12)
-    norm = jnp.linalg.norm(a, axis=(-2, -1), keepdims=True)
+    # The number of squarings is a constant, and ‖·‖ has no derivative at 0.
+    norm = jnp.linalg.norm(jax.lax.stop_gradient(a), axis=(-2, -1), keepdims=True)
     squarings = jnp.clip(jnp.ceil(jnp.log2(jnp.maximum(2 * norm, 1))), 0, most)
     a = a * jnp.exp2(-squarings)
     eye = eye_like(a)

@@ -5,6 +5,7 @@ each operation is for, and `stiefel.py` is the same with more algebra.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from manifold_lora.errors import check_choice
-from manifold_lora.manifolds.linalg import at_least_float32
+from manifold_lora.manifolds.linalg import at_least_float32, bounded
 from manifold_lora.manifolds.manifold import Manifold
 
 Retraction = Literal["normalise", "exp"]
@@ -67,13 +68,14 @@ class Oblique(Manifold):
         return self.project(x, g)
 
     def retract(self, x: Array, v: Array) -> Array:
-        """The point reached along v, accurate for columns of v of length up to 1e3.
+        """The point reached along v: a point for every finite v.
 
             normalise    yⱼ/‖yⱼ‖ of yⱼ = xⱼ + vⱼ
             exp          xⱼ cos‖vⱼ‖ + vⱼ sin‖vⱼ‖/‖vⱼ‖
 
         Drift of a column off its sphere is repaired wherever it moves; where
-        vⱼ = 0 it does not change at all.
+        vⱼ = 0 it does not change at all. A column with entries above 2³⁰ is scaled down
+        to that; the great circle has lost its angle to rounding long before.
 
         Args:
             x: point, (…, rows, r).
@@ -84,6 +86,7 @@ class Oblique(Manifold):
         """
         dtype = x.dtype
         x, v = at_least_float32(x, v)
+        (v,) = bounded(v, axis=-2)
         moved = jnp.any(v != 0, axis=-2, keepdims=True)
         if self.retraction == "normalise":
             y = x + v
@@ -91,7 +94,15 @@ class Oblique(Manifold):
             # √ has no derivative at 0, and sinc(θ/π) = sin θ/θ has all of them.
             theta = jnp.where(moved, jnp.sqrt(jnp.where(moved, _dot(v, v), 1)), 0)
             y = x * jnp.cos(theta) + v * jnp.sinc(theta / jnp.pi)
-        return (y / jnp.sqrt(jnp.where(moved, _dot(y, y), 1))).astype(dtype)
+        # The rounding of a long v may cancel x.
+        square = _dot(y, y)
+        lost = square == 0
+        size = jnp.sqrt(jnp.where(moved & ~lost, square, 1))
+        return (jnp.where(lost, x, y) / size).astype(dtype)
+
+    def step(self, xs: Sequence[Array], ds: Sequence[Array]) -> list[Array]:
+        """R(x, P_x(d)) of several points."""
+        return super().step(xs, [bounded(d, axis=-2)[0] for d in ds])
 
     def transport(self, x: Array, y: Array, v: Array) -> Array:
         """P_y(v), or by "exp" parallel transport along the shorter great circle.

@@ -1,19 +1,37 @@
 """Re-orthonormalisation of columns after a step, shared by the retractions."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
 
 from manifold_lora.manifolds.linalg import (
+    bounded,
     deviation,
     inverse_cholesky,
     inverse_root,
     matmul,
+    shortening,
     stacked,
     times,
 )
+
+# Beyond about these lengths of a step the Gram matrix of X + v, of condition number
+# 1 + ‖v‖₂², has no correct digit left for the shortest direction.
+_LONGEST = {"float32": 2.0**9, "float64": 2.0**12}
+
+
+def longest(dtype: Any) -> float:
+    """The largest ‖v‖₂ of a step in this dtype; longer ones are shortened to it."""
+    return _LONGEST[jnp.dtype(dtype).name]
+
+
+def shortened(d: Array) -> tuple[Array, Array, Array]:
+    """D with finite squares, its Gram matrix, and c of the step cD, ‖cD‖₂ ≤ longest."""
+    (d,) = bounded(d)
+    gram = matmul(d.mT, d)
+    return d, gram, shortening(gram, longest(d.dtype))
 
 
 def polish(e: Array) -> Array:
@@ -28,6 +46,7 @@ def orthonormalise(
     ds: Sequence[Array],
     qs: Sequence[Array],
     es: Sequence[Array],
+    grams: Sequence[Array],
 ) -> tuple[list[Array], list[Array]]:
     """X⁺ = Y T with orthonormal columns, for Y = X(I + C) + DQ for every list entry.
 
@@ -43,7 +62,8 @@ def orthonormalise(
         cs: (…, r, r).
         ds: vectors of the shape of the points.
         qs: (…, r, r).
-        es: (…, r, r); where E = 0 the point does not move at all.
+        es: (…, r, r).
+        grams: DᵀD, (…, r, r); where it is 0 the point does not move at all.
 
     Returns:
         The points X⁺ and the deviations T − I of the factors.
@@ -60,7 +80,7 @@ def orthonormalise(
         x + (times(x, c + f + matmul(c, f)) + times(d, q + matmul(q, f)))
         for x, c, d, q, f in zip(xs, cs, ds, qs, fs, strict=True)
     ]
-    moved = [jnp.any(e != 0, axis=(-2, -1), keepdims=True) for e in es]
+    moved = [jnp.any(g != 0, axis=(-2, -1), keepdims=True) for g in grams]
     rests = [jnp.where(m, deviation(y), 0) for m, y in zip(moved, ys, strict=True)]
     gs = stacked(second, rests)
     points = [y + times(y, g) for y, g in zip(ys, gs, strict=True)]

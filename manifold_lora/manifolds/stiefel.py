@@ -12,6 +12,7 @@ from manifold_lora.errors import InputError, check_choice
 from manifold_lora.manifolds import transports
 from manifold_lora.manifolds.linalg import (
     at_least_float32,
+    bounded,
     deviation,
     expm,
     eye_like,
@@ -19,15 +20,24 @@ from manifold_lora.manifolds.linalg import (
     inverse_cholesky,
     inverse_root,
     matmul,
+    shortening,
     sym,
     times,
 )
 from manifold_lora.manifolds.manifold import Manifold
-from manifold_lora.manifolds.orthonormal import orthonormalise, polish
+from manifold_lora.manifolds.orthonormal import (
+    longest,
+    orthonormalise,
+    polish,
+    shortened,
+)
 
 Retraction = Literal["polar", "qr", "cayley", "exp"]
 Metric = Literal["canonical", "euclidean"]
 VectorTransport = Literal["projection", "differentiated"]
+
+# Of "exp": in float32 the exponential has lost its digits at some thousand radians.
+_LONGEST_ANGLE = 1536.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +115,7 @@ class Stiefel(Manifold):
         return (g - times(x, matmul(g.mT, x))).astype(dtype)
 
     def retract(self, x: Array, v: Array) -> Array:
-        """The point reached along v, accurate for ‖v‖₂ from 0 to 1e3.
+        """The point reached along v: a point for every finite v.
 
             polar    Y (YᵀY)^(−½) of Y = X + v
             qr       Y R⁻¹ of Y = X + v = QR, R upper with positive diagonal
@@ -114,9 +124,15 @@ class Stiefel(Manifold):
 
         with A = Xᵀv and N = v⊥ᵀv⊥ of v⊥ = v − XA. A small step is as accurate as
         the sum x + u itself, and drift of X off the manifold is repaired, except
-        for v = 0: R(X, 0) = X exactly. Orthonormal to 1e-6 in float32 at any size;
-        the distance to the exact point is below 1e-6 up to ‖v‖₂ = 10 for polar, QR and
-        Cayley (exp: 1e-5), and for polar 5e-5 at 100 and 1e-3 at 1e3.
+        for v = 0: R(X, 0) = X exactly. The distance to the exact point is below 1e-6 in
+        float32 up to ‖v‖₂ = 10 for polar, QR and Cayley (exp: 1e-5), and for polar
+        5e-5 at 100.
+
+        Where float32 ends v is shortened, in its direction: scaled by min(1, c/β,
+        2³⁰/max |v|), where β² = max_i Σ_j |vᵀv|_ij bounds ‖v‖₂ ≤ β ≤ r^½ ‖v‖₂, and
+        c = 512 (4096 in float64), or 1536 radians for "exp". Shorter steps are not
+        touched. As v grows polar, QR and Cayley tend to a limit, from which c = 512
+        is some 1/c away.
 
         Args:
             x: point, (…, rows, r).
@@ -128,10 +144,12 @@ class Stiefel(Manifold):
         dtype = x.dtype
         x, v = at_least_float32(x, v)
         if self.retraction == "polar" or self.retraction == "qr":
-            e = 2 * sym(matmul(x.mT, v)) + matmul(v.mT, v)
-            zero, eye = jnp.zeros_like(e), eye_like(e)
-            kernel = self.retraction
-            (y,), _ = orthonormalise(kernel, [x], [zero], [v], [eye], [e])
+            v, gram, c = shortened(v)
+            e = c * (2 * sym(matmul(x.mT, v))) + c**2 * gram
+            zero, scale = jnp.zeros_like(e), c * eye_like(e)
+            (y,), _ = orthonormalise(
+                self.retraction, [x], [zero], [v], [scale], [e], [gram]
+            )
         else:
             u = self._cayley(x, v) if self.retraction == "cayley" else self._exp(x, v)
             y = x + u
@@ -140,29 +158,40 @@ class Stiefel(Manifold):
         return y.astype(dtype)
 
     def _cayley(self, x: Array, v: Array) -> Array:
+        (v,) = bounded(v)
         a = matmul(x.mT, v)
         normal = v - times(x, a)
         n = matmul(normal.mT, normal)
+        c = shortening(matmul(a.mT, a) + n, longest(x.dtype))
+        a, n = c * a, c**2 * n
         b = inverse(eye_like(a) - a / 2 + n / 4)
-        return times(v, b) - times(x, matmul(n, b) / 2)
+        return times(v, c * b) - times(x, matmul(n, b) / 2)
 
     def _exp(self, x: Array, v: Array) -> Array:
-        """X⁺ − X; scaling the lower blocks by τ = ‖·‖^½ balances the norms."""
+        """X⁺ − X; scaling the lower blocks by τ = ‖·‖^½ balances the norms.
+
+        The result does not depend on τ, which is therefore a constant: its own
+        derivative is infinite at v = 0.
+        """
+        (v,) = bounded(v)
         a = matmul(x.mT, v)
         eye = eye_like(a)
-        if self.metric == "canonical":  # [X v⊥] exp([[A, −N], [I, 0]]) [I; 0]
-            w = v - times(x, a)
+        canonical = self.metric == "canonical"
+        w = v - times(x, a) if canonical else v
+        n = matmul(w.mT, w)
+        c = shortening(matmul(a.mT, a) + n if canonical else n, _LONGEST_ANGLE)
+        a, n = c * a, c**2 * n
+        if canonical:  # [X v⊥] exp([[A, −N], [I, 0]]) [I; 0]
             last, turn = jnp.zeros_like(a), eye
         else:  # [X v] exp([[A, −vᵀv], [I, A]]) [I; 0] exp(−A)
-            w = v
             last, turn = a, expm(-a)
-        n = matmul(w.mT, w)
-        tau = jnp.sqrt(jnp.linalg.norm(n, axis=(-2, -1), keepdims=True))
+        size = jnp.linalg.norm(jax.lax.stop_gradient(n), axis=(-2, -1), keepdims=True)
+        tau = jnp.sqrt(size)
         tau = jnp.where(tau > 0, tau, 1)
         e = expm(jnp.block([[a, -n / tau], [tau * eye, last]]))
         r = a.shape[-1]
         upper, lower = matmul(e[..., :r, :r], turn), matmul(e[..., r:, :r], turn)
-        return times(x, upper - eye) + times(w, lower / tau)
+        return times(x, upper - eye) + times(w, c * (lower / tau))
 
     def step(self, xs: Sequence[Array], ds: Sequence[Array]) -> list[Array]:
         """R(x, P_x(d)) of several points: reads d twice, all else is r×r.
@@ -171,24 +200,23 @@ class Stiefel(Manifold):
         Y = X(I − Z) + d has the Gram matrix I + dᵀd − 2 sym(ZW) + Z².
         """
         if self.retraction not in ("polar", "qr"):
-            return super().step(xs, ds)
+            bounds = [bounded(*at_least_float32(d))[0] for d in ds]
+            grams = [matmul(d.mT, d) for d in bounds]
+            cs = [shortening(g, _LONGEST_ANGLE) for g in grams]
+            return super().step(xs, [c * d for c, d in zip(cs, bounds, strict=True)])
         dtypes = [x.dtype for x in xs]
         pairs = [at_least_float32(x, d) for x, d in zip(xs, ds, strict=True)]
-        ws = [matmul(x.mT, d) for x, d in pairs]
+        wide = [x for x, _ in pairs]
+        ds, grams, cs = zip(*(shortened(d) for _, d in pairs), strict=True)
+        ws = [c * matmul(x.mT, d) for x, d, c in zip(wide, ds, cs, strict=True)]
         zs = [sym(w) for w in ws]
         es = [
-            matmul(d.mT, d) - 2 * sym(matmul(z, w)) + matmul(z, z)
-            for (_, d), z, w in zip(pairs, zs, ws, strict=True)
+            c**2 * g - 2 * sym(matmul(z, w)) + matmul(z, z)
+            for g, c, z, w in zip(grams, cs, zs, ws, strict=True)
         ]
-        eyes = [eye_like(z) for z in zs]
-        points, _ = orthonormalise(
-            self.retraction,
-            [x for x, _ in pairs],
-            [-z for z in zs],
-            [d for _, d in pairs],
-            eyes,
-            es,
-        )
+        scales = [c * eye_like(z) for c, z in zip(cs, zs, strict=True)]
+        shifts = [-z for z in zs]
+        points, _ = orthonormalise(self.retraction, wide, shifts, ds, scales, es, grams)
         return [y.astype(dtype) for y, dtype in zip(points, dtypes, strict=True)]
 
     def transport(self, x: Array, y: Array, v: Array) -> Array:

@@ -12,11 +12,15 @@ from jax import Array
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Euclidean, Manifold, Oblique, Stiefel
 from manifold_lora.manifolds.linalg import matmul, stacked
-from manifold_lora.optimizers.riemannian import cast_like, promoted
+from manifold_lora.optimizers.checks import checked
+from manifold_lora.optimizers.riemannian import (
+    cast_like,
+    finite_squares,
+    promoted,
+)
 from manifold_lora.optimizers.tree import (
     Manifolds,
     check_points,
-    check_update,
     is_manifold,
     map_points,
     map_together,
@@ -110,11 +114,12 @@ def landing(
         attraction = 1 / 3 if simultaneous else 1 / 2
     check_attraction("landing", attraction)
     check_positive("landing", "max_step", max_step)
-    return optax.chain(
+    tx = optax.chain(
         projected("landing", manifolds),
         inner,
         land(manifolds, attraction, simultaneous=simultaneous, max_step=max_step),
     )
+    return checked("landing", tx, manifolds)
 
 
 def check_attraction(owner: str, attraction: Any) -> None:
@@ -137,14 +142,13 @@ def projected(owner: str, manifolds: Manifolds) -> optax.GradientTransformation:
     """Every gradient G − X sym(XᵀG), for points near their manifolds."""
 
     def project(manifold: Manifold, x: Any, g: Any) -> Any:
-        return cast_like(g, manifold.project(x, g))
+        return cast_like(g, manifold.project(x, finite_squares(manifold, g)))
 
     def init(params: optax.Params) -> optax.EmptyState:
         _check(owner, resolve(manifolds, params), params)
         return optax.EmptyState()
 
     def update(updates, state, params=None):
-        check_update(owner, updates, params)
         tree = resolve(manifolds, params)
         return map_points(project, tree, params, updates), state
 
@@ -195,6 +199,7 @@ def _land(
     if isinstance(manifold, Euclidean):
         return ds
     olds, xs = xs, [promoted(x) for x in xs]
+    ds = [finite_squares(manifold, d) for d in ds]
     vs = [manifold.project(x, d) for x, d in zip(xs, ds, strict=True)]
     if max_step is not None:
         sizes = _sizes(manifold, vs)

@@ -11,6 +11,7 @@ from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 from manifold_lora.errors import InputError, check_choice
 from manifold_lora.manifolds import Euclidean
+from manifold_lora.optimizers.checks import check_hyperparameters, checked
 from manifold_lora.optimizers.landing import (
     check_attraction,
     check_positive,
@@ -113,6 +114,15 @@ def landing_adamw(
         >>> tx = ml.landing_adamw(2e-4, manifolds, weight_decay=0.01)
         >>> state = tx.init(params)
     """
+    check_hyperparameters(
+        "landing_adamw",
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        inner=inner,
+    )
     check_choice("landing_adamw", "norm_rule", norm_rule, NormRule)
     if isinstance(lower, int | float) and isinstance(upper, int | float):
         if not 0 < lower <= upper:
@@ -134,12 +144,13 @@ def landing_adamw(
     def adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
         return optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=free)
 
-    return optax.chain(
+    tx = optax.chain(
         projected("landing_adamw", manifolds),
         (inner or adamw)(learning_rate),
         _balanced(manifolds, norm_rule, lower, upper),
         land(manifolds, mu, simultaneous=False, max_step=max_step),
     )
+    return checked("landing_adamw", tx, manifolds)
 
 
 def _attraction_of_penalty(weight: Any, rate: optax.ScalarOrSchedule) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 import optax
 
 from manifold_lora.errors import InputError
+from manifold_lora.optimizers.checks import check_hyperparameters, checked
 from manifold_lora.optimizers.factor_tree import Factor, factor_tree
-from manifold_lora.optimizers.tree import check_update
 
 
 def lora_plus(
@@ -68,6 +68,15 @@ def lora_plus(
         >>> tx = ml.lora_plus(1e-4, ml.NNX_LORA)
         >>> updates, _ = tx.update(params, tx.init(params), params)
     """
+    check_hyperparameters(
+        "lora_plus",
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        inner=inner,
+    )
     if isinstance(ratio, int | float) and not ratio > 0:
         raise InputError(
             f"lora_plus needs a ratio above 0, got {ratio}. The paper's is 16; "
@@ -88,8 +97,7 @@ def lora_plus(
         return (ratio * u).astype(u.dtype) if factor.dims.side == "b" else u
 
     def update(updates, state, params=None, **extra_args):
-        check_update("lora_plus", updates, params)
         updates, state = optimizer.update(updates, state, params, **extra_args)
         return factors.map(scaled, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked("lora_plus", optax.GradientTransformationExtraArgs(init, update))

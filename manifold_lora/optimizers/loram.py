@@ -10,6 +10,7 @@ from jax import Array
 
 from manifold_lora.errors import InputError, check_choice
 from manifold_lora.manifolds import BoundedRank, Euclidean, Manifold
+from manifold_lora.optimizers.checks import check_hyperparameters
 from manifold_lora.optimizers.riemannian import promoted, riemannian
 from manifold_lora.optimizers.tree import Manifolds, is_manifold, map_points, resolve
 
@@ -79,6 +80,14 @@ def loram(
         >>> tx = ml.loram(1e-4, {"layer": manifold}, nuclear_decay=1e-3)
         >>> state = tx.init({"layer": x})
     """
+    check_hyperparameters(
+        "loram",
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
     check_choice("loram", "second_moment", second_moment, SecondMoment)
     if isinstance(nuclear_decay, float | int) and nuclear_decay < 0:
         raise InputError(f"loram needs nuclear_decay ≥ 0, got {nuclear_decay}.")
@@ -163,8 +172,10 @@ def _shrink(
     def init(params: optax.Params) -> optax.ScaleByScheduleState:
         tree = resolve(manifolds, params)
         kinds = jax.tree.leaves(tree, is_leaf=is_manifold)
-        if jax.tree.leaves(params) and not any(
-            isinstance(m, BoundedRank) for m in kinds
+        if (
+            isinstance(threshold, float | int)
+            and jax.tree.leaves(params)
+            and not any(isinstance(m, BoundedRank) for m in kinds)
         ):
             raise InputError(
                 "nuclear_decay needs a point on BoundedRank, got "

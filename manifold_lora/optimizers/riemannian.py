@@ -9,12 +9,12 @@ import optax
 
 from manifold_lora.errors import InputError, check_choice
 from manifold_lora.manifolds import Euclidean, Manifold
-from manifold_lora.manifolds.linalg import at_least_float32
+from manifold_lora.manifolds.linalg import at_least_float32, bounded
 from manifold_lora.optimizers import moments
+from manifold_lora.optimizers.checks import checked
 from manifold_lora.optimizers.tree import (
     Manifolds,
     check_points,
-    check_update,
     map_points,
     map_together,
     resolve,
@@ -69,12 +69,18 @@ def riemannian(
 
     Returns:
         A transformation whose `update` needs `params`, with updates in the dtype of
-        the parameters. Geometry is computed in at least float32.
+        the parameters. Geometry is computed in at least float32, and any finite
+        step stays on the manifold: gradients and displacements are shortened where
+        float32 ends, see the `retract` of each manifold. `optax.inject_hyperparams`
+        works with trees of manifolds; it takes every function for a schedule, so that
+        functions, such as one that makes the tree, must be named in its `static_args`.
 
     Raises:
         InputError: for an unknown `gradient`; at `init`, for a tree that does not
-            fit, a point of impossible shape, or one that is not on its manifold,
-            and for `transport` where the inner state has no first moment.
+            fit, a point of impossible shape or that is not of real floating-point
+            numbers, or one that is not on its manifold, and for `transport` where the
+            inner state has no first moment; at `update`, for gradients of other shapes
+            and for a state of other parameters.
 
     References:
         Absil, Mahony & Sepulchre, "Optimization Algorithms on Matrix Manifolds",
@@ -99,7 +105,6 @@ def riemannian(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> optax.OptState:
-        check_points(resolve(manifolds, params), params)
         state = inner.init(params)
         if transport and jax.tree.leaves(params) and not moments.has_any(state):
             raise InputError(
@@ -110,7 +115,6 @@ def riemannian(
         return state
 
     def update(updates, state, params=None, **extra_args):
-        check_update("riemannian", updates, params)
         tree = resolve(manifolds, params)
         if gradient == "riemannian":
             updates = map_points(_gradient, tree, params, updates)
@@ -126,11 +130,25 @@ def riemannian(
             state = moments.replace(transport_all, state)
         return updates, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    tx = optax.GradientTransformationExtraArgs(init, update)
+    return checked(
+        "riemannian",
+        tx,
+        manifolds,
+        lambda params: check_points(resolve(manifolds, params), params),
+    )
 
 
 def _gradient(manifold: Manifold, x: Any, g: Any) -> Any:
-    return cast_like(g, manifold.riemannian_gradient(x, g))
+    return cast_like(g, manifold.riemannian_gradient(x, finite_squares(manifold, g)))
+
+
+def finite_squares(manifold: Manifold, g: Any) -> Any:
+    """The gradient by a point, shortened where its products would overflow."""
+    if isinstance(manifold, Euclidean):
+        return g
+    leaves, structure = jax.tree.flatten(promoted(g))
+    return structure.unflatten(bounded(*leaves))
 
 
 def _scaled(update_scale: Callable[[Any], Any], manifold: Manifold, x: Any, d: Any):

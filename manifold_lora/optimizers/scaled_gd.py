@@ -14,8 +14,8 @@ from manifold_lora.manifolds.linalg import (
     stacked,
     times,
 )
+from manifold_lora.optimizers.checks import check_hyperparameters, checked
 from manifold_lora.optimizers.factor_tree import Factor, FactorTree, factor_tree
-from manifold_lora.optimizers.tree import check_update
 
 
 def scaled_gd(
@@ -78,6 +78,15 @@ def scaled_gd(
         >>> state = tx.init(params)
         >>> updates, state = tx.update(params, state, params)
     """
+    check_hyperparameters(
+        "scaled_gd",
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        inner=inner,
+    )
     if isinstance(damping, int | float) and not damping > 0:
         raise InputError(
             f"scaled_gd needs a damping above 0, got {damping}: BᵀB is singular where "
@@ -95,11 +104,10 @@ def scaled_gd(
         return optimizer.init(params)
 
     def update(updates, state, params=None, **extra_args):
-        check_update("scaled_gd", updates, params)
         updates = _preconditioned(updates, params, factors, damping)
         return optimizer.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return checked("scaled_gd", optax.GradientTransformationExtraArgs(init, update))
 
 
 def _preconditioned(

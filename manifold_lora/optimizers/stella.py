@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from manifold_lora.optimizers.checks import check_hyperparameters
 from manifold_lora.optimizers.riemannian import riemannian
 from manifold_lora.optimizers.tree import Manifolds
 
@@ -70,6 +71,15 @@ def stella(
         ... )
         >>> state = tx.init(params)
     """
+    check_hyperparameters(
+        "stella",
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        inner=inner,
+    )
 
     def adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
         return optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from manifold_lora.manifolds import Euclidean
+from manifold_lora.optimizers.checks import check_hyperparameters
 from manifold_lora.optimizers.riemannian import riemannian
 from manifold_lora.optimizers.tree import Manifolds, is_manifold, resolve
 
@@ -68,6 +69,16 @@ def stiefel_lora(
         ... )
         >>> state = tx.init(params)
     """
+    check_hyperparameters(
+        "stiefel_lora",
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        free_learning_rate=free_learning_rate,
+        inner=inner,
+    )
 
     def adamw(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
         return optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay)

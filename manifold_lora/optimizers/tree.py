@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.tree_util import (
@@ -79,24 +80,6 @@ def flatten_prefix(
             f"  parameters: {jax.tree.structure(params)}\n  {error}"
         ) from error
     return entries
-
-
-def check_update(owner: str, updates: Any, params: Any) -> None:
-    """Raise unless there are parameters and the gradients have their structure."""
-    if params is None:
-        raise ValueError(
-            f"{owner} needs the parameters: call update(grads, state, params)."
-        )
-    try:
-        jax.tree.map(lambda *_: None, params, updates)
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{owner} got gradients and parameters of different structures.\n"
-            f"  gradients:  {jax.tree.structure(updates)}\n"
-            f"  parameters: {jax.tree.structure(params)}\n"
-            "Give both in the same containers. nnx.to_pure_dict turns the nnx.State "
-            "of nnx.grad into the nested dict that ml.factors returns."
-        ) from error
 
 
 def map_points(f: Callable[..., Any], manifolds: Any, params: Any, *rest: Any) -> Any:
@@ -194,7 +177,15 @@ def _problem(manifold: Any, x: Any, within: float) -> str | None:
         manifold.check_shape(shape)
     except InputError as error:
         return str(error)
-    if isinstance(manifold, Euclidean) or not all(map(_is_concrete, leaves)):
+    if isinstance(manifold, Euclidean):
+        return None
+    for leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return (
+                f"{manifold} needs real floating-point numbers, got {leaf.dtype.name}. "
+                "Convert the parameter with .astype(jnp.float32)."
+            )
+    if not all(map(_is_concrete, leaves)):
         return None
     with jax.ensure_compile_time_eval():  # x may be a constant under jit
         violation = float(manifold.residual(x).max(initial=0))

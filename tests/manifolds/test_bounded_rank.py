@@ -153,8 +153,9 @@ def law_retraction(manifold, x, v):
         gram = reference.t(xs["a"]) @ xs["a"]
         metric = 2 * manifold.alpha * np.eye(gram.shape[-1]) + gram
         c = reference.t(vs["a"]) @ xs["a"] @ np.linalg.inv(metric)
-        far = np.linalg.norm(vs["v"] @ c, axis=(-2, -1), keepdims=True)
-        bend = np.eye(c.shape[-1]) - c / np.maximum(far / 1e3, 1)
+        size, gram = np.abs(c), np.abs(reference.t(vs["v"]) @ vs["v"])
+        far = np.sqrt(np.sum(size * (gram @ size), axis=(-2, -1), keepdims=True))
+        bend = np.eye(c.shape[-1]) - c / np.maximum(far / 2**11, 1)
     q, _ = np.linalg.qr(xs["v"] + vs["v"] @ bend)
     moved = reference.dense(xs)[0] + reference.dense_tangent(xs, vs)[0]
     close(p, eye - q @ reference.t(q), scale=100)

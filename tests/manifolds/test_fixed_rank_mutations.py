@@ -21,8 +21,8 @@ from tests.manifolds.reference_fixed_rank import dense, dense_tangent
 
 
 def transposed_inverse(original):
-    def mutated(kernel, xs, cs, ds, qs, es):
-        return original(kernel, xs, cs, ds, [qs[0], qs[1].mT], es)
+    def mutated(kernel, xs, cs, ds, qs, es, grams):
+        return original(kernel, xs, cs, ds, [qs[0], qs[1].mT], es, grams)
 
     return mutated
 
