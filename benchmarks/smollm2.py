@@ -31,7 +31,7 @@ def run(method: str, options: argparse.Namespace, out: Path) -> dict:
 
 def main() -> None:
     """Run the methods and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--methods", nargs="+", default=["stiefel", "stella", "lora"])

@@ -1,5 +1,6 @@
 """Output on terminals that lack characters, width or a reader."""
 
+import contextlib
 import io
 import os
 import sys
@@ -111,10 +112,10 @@ def test_output_that_nobody_can_read_is_dropped(kind):
         os.close(reader)
         out = os.fdopen(writer, "w")
     else:
-        out = None if kind == "none" else stream("utf-8")
+        out = stream("utf-8")
     if kind == "file":
         out.close()
-    safe = SafeStream(out)
+    safe = SafeStream(None if kind == "none" else out)
     for _ in range(2):
         assert safe.write("text") == 4
         safe.flush()
@@ -132,11 +133,14 @@ def test_a_command_without_stdout(monkeypatch):
 
 
 def test_a_full_disk_is_reported_once(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    full = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", full)
     monkeypatch.setattr(sys, "stderr", err := stream("utf-8"))
     with safe_terminal():
         for _ in range(3):
             print("text", flush=True)
+    with contextlib.suppress(OSError):  # it flushes what is left
+        full.close()
     assert content(err) == (
         "manifold-lora: stdout could not be written (No space left on device); "
         "files are not affected.\n"

@@ -6,7 +6,9 @@ settings are `UNSET` until the command's configuration fills them in.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from manifold_lora.distributed.launch import launch_problems
 from manifold_lora.settings import (

@@ -110,7 +110,7 @@ def all_devices() -> Any:
         # JAX asserts without a message where a platform has no plugin.
         lines = str(error).removeprefix("Unable to initialize backend ").splitlines()
         reason = f" JAX reports: {lines[0]}." if lines else ""
-        platforms = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+        platforms = os.environ.get("JAX_PLATFORMS") or jax.config.read("jax_platforms")
         if not platforms:
             raise InputError(f"JAX finds no device to run on.{reason}") from error
         package = _PACKAGES.get(platforms.partition(",")[0])

@@ -5,7 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from manifold_lora.errors import InputError, nearest
+from manifold_lora.errors import InputError, nearest, shortened
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def unknown_slice(text: str, why: str) -> InputError:
     generation = text.partition(":")[0]
     known = [f"{generation}:{sizes}" for sizes in CHIPS[generation].slices]
     return InputError(
-        f"--topology {text}: no such slice ({why}). Known: {', '.join(known)}."
+        f"--topology {shortened(text)}: no such slice ({shortened(str(why))}). "
+        f"Known: {', '.join(known)}."
     )
 
 

@@ -60,7 +60,7 @@ def test_chats_are_those_of_the_template(records):
     assert report.kept == len(chosen) == len(examples)
     for record, example in zip(chosen, examples, strict=True):
         messages = [{"role": t.role, "content": t.text} for t in record.turns]
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
         ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         assert example.input_ids.tolist() == ids
         trained = tokenizer.decode(example.input_ids[example.loss_mask])
@@ -69,16 +69,16 @@ def test_chats_are_those_of_the_template(records):
 
 @pytest.mark.parametrize("method", METHODS[:1])
 def test_training_learns(method, records, tmp_path):
-    """60 steps of 4 x 256 tokens; `benchmarks/smollm2.py` runs the other methods."""
+    """15 steps of 4 x 256 tokens; `benchmarks/smollm2.py` takes 60, by all methods."""
     options = {
         "--model": smollm2.directory(),
         "--data": records,
         "--method": method,
         "--batch-size": 4,
         "--sequence-length": 256,
-        "--steps": 60,
-        "--eval-examples": 100,
-        "--eval-every": 60,
+        "--steps": 15,
+        "--eval-examples": 40,
+        "--eval-every": 15,
         "--out": tmp_path / "run",
     }
     arguments = [str(x) for pair in options.items() for x in pair] + ["--packing"]
@@ -88,5 +88,5 @@ def test_training_learns(method, records, tmp_path):
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["loss_before"] > 1.5
-    assert summary["loss_after"] < 0.18
+    assert summary["loss_after"] < 0.5
     assert summary["largest_residual"] < 1e-6
