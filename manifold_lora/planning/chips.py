@@ -80,12 +80,14 @@ def read_topology(text: str) -> Topology:
     generation, _, sizes = text.partition(":")
     if generation not in CHIPS:
         raise InputError(
-            f"--topology {text}: unknown generation {generation!r}. "
+            f"--topology {shortened(text)}: unknown generation. "
             f"{nearest(generation, CHIPS)} Write it as in v5p:8x8x8."
         )
     chip = CHIPS[generation]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{chip.dimensions - 1}}}", sizes):
-        raise unknown_slice(text, f"it needs {chip.dimensions} sizes, got {sizes!r}")
+        raise unknown_slice(
+            text, f"it needs {chip.dimensions} sizes, got {shortened(sizes)!r}"
+        )
     return Topology(generation, tuple(int(size) for size in sizes.split("x")))
 
 

@@ -34,7 +34,7 @@ any_input = settings(
     database=None,
     deadline=None,
     max_examples=150,
-    suppress_health_check=[*HealthCheck],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 texts = st.one_of(
     st.text(max_size=12),
