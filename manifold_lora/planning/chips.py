@@ -81,7 +81,8 @@ def read_topology(text: str) -> Topology:
     if generation not in CHIPS:
         raise InputError(
             f"--topology {shortened(text)}: unknown generation "
-            f"{shortened(generation)!r}. {nearest(generation, CHIPS)} Write it as in v5p:8x8x8."
+            f"{shortened(generation)!r}. {nearest(generation, CHIPS)} Write it as in "
+            "v5p:8x8x8."
         )
     chip = CHIPS[generation]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{chip.dimensions - 1}}}", sizes):
