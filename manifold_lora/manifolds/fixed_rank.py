@@ -28,6 +28,9 @@ from manifold_lora.manifolds.stiefel import Stiefel
 Retraction = Literal["truncation", "orthographic"]
 Triple = tuple[Array, Array, Array]
 
+# Of C, ‖C‖‖C⁻¹‖ in the Frobenius norm; retraction is accurate to some 1e3.
+_WORST_CONDITION = 2000.0
+
 
 @dataclasses.dataclass(frozen=True)
 class FixedRank(Manifold):
@@ -290,7 +293,7 @@ def _orthographic(xs: Sequence[Triple], ds: Sequence[Triple]) -> list[Triple]:
     ]
     # Where C is singular U and V do not move.
     qs = [jnp.where(jnp.isfinite(q), q, 0) for q in stacked(inverse, cs)]
-    qs = stacked(_shortened, grams, qs + [q.mT for q in qs])
+    qs = stacked(_shortened, grams, qs + [q.mT for q in qs], cs + [c.mT for c in cs])
     es = stacked(
         lambda g, w, q: sym(matmul(matmul(q.mT, g - matmul(w.mT, w)), q)), grams, ws, qs
     )
@@ -301,14 +304,19 @@ def _orthographic(xs: Sequence[Triple], ds: Sequence[Triple]) -> list[Triple]:
     return list(zip(points[:k], ss, points[k:], strict=True))
 
 
-def _shortened(gram: Array, q: Array) -> Array:
-    """Q, scaled so that ‖DQ‖₂ is at most the longest step; DᵀD = gram."""
+def _shortened(gram: Array, q: Array, c: Array) -> Array:
+    """Q = C⁻¹, scaled so that ‖DQ‖₂ is at most the longest step; DᵀD = gram.
+
+    Where C is singular to rounding so is QᵀDᵀDQ, which is then bounded by |Q|ᵀ|DᵀD||Q|.
+    """
     size = jnp.max(jnp.abs(q), axis=(-2, -1), keepdims=True)
     size = jnp.where(size > 0, size, 1)
-    unit = jnp.abs(q) / size  # the square of Q itself may overflow
+    unit = q / size  # the square of Q itself may overflow
+    norms = [jnp.sqrt(jnp.sum(m**2, (-2, -1), keepdims=True)) for m in (unit, c)]
+    singular = norms[0] * size * norms[1] > _WORST_CONDITION
+    unit, gram = (jnp.where(singular, jnp.abs(m), m) for m in (unit, gram))
     most = longest(q.dtype) / size
-    # Larger than what rounding makes of |QᵀDᵀDQ|
-    return shortening(matmul(matmul(unit.mT, jnp.abs(gram)), unit), most) * q
+    return shortening(matmul(matmul(unit.mT, gram), unit), most) * q
 
 
 def _truncate(u: Array, s: Array, v: Array, du: Array, m: Array, dv: Array) -> Array:
