@@ -28,7 +28,7 @@ def split_held_out(config: TrainConfig, data: Data) -> Splits:
     Raises:
         InputError: there are too few records.
     """
-    seed = 0  # whatever the seed of the runs: the parts of two comparisons are equal
+    seed = config.data.split_seed
     if config.data.eval_path is None:
         count = len(_by_record(data.held_out)) // 2
         if count == 0:

@@ -122,18 +122,6 @@ def evaluation_batches(
     return _unpacked(answers, numbers, batch_size, (sequence_length,), rows)
 
 
-def padded_length(examples: Sequence[Example], sequence_length: int) -> int:
-    """The smallest multiple of 8 that fits every example, at most `sequence_length`.
-
-    Use it as the `sequence_length` of unpacked batches, to minimise padding.
-
-    >>> padded_length([Example(np.zeros(9, np.int32), np.zeros(9, np.bool_))], 512)
-    16
-    """
-    longest = max(len(example.input_ids) for example in examples)
-    return min(-(-longest // 8) * 8, sequence_length)
-
-
 def bucket_lengths(
     examples: Sequence[Example], batch_size: int, sequence_length: int
 ) -> tuple[int, ...]:

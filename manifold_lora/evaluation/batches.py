@@ -6,12 +6,10 @@ from typing import Any
 
 import jax
 
-from manifold_lora.data.batches import evaluation_batches, padded_length
+from manifold_lora.data.batches import bucket_lengths, evaluation_batches
 from manifold_lora.data.tokens import Example
 from manifold_lora.distributed.arrays import BatchSharder
 from manifold_lora.distributed.mesh import group_count
-
-LENGTHS = 3  # of rows, each compiled once: the longest, half of it and a quarter
 
 
 class HeldOutBatches:
@@ -41,8 +39,7 @@ class HeldOutBatches:
     """
 
     def __init__(self, examples: Sequence[Example], tokens: int, sequence_length: int):
-        longest = padded_length(examples, sequence_length) if examples else 0
-        lengths = [min(-(-longest // (8 * 2**n)) * 8, longest) for n in range(LENGTHS)]
+        lengths = bucket_lengths(examples, 1, sequence_length) if examples else ()
         mesh = jax.sharding.get_mesh()
         groups = group_count(mesh.shape)
         most = -(-len(examples) // groups)  # rows of a group that can be filled
@@ -54,7 +51,7 @@ class HeldOutBatches:
         batches: list[tuple[int, list[Example]]] = []
         while ordered:
             fitting = (n for n in lengths if n >= len(ordered[0].input_ids))
-            length = min(fitting, default=longest)
+            length = next(fitting, sequence_length)
             batches.append((length, ordered[: rows(length)]))
             ordered = ordered[rows(length) :]
         self._parts = []

@@ -201,6 +201,11 @@ def test_the_test_part_is_eval_data_where_it_is_given(settings, tmp_path):
     assert len(first.test) == 7 and first.data.held_out is first.test
     for one, other in zip(first.validation, second.validation, strict=True):
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
+    third = splits_of(settings | {"eval_data": path, "split_seed": 1})
+    assert len(third.validation) == 4
+    assert {e.input_ids.tobytes() for e in third.validation} != {
+        e.input_ids.tobytes() for e in first.validation
+    }
 
 
 def test_rows_of_one_text_are_in_one_part(settings):

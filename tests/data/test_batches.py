@@ -12,7 +12,6 @@ from manifold_lora.data.batches import (
     batches,
     bucket_lengths,
     evaluation_batches,
-    padded_length,
     unpacked_fill,
 )
 from manifold_lora.data.tokens import Example
@@ -205,16 +204,6 @@ def test_evaluation_has_every_example_once_in_order(count: int) -> None:
     assert segments(data, batch_size=4) == keys(examples)
     for batch in data:
         assert batch["segment_ids"].max() == 1
-
-
-@pytest.mark.parametrize(
-    ("longest", "sequence_length", "expected"),
-    [(1, 512, 8), (8, 512, 8), (9, 512, 16), (15, 15, 15), (10, 12, 12)],
-)
-def test_padded_length(longest: int, sequence_length: int, expected: int) -> None:
-    sizes = (1, longest)
-    examples = [Example(np.zeros(n, np.int32), np.zeros(n, np.bool_)) for n in sizes]
-    assert padded_length(examples, sequence_length) == expected
 
 
 @pytest.mark.parametrize(

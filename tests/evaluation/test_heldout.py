@@ -138,7 +138,8 @@ def test_batches_have_every_example_once_in_few_shapes():
     batches = list(HeldOutBatches(examples, tokens=416, sequence_length=512))
     shapes = [batch["input_ids"].shape for batch in batches]
     assert shapes == sorted(shapes, key=lambda shape: -shape[1])
-    assert set(shapes) == {(4, 104), (7, 56), (13, 32)}  # of 416 tokens at most
+    assert 1 < len(set(shapes)) <= 4
+    assert all(rows == 416 // length for rows, length in shapes)
     rows = [row[row > 0] for batch in batches for row in batch["input_ids"]]
     rows = sorted((row for row in rows if len(row)), key=lambda row: row[0])
     for row, example in zip(rows, examples, strict=True):
