@@ -12,8 +12,11 @@ from tests.compilation import xla_flags
 # Importing Matplotlib and drawing a picture takes a quarter of a short run.
 CODE = """
 import sys
+from pathlib import Path
 from unittest.mock import MagicMock
-sys.modules |= {"matplotlib": MagicMock(), "matplotlib.figure": MagicMock()}
+figure = MagicMock()
+figure.Figure.return_value.savefig = lambda path: Path(path).write_bytes(b"PNG")
+sys.modules |= {"matplotlib": MagicMock(), "matplotlib.figure": figure}
 from manifold_lora.cli.main import main
 main()
 """
