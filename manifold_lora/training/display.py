@@ -63,6 +63,11 @@ def show_plan(
         rows["devices"] = f"{mesh.size}: {shape_of}" + (
             f"; {count} processes" if count > 1 else ""
         )
+    if data.row_length > shape.max_position_embeddings:
+        rows["warning"] = (
+            f"rows of {data.row_length} tokens are longer than the "
+            f"{shape.max_position_embeddings} positions that the model was made for"
+        )
     show_pairs(console, "Plan", rows)
 
 

@@ -208,3 +208,31 @@ def test_a_tenth_of_the_tokens_of_commonsense_records_is_padding_at_most() -> No
         size += batch["segment_ids"].size
     assert tokens == data.report.tokens
     assert data.packing and 1 - tokens / size < 0.1
+
+
+def test_rows_longer_than_the_model_was_made_for(tmp_path):
+    import io
+    import json
+
+    from rich.console import Console
+
+    from manifold_lora.training.train import train
+    from tests.tiny import data_file, model_directory
+
+    model = model_directory(tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    for positions, expected in ((4, True), (4096, False)):
+        config["max_position_embeddings"] = positions
+        (model / "config.json").write_text(json.dumps(config))
+        text = io.StringIO()
+        settings = train_config(
+            model=model,
+            data=data_file(tmp_path / "d.jsonl"),
+            out=tmp_path / f"run{positions}",
+            steps=1,
+            eval_every=0,
+            method="lora",
+            rank=2,
+        )
+        train(settings, Console(file=text, width=200))
+        assert ("are longer than the 4 positions" in text.getvalue()) == expected

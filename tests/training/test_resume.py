@@ -294,6 +294,7 @@ def test_meshes_that_do_not_fit(settings, mesh, message):
     assert not settings["out"].exists()
 
 
+@pytest.mark.timeout(300)  # five starts of the command
 def test_kill_at_any_moment(settings, files):
     """Three times, at random moments, and then to the end."""
     rng = random.Random(0)
