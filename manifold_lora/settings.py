@@ -181,7 +181,7 @@ def _path(kind: type, value: Any) -> Any:
     return path
 
 
-def read_path(value: str | os.PathLike[str], name: str) -> Path:
+def read_path(value: Any, name: str) -> Path:
     """A path that a user gives: `~` is their home.
 
     Args:
@@ -192,7 +192,7 @@ def read_path(value: str | os.PathLike[str], name: str) -> Path:
         InputError: no file can have this path.
     """
     try:
-        return decode(os.fspath(value), Path)
+        return decode(Path(value) if isinstance(value, os.PathLike) else value, Path)
     except ValueError as error:
         raise InputError(f"{name} {error}.") from error
 
@@ -247,6 +247,7 @@ def requirement(hint: Any, value: Any = None) -> str:
     if origin is Annotated:
         numbers = int if args[0] is int else int | float
         is_number = isinstance(value, numbers) and not isinstance(value, bool)
+        is_number |= value == math.inf  # what integers of many digits are as text
         return _range(args[1], value) if is_number else requirement(args[0])
     if origin in (typing.Union, types.UnionType):
         types_of = {arg: (*typing.get_args(arg), arg)[0] for arg in args}
@@ -278,7 +279,7 @@ def _range(meta: Meta, value: int | float = 0) -> str:
     if meta.ge is not None and meta.lt is not None:
         return f"in [{meta.ge:g}, {meta.lt:g})"
     least = "a positive number" if meta.ge is None else f"at least {meta.ge:g}"
-    if meta.le is None or value <= meta.le or math.isnan(value):
+    if meta.le is None or not value > meta.le:  # or it is NaN
         return least
     most = number(float(meta.le)) if meta.le == MAX_FLOAT else meta.le
     return f"{least}, at most {most}"

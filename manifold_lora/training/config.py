@@ -30,6 +30,7 @@ from manifold_lora.settings import (
     UNSET,
     PositiveFloat,
     PositiveInt,
+    decode,
     fill,
     raise_all,
     setting,
@@ -144,9 +145,12 @@ class TrainConfig(RunConfig):
         Args:
             values: that are given, by flat name; `compose` prefers them.
         """
-        if values.get("adapter") is None:
+        try:
+            path = decode(values.get("adapter"), Path | None)
+        except ValueError:
+            return {}  # `compose` reports it
+        if path is None:
             return {}
-        path = Path(values["adapter"]).expanduser()
         settings = flatten(read_adapter(path).config)
         found, needed = settings["method"], values.get("method")
         if needed not in (None, found):
