@@ -149,7 +149,7 @@ class _PathError(ValueError):
     """A path that no file can have."""
 
 
-_MAX_NAME = 255  # bytes, on all common file systems
+_MAX_NAME, _MAX_PATH = 255, 4095  # bytes, on all common file systems and on Linux
 
 
 def _path(kind: type, value: Any) -> Any:
@@ -178,6 +178,8 @@ def _path(kind: type, value: Any) -> Any:
         raise _PathError(
             f"must be a path whose names have at most {_MAX_NAME} bytes, got {shown}"
         )
+    if sum(map(len, names)) + len(names) > _MAX_PATH:
+        raise _PathError(f"must be a path of at most {_MAX_PATH} bytes, got {shown}")
     return path
 
 
