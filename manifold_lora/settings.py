@@ -278,7 +278,7 @@ def _range(meta: Meta, value: int | float = 0) -> str:
     if meta.ge is not None and meta.lt is not None:
         return f"in [{meta.ge:g}, {meta.lt:g})"
     least = "a positive number" if meta.ge is None else f"at least {meta.ge:g}"
-    if meta.le is None or value <= meta.le or math.isnan(value):
+    if meta.le is None or value <= meta.le or value != value:  # NaN
         return least
     most = number(float(meta.le)) if meta.le == MAX_FLOAT else meta.le
     return f"{least}, at most {most}"

@@ -99,7 +99,9 @@ class AdapterConfig(LowRankConfig):
         filled: dict[str, Any] = {}
         try:
             filled["options"] = options = self._options()
-            ranks = [self.rank, *self.rank_pattern.values()]
+            pattern = self.rank_pattern
+            others = pattern.values() if isinstance(pattern, Mapping) else ()
+            ranks = [rank for rank in (self.rank, *others) if isinstance(rank, int)]
             problems += options.rank_problems(ranks)
         except InputError as error:
             problems.append(str(error))
@@ -146,6 +148,15 @@ def lookup(pattern: Mapping[str, T], name: str, default: T) -> T:
 def matches_end(key: str, name: str) -> bool:
     """Whether a pattern's key means the module, by the rule of PEFT."""
     return _full_match(rf"(.*\.)?({key})", name)
+
+
+def check_targets(targets: str | Sequence[str], names: Sequence[str]) -> None:
+    """Raise `InputError` for a target that is none of the names."""
+    given = [targets] if isinstance(targets, str) else targets
+    as_list = not isinstance(targets, str)  # which has no regular expressions
+    check_names(
+        "target", given, names, lambda t, n: is_target([t] if as_list else t, n)
+    )
 
 
 def check_names(

@@ -113,8 +113,11 @@ def test_a_module_that_is_missing_whole(adapter):
               adapter / WEIGHTS)  # fmt: skip
     name = "model.layers.1.self_attn.q_proj: missing"
     refused(lambda: load_adapter(tiny.base(), adapter), name)
-    change(adapter / CONFIG, layers_to_transform=[0])
+    change(adapter / CONFIG, layers_to_transform=[0, 2])
     load_adapter(tiny.base(), adapter)
+    change(adapter / CONFIG, layers_to_transform=[0])
+    name = "model.layers.2.self_attn.q_proj: unexpected"
+    refused(lambda: load_adapter(tiny.base(), adapter), name)
 
 
 def test_a_regular_expression_that_backtracks_for_ever():
