@@ -25,7 +25,7 @@ KINDS = ("refused", "read", *FAULTS)
 
 def main() -> None:
     """Run the mutations and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Damage files at random.")
     parser.add_argument("--count", type=int, default=20000, help="over all readers")
     parser.add_argument("--seed", type=int, default=0)
     names = [reader.name for reader in READERS]

@@ -136,7 +136,7 @@ def is_target(targets: str | Sequence[str], name: str) -> bool:
     if targets == "all-linear":
         return True
     if isinstance(targets, str):
-        return name.endswith(f".{targets}") or _full_match(targets, name)
+        return name.endswith(f".{targets}") or full_match(targets, name)
     return any(name == t or name.endswith(f".{t}") for t in targets)
 
 
@@ -147,7 +147,7 @@ def lookup(pattern: Mapping[str, T], name: str, default: T) -> T:
 
 def matches_end(key: str, name: str) -> bool:
     """Whether a pattern's key means the module, by the rule of PEFT."""
-    return _full_match(rf"(.*\.)?({key})", name)
+    return full_match(rf"(.*\.)?({key})", name)
 
 
 def check_targets(targets: str | Sequence[str], names: Sequence[str]) -> None:
@@ -175,7 +175,8 @@ def check_names(
             )
 
 
-def _full_match(pattern: str, name: str) -> bool:
+def full_match(pattern: str, name: str) -> bool:
+    """Whether a regular expression matches a whole name, in a second at most."""
     import regex  # unlike re's, its matches can be stopped
 
     try:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from manifold_lora.adapters.config import is_target, matches_end
+from manifold_lora.adapters.config import full_match, is_target, matches_end
 from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError, shortened
 from manifold_lora.settings import (
@@ -37,13 +37,14 @@ _CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 Names = str | list[str] | None
+Numbers = NonNegativeInt | list[NonNegativeInt] | None
 _TYPES: dict[str, Any] = {
     "r": Rank,
     "lora_alpha": PositiveNumber,
     "lora_dropout": Probability,
     "target_modules": Names,
     "exclude_modules": Names,
-    "layers_to_transform": NonNegativeInt | list[NonNegativeInt] | None,
+    "layers_to_transform": Numbers,
     "layers_pattern": Names,
     "rank_pattern": Mapping[str, Rank],
     "alpha_pattern": Mapping[str, PositiveNumber],
@@ -111,15 +112,20 @@ def is_adapted(config: Mapping[str, Any], name: str) -> bool:
     True
     """
     excluded, targets = config.get("exclude_modules"), config["target_modules"]
-    if excluded and is_target(excluded, name):
+    if (excluded and _is_named(excluded, name)) or not _is_named(targets, name):
         return False
     layers = config.get("layers_to_transform")
     if isinstance(targets, str) or layers in (None, []):
-        return is_target(targets, name)
+        return True
     place = re.match(r"(.*)\.(\d+)\.", name)
     patterns = config.get("layers_pattern") or [".*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if place is None or not any(matches_end(p, place[1]) for p in patterns):
         return False
-    chosen = [layers] if isinstance(layers, int) else layers
-    return int(place[2]) in chosen and is_target(targets, name)
+    return int(place[2]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _is_named(given: str | list[str], name: str) -> bool:
+    if isinstance(given, str):
+        return given == "all-linear" or full_match(given, name)
+    return is_target(given, name)

@@ -108,6 +108,15 @@ class LlamaConfig:
             errors.append(f"head_dim must be even for RoPE, got {self.head_dim}")
         _raise(errors)
 
+    def length_warning(self, length: int) -> str:
+        """What to say of sequences of this length; "" if the model knows such ones."""
+        if length <= self.max_position_embeddings:
+            return ""
+        return (
+            f"sequences of {length} tokens are longer than any the model was trained "
+            f"on (max_position_embeddings {self.max_position_embeddings})"
+        )
+
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any]) -> "LlamaConfig":
         """Read the contents of a config.json written by transformers 4 or 5.
@@ -132,7 +141,7 @@ class LlamaConfig:
         given.setdefault("num_key_value_heads", heads)
         if "head_dim" not in given:
             # invalid sizes are left for the constructor to report
-            valid = all(isinstance(n, int) and n > 0 for n in (hidden, heads))
+            valid = all(type(n) is int and n > 0 for n in (hidden, heads))
             if valid and hidden % heads:
                 raise InputError(
                     f"LLaMA config: hidden_size {hidden} must be a multiple of "
@@ -196,12 +205,12 @@ def _read_rope(mapping: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     rope_type: Any = next((kind for kind in given if kind is not None), untyped)
     if rope_type == "default":
         return theta, None
-    keys = _ROPE_KEYS.get(rope_type, ()) if isinstance(rope_type, str) else ()
-    missing = [f"{key} of the rope scaling is missing" for key in keys
-               if rope.get(key) is None]  # fmt: skip
-    _raise(missing)
-    values = {key: rope[key] for key in keys}
-    return theta, RopeScaling(rope_type, **{"factor": 1.0} | values)
+    values: dict[str, Any] = {"factor": 1.0}  # of an unknown type, which is refused
+    values |= {key: rope.get(key) for key in _ROPE_KEYS.get(str(rope_type), ())}
+    _raise(
+        [f"{k} of the rope scaling is missing" for k, x in values.items() if x is None]
+    )
+    return theta, RopeScaling(rope_type, **values)
 
 
 def _theta(places: Mapping[str, Mapping[str, Any]]) -> float:

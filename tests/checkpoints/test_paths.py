@@ -1,5 +1,7 @@
 """Checkpoints under forty kinds of names: saved, restored, equal."""
 
+import json
+
 import jax.numpy as jnp
 import pytest
 
@@ -58,3 +60,20 @@ def test_a_manifest_without_its_files_is_no_checkpoint(tmp_path, manifest):
     with CheckpointStore(tmp_path, identity={}) as store:
         with pytest.raises(InputError, match=r"2: manifest\.json"):
             store.restore_latest(state)
+
+
+def test_a_file_that_the_manifest_does_not_list(tmp_path):
+    state = saved(tmp_path)
+    (tmp_path / "2" / ".DS_Store").write_text("")
+    with CheckpointStore(tmp_path, identity={}) as store:
+        restored = store.restore_latest(state)
+        assert restored is not None and restored.step == 2
+    manifest = tmp_path / "2" / "manifest.json"
+    files = json.loads(manifest.read_text())
+    name = next(name for name in files if "/d/" in name)
+    del files[name]
+    manifest.write_text(json.dumps(files))
+    with CheckpointStore(tmp_path, identity={}) as store:
+        restored = store.restore_latest(state)
+        assert restored is not None and restored.step == 1
+        assert f"manifest.json lacks {name}" in store.skipped[0]
