@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tomli_w
 from filelock import FileLock, Timeout
 
@@ -217,12 +218,19 @@ def read_summary(out: Path) -> dict[str, Any] | None:
     """The content of summary.json; none if it is missing, damaged or no summary."""
     try:
         summary = read_json(out / SUMMARY)
-    except (OSError, InputError):
+        msgspec.convert(summary, _Summary)
+    except (OSError, InputError, msgspec.ValidationError):
         return None
-    valid = type(summary.get("steps")) is int and isinstance(
-        summary.get("identity", {}), dict
-    )
-    return summary if valid else None
+    return summary
+
+
+class _Summary(msgspec.Struct):
+    """What is read of a summary; the rest is for people."""
+
+    steps: int
+    loss_after: float | None
+    planned_steps: int = 0
+    identity: dict[str, Any] = {}
 
 
 def saved_date(settings: dict[str, Any]) -> str | None:

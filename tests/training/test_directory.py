@@ -225,7 +225,14 @@ def test_a_run_without_evaluation(settings):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1]", b"\x00\xff", b'{"steps": "2"}', b"[" * 100000]
+    "content",
+    [
+        *(b"", b"{", b"[1]", b"\x00\xff", b'{"steps": "2"}', b"[" * 100000),
+        b'{"steps": 2}',
+        b'{"steps": 2, "loss_after": "x"}',
+        b'{"steps": 2, "loss_after": 1.5, "planned_steps": [2]}',
+        b'{"steps": 2, "loss_after": null, "identity": {}, "planned_steps": null}',
+    ],
 )
 def test_a_damaged_summary_is_of_an_unfinished_run(settings, content):
     settings["out"].mkdir()
