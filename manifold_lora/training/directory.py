@@ -44,6 +44,7 @@ _REPLACED = {
     "model.safetensors",
     *COMPANIONS,
 }
+_MAX_PATH = 3800  # of the 4096 bytes of a path, checkpoints need up to 250
 LOCK, OWNER, PREVIOUS = ".lock", ".owner", ".previous"
 COMPLETE = "complete"  # in the last one, once all of a run is there
 _MEANINGS = {"data": "the examples of --data", "base": "the weights of --model"}
@@ -248,6 +249,11 @@ def _check_place(out: Path, adapter: Path | None) -> None:
     if out.is_file():
         raise InputError(f"--out {out} is a file: choose a directory.")
     inside = out.absolute()
+    if (length := len(os.fsencode(inside))) > _MAX_PATH:
+        raise InputError(
+            f"--out is a path of {length} bytes, and the checkpoints in it need longer "
+            f"ones: choose one of at most {_MAX_PATH}."
+        )
     for folder in (inside, *inside.parents):
         if (folder / CONFIG).is_file():
             raise InputError(

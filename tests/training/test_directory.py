@@ -255,3 +255,11 @@ def test_damaged_rows_are_skipped(tmp_path):
     text = "\n".join([*lines, json.dumps(good), '{"step": 2, "loss": NaN'])
     file.write_bytes(text.encode() + b"\xff\n")
     assert _rows_until(file, 5) == [good]
+
+
+def test_a_path_too_long_for_checkpoints_is_refused_at_once(settings, tmp_path):
+    out = tmp_path.joinpath(*["x" * 200] * 19, "y" * 150)
+    with pytest.raises(InputError, match=r"path of \d+ bytes.* at most 3800"):
+        with RunDirectory(train_config(**settings | {"out": str(out)})):
+            pass
+    assert not (tmp_path / ("x" * 200)).exists()
