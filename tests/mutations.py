@@ -257,7 +257,7 @@ def _silent(reader: Reader, folder: Path, original: Path, same: bool) -> str:
         if before == after:
             continue
         reason = ""
-        if file.suffix in (".json", ".toml"):
+        if file.suffix in (".json", ".jsonl", ".toml"):
             reason = _differs(reader, file, changed, same)
         elif file.suffix == ".safetensors" and _content(before) != _content(after):
             reason = "another tensor" if same else ""
@@ -275,17 +275,18 @@ def _differs(reader: Reader, file: Path, changed: Path, same: bool) -> str:
         return f"no {file.suffix[1:]} ({str(error)[:60]})"
     if type(one) is not type(other):
         return "another type of JSON"
-    if not isinstance(one, dict):
-        return ""
     if reader.exact and one != other:
         return "another content" if same else ""
+    if not isinstance(one, dict):
+        return ""
     for key in reader.keys.get(file.name, set()) & one.keys() & other.keys():
         x, y = one[key], other[key]
         if x is None or y is None or x == y:
             continue
         if _type(x) is not _type(y) and key not in reader.several:
             return f"{key} is {str(y)[:40]!r}"
-        if same and y != [x]:
+        reordered = isinstance(x, list) and isinstance(y, list) and {*x} == {*y}
+        if same and y != [x] and not reordered:
             return f"{key} was {str(x)[:40]}, is {str(y)[:40]}"
     return ""
 
@@ -294,6 +295,12 @@ def _parse(file: Path) -> Any:
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".toml":
         return tomllib.loads(text)
+    if file.suffix == ".jsonl":
+        return [_loads(line) for line in text.splitlines() if line.strip()]
+    return _loads(text)
+
+
+def _loads(text: str) -> Any:
     # Python itself reads integers of 4300 digits at most
     return json.loads(text, parse_int=lambda x: int(x) if len(x) < 400 else float(x))
 

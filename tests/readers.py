@@ -165,7 +165,9 @@ def _records(folder: Path) -> None:
     chat = {
         "messages": [
             {"role": "user", "content": "Hello"},
-            {"role": "assistant", "content": "Hi", "weight": 1},
+            {"role": "assistant", "content": "Hm", "weight": 0},
+            {"role": "user", "content": "Hello?"},
+            {"role": "assistant", "content": "Hi"},
         ],
         "tools": [{"type": "function", "function": {"name": "f"}}],
     }
@@ -245,7 +247,8 @@ READERS = [
     Reader("stella", partial(_adapter_of, "stella"), _measured, ADAPTER, TARGETS),
     Reader("stella's own", _stella, _attached, ADAPTER, TARGETS),
     Reader("checkpoint", _checkpoints, _restored, exact=True),
-    Reader("records", _records, _read_records),
+    Reader("records", _records, _read_records,
+           optional=frozenset({"table.csv"}), exact=True),
     Reader("configuration", _toml, _configuration, SETTINGS, TARGETS),
     Reader("run", _run, _read_run, SETTINGS, TARGETS,
            optional=frozenset({"summary.json", "metrics.jsonl"})),

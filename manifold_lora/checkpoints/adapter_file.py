@@ -231,7 +231,7 @@ def _settings(
     options |= {
         key: value
         for key, value in extra.items()
-        if key not in shared and value not in (None, False) and key != "base"
+        if key not in {*shared, "base"} and value is not None and value is not False
     }
     try:
         return AdapterConfig(**given, options=options)

@@ -57,6 +57,9 @@ def show_plan(
         "optimiser": f"{optimizer}, learning rate {rates}, {config.schedule.schedule}",
         "output": f"{config.run_directory}/",
     }
+    longest = max(len(example.input_ids) for example in data.train + data.held_out)
+    if warning := shape.length_warning(longest):
+        rows["warning"] = warning
     if mesh.size > 1:
         shape_of = ", ".join(f"{n} {axis}" for axis, n in mesh.shape.items() if n > 1)
         count = jax.process_count()
