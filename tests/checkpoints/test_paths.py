@@ -31,6 +31,17 @@ def test_save_and_restore(name, tmp_path):
     assert [p.name for p in directory.iterdir()] == ["2"]
 
 
+def test_a_name_of_the_directory_itself(tmp_path, monkeypatch):
+    state = {"a": jnp.ones(3)}
+    with CheckpointStore(tmp_path / "r[bold]x", identity={}) as store:
+        store.save(1, state, {}, best_step=1)
+        assert store.restore_latest(state) is not None
+    (tmp_path / "t[mp]").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t[mp]"))
+    with pytest.raises(InputError, match="TMPDIR"):
+        CheckpointStore(tmp_path / "r[bold]x", identity={})
+
+
 def saved(tmp_path):
     state = {"a": jnp.ones(3)}
     with CheckpointStore(tmp_path, identity={}) as store:
