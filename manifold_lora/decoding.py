@@ -1,11 +1,12 @@
 """JSON files with a schema: decoded strictly, or refused with one clear error."""
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from manifold_lora.errors import InputError
+from manifold_lora.errors import InputError, shortened
 
 T = TypeVar("T")
 
@@ -43,7 +44,8 @@ def read_json(
 def decode_json(text: bytes | str, kind: type[T] = dict[str, Any]) -> T:
     """JSON as a type.
 
-    NaN and infinity are not JSON and are refused, as are integers beyond 4300 digits.
+    NaN and infinity are not JSON and are refused, as are integers beyond 4300 digits
+    and keys that occur twice.
 
     Raises:
         ValueError: what is wrong, in words, without the name of a file.
@@ -54,13 +56,41 @@ def decode_json(text: bytes | str, kind: type[T] = dict[str, Any]) -> T:
         >>> decode_json('{"rank": NaN}')
         Traceback (most recent call last):
         ValueError: not valid JSON: invalid character (byte 9)
+        >>> decode_json('{"rank": 8, "rank": 4}')
+        Traceback (most recent call last):
+        ValueError: not valid JSON: the key rank occurs twice in an object: keep one
     """
     try:
-        return msgspec.json.decode(text, type=kind)
+        value = msgspec.json.decode(text, type=kind)
+        # Text for numbers: those of ignored keys may have any length.
+        json.loads(text, object_pairs_hook=unique_keys, parse_int=str, parse_float=str)
+        return value
+    except DuplicateKey as error:
+        raise ValueError(f"not valid JSON: {error}") from error
     except msgspec.ValidationError as error:
         raise ValueError(f"not the JSON expected here: {error}") from error
     except RecursionError as error:
         raise ValueError("not valid JSON: nested too deeply") from error
-    except (msgspec.DecodeError, UnicodeError) as error:
+    except ValueError as error:
         reason = str(error).removeprefix("JSON is malformed: ")
         raise ValueError(f"not valid JSON: {reason}") from error
+
+
+class DuplicateKey(ValueError):
+    """A key occurs twice in an object, of which most decoders drop one in silence."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON as a dict, for `object_pairs_hook` of Python's decoder.
+
+    Raises:
+        DuplicateKey: a key occurs twice.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DuplicateKey(
+            f"the key {shortened(twice)} occurs twice in an object: keep one"
+        )
+    return value

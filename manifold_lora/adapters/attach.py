@@ -9,6 +9,7 @@ from flax import nnx
 from manifold_lora.adapters.config import (
     AdapterConfig,
     check_names,
+    check_targets,
     is_target,
     lookup,
     matches_end,
@@ -92,10 +93,7 @@ def attach(model: Any, config: AdapterConfig, seed: int = 0) -> None:
     check_bare(model)
     sites = list(projections(model))
     names = [full for name, *_ in sites for full in full_names(model, name)]
-    if isinstance(config.targets, str):
-        check_names("target", [config.targets], names, is_target)
-    else:
-        check_names("target", config.targets, names, lambda t, n: is_target([t], n))
+    check_targets(config.targets, names)
     for what in ("rank_pattern", "alpha_pattern"):
         check_names(what, getattr(config, what), names, matches_end)
 

@@ -99,7 +99,9 @@ class AdapterConfig(LowRankConfig):
         filled: dict[str, Any] = {}
         try:
             filled["options"] = options = self._options()
-            ranks = [self.rank, *self.rank_pattern.values()]
+            pattern = self.rank_pattern
+            others = pattern.values() if isinstance(pattern, Mapping) else ()
+            ranks = [rank for rank in (self.rank, *others) if isinstance(rank, int)]
             problems += options.rank_problems(ranks)
         except InputError as error:
             problems.append(str(error))
@@ -134,7 +136,7 @@ def is_target(targets: str | Sequence[str], name: str) -> bool:
     if targets == "all-linear":
         return True
     if isinstance(targets, str):
-        return name.endswith(f".{targets}") or _full_match(targets, name)
+        return name.endswith(f".{targets}") or full_match(targets, name)
     return any(name == t or name.endswith(f".{t}") for t in targets)
 
 
@@ -145,7 +147,16 @@ def lookup(pattern: Mapping[str, T], name: str, default: T) -> T:
 
 def matches_end(key: str, name: str) -> bool:
     """Whether a pattern's key means the module, by the rule of PEFT."""
-    return _full_match(rf"(.*\.)?({key})", name)
+    return full_match(rf"(.*\.)?({key})", name)
+
+
+def check_targets(targets: str | Sequence[str], names: Sequence[str]) -> None:
+    """Raise `InputError` for a target that is none of the names."""
+    given = [targets] if isinstance(targets, str) else targets
+    as_list = not isinstance(targets, str)  # which has no regular expressions
+    check_names(
+        "target", given, names, lambda t, n: is_target([t] if as_list else t, n)
+    )
 
 
 def check_names(
@@ -164,7 +175,8 @@ def check_names(
             )
 
 
-def _full_match(pattern: str, name: str) -> bool:
+def full_match(pattern: str, name: str) -> bool:
+    """Whether a regular expression matches a whole name, in a second at most."""
     import regex  # unlike re's, its matches can be stopped
 
     try:

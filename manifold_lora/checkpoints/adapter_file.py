@@ -16,10 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from manifold_lora.adapters.config import AdapterConfig, is_target, lookup
+from manifold_lora.adapters.config import (
+    AdapterConfig,
+    check_targets,
+    is_target,
+    lookup,
+)
 from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.options import adapter_class, fields_by_option
-from manifold_lora.checkpoints.peft_config import read_peft_config
+from manifold_lora.checkpoints.peft_config import is_adapted, read_peft_config
 from manifold_lora.checkpoints.tensors import load_tensors
 from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError, nearest
@@ -143,7 +148,7 @@ def _by_module(
             if got != shape:
                 errors.append(f"{key}: found {got}, needed {shape}")
     if by_module:
-        errors += _missing_modules(config, by_module, sizes or {})
+        errors += _other_modules(config, by_module, sizes or {})
     if errors or not by_module:
         raise InputError(
             f"The adapter in {path} does not fit {'this model and ' if sizes else ''}"
@@ -154,25 +159,28 @@ def _by_module(
     return by_module
 
 
-def _missing_modules(
+def _other_modules(
     config: Mapping[str, Any], by_module: Mapping[str, Any], names: Iterable[str]
 ) -> list[str]:
-    """Modules of a model that are targets and have no tensor at all."""
-    targets = config.get("target_modules")
-    restricted = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    if targets is None or any(config.get(key) is not None for key in restricted):
+    """Modules of a model that are targets without a tensor, or the reverse."""
+    if config["target_modules"] is None:
         return []
-    return [
+    absent = [
         f"{name}: missing, though target_modules names it"
         for name in names
-        if name not in by_module and is_target(targets, name)
+        if name not in by_module and is_adapted(config, name)
+    ]
+    return absent + [
+        f"{name}: unexpected, as {CONFIG} does not name it"
+        for name in by_module
+        if not is_adapted(config, name)
     ]
 
 
 def _setting(config: Mapping[str, Any], full: str) -> tuple[int, float]:
     """Rank and alpha of the module of that full name, by PEFT's file."""
-    rank = lookup(config.get("rank_pattern") or {}, full, config["r"])
-    return rank, lookup(config.get("alpha_pattern") or {}, full, config["lora_alpha"])
+    rank = lookup(config["rank_pattern"], full, config["r"])
+    return rank, lookup(config["alpha_pattern"], full, config["lora_alpha"])
 
 
 def adapter_settings(config: AdapterConfig) -> dict[str, Any]:
@@ -207,19 +215,23 @@ def _settings(
         "rslora": bool(config.get("use_rslora")),
         "dropout": config["lora_dropout"],
         "targets": targets,
-        "rank_pattern": config.get("rank_pattern") or {},
-        "alpha_pattern": config.get("alpha_pattern") or {},
+        "rank_pattern": config["rank_pattern"],
+        "alpha_pattern": config["alpha_pattern"],
     }
     options: dict[str, Any] = {}
     if stella:
         diagonal = any(x.ndim == 1 for k, x in tensors.items() if "stella_S" in k)
         options["diagonal_s"] = diagonal
-    given |= {key: value for key, value in extra.items() if key in shared}
+    given |= {
+        key: value
+        for key, value in extra.items()
+        if key in shared and value is not None
+    }
     # Earlier files name the options of all methods, unset where they do not apply.
     options |= {
         key: value
         for key, value in extra.items()
-        if key not in shared and value not in (None, False) and key != "base"
+        if key not in {*shared, "base"} and value is not None and value is not False
     }
     try:
         return AdapterConfig(**given, options=options)
@@ -273,6 +285,12 @@ def _check_same(
     by_module: Mapping[str, Tensors],
 ) -> None:
     """All files must agree: another tool may have changed those that it knows."""
+    try:
+        check_targets(settings.targets, list(modules))
+    except InputError as error:
+        raise InputError(f"{path / EXTRA}: {error}") from error
+    if others := [full for full in modules if not is_target(settings.targets, full)]:
+        raise InputError(f"{path / EXTRA}: targets do not name {others[0]}.")
     for full, module in modules.items():
         root = math.sqrt if settings.rslora else float
         own = module.alpha / root(module.rank)

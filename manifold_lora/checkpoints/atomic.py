@@ -1,6 +1,7 @@
 """Files and directories that are written atomically: complete or not at all."""
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -20,8 +21,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     block, such as a full disk, it is untouched and the partial one is removed.
     """
     path = Path(os.path.abspath(path))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    partial = path.with_name(f".{_short_name(path)}.{os.getpid()}.partial")
+    old = path.with_name(f".{_short_name(path)}.{os.getpid()}.old")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)  # of a killed process with this id
     partial.mkdir()
@@ -42,6 +43,12 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _short_name(path: Path) -> str:
+    """The name, or a hash of one that would be too long with more around it."""
+    name = os.fsencode(path.name)
+    return hashlib.sha256(name).hexdigest() if len(name) > 200 else path.name
+
+
 def recover(path: str | os.PathLike[str]) -> None:
     """Clean up after processes killed inside `atomic_directory(path)`.
 
@@ -50,7 +57,7 @@ def recover(path: str | os.PathLike[str]) -> None:
     other process may be writing `path` at the time.
     """
     path = Path(os.path.abspath(path))
-    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.(old|partial)")
+    name = re.compile(rf"\.{re.escape(_short_name(path))}\.\d+\.(old|partial)")
     leftovers = [p for p in path.parent.glob(".*") if name.fullmatch(p.name)]
     old = [p for p in leftovers if p.suffix == ".old"]
     if old and not path.exists():

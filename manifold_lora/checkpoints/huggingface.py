@@ -27,7 +27,7 @@ from manifold_lora.decoding import read_json
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
 from manifold_lora.distributed.sharding import logical_axes, storage_spec
-from manifold_lora.errors import InputError
+from manifold_lora.errors import InputError, shortened
 from manifold_lora.models import Llama, LlamaConfig
 
 _WEIGHTS = "model.safetensors"
@@ -262,8 +262,10 @@ def _weight_map(path: Path) -> dict[str, str] | None:
     weight_map = read_json(file, _Index).weight_map
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name]:
-        raise InputError(f"{file} names {outside[0]!r}, which is not a file beside it.")
-    if missing := [name for name in names if not (path / name).is_file()]:
+        name = shortened(repr(outside[0]))
+        raise InputError(f"{file} names {name}, which is not a file beside it.")
+    here = set(os.listdir(path))
+    if missing := [shortened(name) for name in names if name not in here]:
         raise InputError(
             f"{path} lacks {', '.join(missing)}, named by {_INDEX}: download them."
         )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from manifold_lora.errors import InputError
+
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
 
@@ -53,14 +55,27 @@ class PlainPath:
 
     Attributes:
         path: the directory itself, or the link.
+
+    Raises:
+        InputError: temporary directories have such characters as well.
     """
 
     def __init__(self, directory: Path):
         self.path, self._folder = directory, None
-        if not re.fullmatch(r"[\w\s/.,+=@%~#&$;!()'\"-]*", str(directory)):
+        if not self._is_plain():
             self._folder = tempfile.TemporaryDirectory(prefix="manifold-lora-")
-            self.path = Path(self._folder.name, directory.name)
+            self.path = Path(self._folder.name, "checkpoints")
             self.path.symlink_to(directory, target_is_directory=True)
+            if not self._is_plain():
+                self.close()
+                raise InputError(
+                    f"checkpoints need a temporary directory whose path has letters "
+                    f"and digits only, got {self._folder.name}: set TMPDIR to one."
+                )
+
+    def _is_plain(self) -> bool:
+        plain = r"[\w\s/.,+=@%~#&$;!()'\"-]*"
+        return re.fullmatch(plain, str(self.path)) is not None
 
     def close(self) -> None:
         """Remove the link."""

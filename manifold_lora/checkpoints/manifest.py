@@ -14,9 +14,8 @@ MANIFEST = "manifest.json"
 def write_manifest(directory: Path) -> None:
     """List all files in the directory with size and SHA-256, atomically."""
     files = {
-        str(file.relative_to(directory)): [file.stat().st_size, _sha256(file)]
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        name: [(directory / name).stat().st_size, _sha256(directory / name)]
+        for name in _names(directory)
     }
     write_text(directory / MANIFEST, json.dumps(files, indent=1))
 
@@ -24,7 +23,7 @@ def write_manifest(directory: Path) -> None:
 def find_damage(directory: Path, required: Iterable[str] = ()) -> str:
     """Describe how the files differ from the manifest; "" if they do not.
 
-    A manifest that does not list the required files is damaged as well.
+    A manifest that does not list all files there and those required is damaged too.
     """
     if not directory.is_dir():
         return "is missing"
@@ -33,7 +32,10 @@ def find_damage(directory: Path, required: Iterable[str] = ()) -> str:
     try:
         text = (directory / MANIFEST).read_bytes()
         files = decode_json(text, dict[str, tuple[int, str]])
-        damage = [f"{MANIFEST} lacks {name}" for name in required if name not in files]
+        # Hidden files, such as .DS_Store, may be of others.
+        names = {name for name in _names(directory) if not _is_hidden(name)}
+        unlisted = sorted({*names, *required} - files.keys())
+        damage = [f"{MANIFEST} lacks {name}" for name in unlisted]
         damage += [
             _damage_to(directory, name, size, digest)
             for name, (size, digest) in files.items()
@@ -43,6 +45,16 @@ def find_damage(directory: Path, required: Iterable[str] = ()) -> str:
     except OSError as error:
         return f"cannot be read ({error})"
     return "; ".join(filter(None, damage))
+
+
+def _names(directory: Path) -> list[str]:
+    """All files in the directory but its manifest."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return [str(f.relative_to(directory)) for f in files if f.name != MANIFEST]
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in Path(name).parts)
 
 
 def _damage_to(directory: Path, name: str, size: int, digest: str) -> str:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from manifold_lora.decoding import DuplicateKey, unique_keys
 from manifold_lora.errors import InputError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -174,26 +175,13 @@ def _decode_line(line: str) -> Any:
 def _decode(text: str) -> Any:
     """JSON as Python writes it, NaN included, but no key twice."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
-    except (json.JSONDecodeError, _DuplicateKey):
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except (json.JSONDecodeError, DuplicateKey):
         raise
     except RecursionError as error:
         raise ValueError("not JSON: nested too deeply") from error
     except ValueError as error:  # Python reads integers of 4300 digits at most
         raise ValueError(f"not JSON: {error}") from error
-
-
-class _DuplicateKey(ValueError):
-    pass
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _DuplicateKey(f"the key {twice} occurs twice in an object: keep one")
-    return value
 
 
 def _table(path: Path, text: str, delimiter: str) -> Values:

@@ -2,9 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
-from manifold_lora.errors import InputError, nearest
+from msgspec import Meta
+
+from manifold_lora.errors import InputError, nearest, shortened
+from manifold_lora.settings import (
+    MAX_INT,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    decode,
+    validate,
+)
 
 # The parameters of each supported rope type.
 _ROPE_KEYS = {
@@ -24,15 +34,9 @@ _REQUIRED = (
     "num_hidden_layers",
     "vocab_size",
 )
-_POSITIVE = (
-    *_REQUIRED,
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-)
-_BOOLEAN = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+# Every layer has names of its own, which must not fill the memory.
+Layers = Annotated[int, Meta(ge=1, le=10_000)]
+PadToken = Annotated[int, Meta(ge=-1, le=MAX_INT)]  # -1 in the files of LLaMA 1
 
 
 @dataclass(frozen=True)
@@ -44,27 +48,22 @@ class RopeScaling:
     """
 
     rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_position_embeddings: PositiveInt = 8192
 
     def __post_init__(self) -> None:
         """Reject unknown rope types, which would silently change the logits."""
-        if self.rope_type not in _ROPE_KEYS or self.rope_type == "default":
+        known = isinstance(self.rope_type, str) and self.rope_type in _ROPE_KEYS
+        if not known or self.rope_type == "default":
             raise InputError(
-                f"LLaMA config: rope_type {self.rope_type!r} is not supported. "
-                + nearest(str(self.rope_type), _ROPE_KEYS)
+                f"LLaMA config: rope_type {shortened(repr(self.rope_type))} is not "
+                f"supported. {nearest(str(self.rope_type), _ROPE_KEYS)}"
             )
-        errors = [
-            f"{key} of the {self.rope_type} rope scaling must be a positive number, "
-            f"got {value!r}"
-            for key in _ROPE_KEYS[self.rope_type]
-            if not _is_number(value := getattr(self, key)) or value <= 0
-        ]
-        if not errors and self.low_freq_factor >= self.high_freq_factor:
-            errors.append("low_freq_factor must be below high_freq_factor")
-        _raise(errors)
+        _validate(self, f" of the {self.rope_type} rope scaling")
+        if self.low_freq_factor >= self.high_freq_factor:
+            _raise(["low_freq_factor must be below high_freq_factor"])
 
 
 @dataclass(frozen=True)
@@ -78,49 +77,45 @@ class LlamaConfig:
     (16, 4, 10000.0)
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int  # need not be hidden_size / num_attention_heads
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: Layers
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt  # need not be hidden_size / num_attention_heads
+    max_position_embeddings: PositiveInt = 2048
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    bos_token_id: int | None = 1
-    eos_token_id: tuple[int, ...] = (2,)  # each of them ends a sequence
-    pad_token_id: int | None = None  # no LLaMA has one
+    bos_token_id: NonNegativeInt | None = 1
+    eos_token_id: tuple[NonNegativeInt, ...] = (2,)  # each of them ends a sequence
+    pad_token_id: PadToken | None = None  # no LLaMA has one
 
     def __post_init__(self) -> None:
         """Validate the values; one `InputError` lists all that are invalid."""
+        _validate(self)
         errors: list[str] = []
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            integral = LlamaConfig.__annotations__[name] is int
-            if not _is_number(value):
-                errors.append(f"{name} must be a number, got {value!r}")
-            elif value <= 0 or (integral and not isinstance(value, int)):
-                kind = "integer" if integral else "number"
-                errors.append(f"{name} must be a positive {kind}, got {value!r}")
-        for name in _BOOLEAN:
-            if not isinstance(value := getattr(self, name), bool):
-                errors.append(f"{name} must be true or false, got {value!r}")
-        for token in self.eos_token_id:
-            if not isinstance(token, int):
-                errors.append(f"eos_token_id must contain integers, got {token!r}")
-        if not errors and self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.num_key_value_heads:
             errors.append(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if not errors and self.head_dim % 2:
+        if self.head_dim % 2:
             errors.append(f"head_dim must be even for RoPE, got {self.head_dim}")
         _raise(errors)
+
+    def length_warning(self, length: int) -> str:
+        """What to say of sequences of this length; "" if the model knows such ones."""
+        if length <= self.max_position_embeddings:
+            return ""
+        return (
+            f"sequences of {length} tokens are longer than any the model was trained "
+            f"on (max_position_embeddings {self.max_position_embeddings})"
+        )
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any]) -> "LlamaConfig":
@@ -131,10 +126,12 @@ class LlamaConfig:
         """
         errors: list[str] = []
         if (kind := mapping.get("model_type")) != "llama":
-            errors.append(f"model_type must be 'llama', got {kind!r}")
+            errors.append(f"model_type must be 'llama', got {shortened(repr(kind))}")
         if (act := mapping.get("hidden_act", "silu")) != "silu":
-            errors.append(f"hidden_act must be 'silu', got {act!r}")
-        errors += [f"{name} is missing" for name in _REQUIRED if name not in mapping]
+            errors.append(f"hidden_act must be 'silu', got {shortened(repr(act))}")
+        errors += [
+            f"{name} is missing" for name in _REQUIRED if mapping.get(name) is None
+        ]
         _raise(errors)
 
         # null means the default, as in files written by transformers 4
@@ -144,7 +141,7 @@ class LlamaConfig:
         given.setdefault("num_key_value_heads", heads)
         if "head_dim" not in given:
             # invalid sizes are left for the constructor to report
-            valid = all(isinstance(n, int) and n > 0 for n in (hidden, heads))
+            valid = all(type(n) is int and n > 0 for n in (hidden, heads))
             if valid and hidden % heads:
                 raise InputError(
                     f"LLaMA config: hidden_size {hidden} must be a multiple of "
@@ -193,24 +190,50 @@ class LlamaConfig:
 
 def _read_rope(mapping: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Theta and scaling; as in transformers, `rope_scaling` takes precedence."""
-    new = mapping.get("rope_parameters") or {}
-    rope = mapping.get("rope_scaling") or new
-    theta = rope.get("rope_theta") or mapping.get("rope_theta")
-    theta = theta or new.get("rope_theta") or 10000.0
+    objects: dict[str, Mapping[str, Any]] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = mapping.get(name)
+        if not isinstance(value, Mapping | None):
+            _raise([f"{name} must be an object, got {shortened(repr(value))}"])
+        objects[name] = value or {}
+    rope = objects["rope_scaling"] or objects["rope_parameters"]
+    theta = _theta({"the file": mapping} | objects)
 
     # a factor without a type is an invalid scaling, not the default
     untyped = "missing" if "factor" in rope else "default"
-    rope_type = rope.get("rope_type") or rope.get("type") or untyped
+    given = (rope.get(key) for key in ("rope_type", "type"))
+    rope_type: Any = next((kind for kind in given if kind is not None), untyped)
     if rope_type == "default":
         return theta, None
-    keys = _ROPE_KEYS.get(rope_type, ("factor",))
-    # a missing key becomes None, which the constructor rejects by name
-    values: dict[str, Any] = {key: rope.get(key) for key in keys}
+    values: dict[str, Any] = {"factor": 1.0}  # of an unknown type, which is refused
+    values |= {key: rope.get(key) for key in _ROPE_KEYS.get(str(rope_type), ())}
+    _raise(
+        [f"{k} of the rope scaling is missing" for k, x in values.items() if x is None]
+    )
     return theta, RopeScaling(rope_type, **values)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _theta(places: Mapping[str, Mapping[str, Any]]) -> float:
+    """The base of the frequencies, which older and newer versions keep elsewhere."""
+    given: dict[str, float] = {}
+    for place, holder in places.items():
+        if (value := holder.get("rope_theta")) is not None:
+            try:
+                given[place] = decode(value, PositiveFloat)
+            except ValueError as error:
+                _raise([f"rope_theta of {place} {error}"])
+    if len({*given.values()}) > 1:
+        values = ", ".join(f"{theta:g} in {place}" for place, theta in given.items())
+        _raise([f"rope_theta is {values}: versions of transformers read either"])
+    return next(iter(given.values()), 10000.0)
+
+
+def _validate(config: Any, what: str = "") -> None:
+    """Check all fields of a dataclass; the message names them as of `what`."""
+    try:
+        validate(config)
+    except InputError as error:
+        _raise([str(error).rstrip(".") + what])
 
 
 def _raise(errors: list[str]) -> None:

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tomli_w
 from filelock import FileLock, Timeout
 
@@ -43,6 +44,7 @@ _REPLACED = {
     "model.safetensors",
     *COMPANIONS,
 }
+_MAX_PATH = 3800  # of the 4096 bytes of a path, checkpoints need up to 250
 LOCK, OWNER, PREVIOUS = ".lock", ".owner", ".previous"
 COMPLETE = "complete"  # in the last one, once all of a run is there
 _MEANINGS = {"data": "the examples of --data", "base": "the weights of --model"}
@@ -217,12 +219,19 @@ def read_summary(out: Path) -> dict[str, Any] | None:
     """The content of summary.json; none if it is missing, damaged or no summary."""
     try:
         summary = read_json(out / SUMMARY)
-    except (OSError, InputError):
+        msgspec.convert(summary, _Summary)
+    except (OSError, InputError, msgspec.ValidationError):
         return None
-    valid = type(summary.get("steps")) is int and isinstance(
-        summary.get("identity", {}), dict
-    )
-    return summary if valid else None
+    return summary
+
+
+class _Summary(msgspec.Struct):
+    """What is read of a summary; the rest is for people."""
+
+    steps: int
+    loss_after: float | None
+    planned_steps: int = 0
+    identity: dict[str, Any] = {}
 
 
 def saved_date(settings: dict[str, Any]) -> str | None:
@@ -240,6 +249,11 @@ def _check_place(out: Path, adapter: Path | None) -> None:
     if out.is_file():
         raise InputError(f"--out {out} is a file: choose a directory.")
     inside = out.absolute()
+    if (length := len(os.fsencode(inside))) > _MAX_PATH:
+        raise InputError(
+            f"--out is a path of {length} bytes, and the checkpoints in it need longer "
+            f"ones: choose one of at most {_MAX_PATH}."
+        )
     for folder in (inside, *inside.parents):
         if (folder / CONFIG).is_file():
             raise InputError(

@@ -57,16 +57,14 @@ def show_plan(
         "optimiser": f"{optimizer}, learning rate {rates}, {config.schedule.schedule}",
         "output": f"{config.run_directory}/",
     }
+    longest = max(len(example.input_ids) for example in data.train + data.held_out)
+    if warning := shape.length_warning(longest):
+        rows["warning"] = warning
     if mesh.size > 1:
         shape_of = ", ".join(f"{n} {axis}" for axis, n in mesh.shape.items() if n > 1)
         count = jax.process_count()
         rows["devices"] = f"{mesh.size}: {shape_of}" + (
             f"; {count} processes" if count > 1 else ""
-        )
-    if data.row_length > shape.max_position_embeddings:
-        rows["warning"] = (
-            f"rows of {data.row_length} tokens are longer than the "
-            f"{shape.max_position_embeddings} positions that the model was made for"
         )
     show_pairs(console, "Plan", rows)
 

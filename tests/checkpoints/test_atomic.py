@@ -186,3 +186,16 @@ def test_recover_removes_only_stale_leftovers(tmp_path: Path):
 def test_recover_ignores_a_missing_parent(tmp_path: Path):
     recover(tmp_path / "no" / "out")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127])
+def test_names_as_long_as_a_file_system_has_them(name: str, tmp_path: Path):
+    path = tmp_path / name
+    with atomic_directory(path) as partial:
+        (partial / "a").write_text("1")
+    with atomic_directory(path) as partial:
+        (partial / "a").write_text("2")
+    left = partial.with_suffix(".old")  # of a process killed in between
+    path.rename(left)
+    recover(path)
+    assert names(tmp_path) == [name] and (path / "a").read_text() == "2"

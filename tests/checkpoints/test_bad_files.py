@@ -64,6 +64,10 @@ def refused(read, *words):
         ("alpha_pattern", 3),
         ("target_modules", 7),
         ("use_rslora", "yes"),
+        ("exclude_modules", 3),
+        ("layers_to_transform", ["0"]),
+        ("bias", 0),
+        ("fan_in_fan_out", 0),
     ],
 )
 def test_values_of_an_adapter_config(adapter, key, value):
@@ -113,8 +117,44 @@ def test_a_module_that_is_missing_whole(adapter):
               adapter / WEIGHTS)  # fmt: skip
     name = "model.layers.1.self_attn.q_proj: missing"
     refused(lambda: load_adapter(tiny.base(), adapter), name)
-    change(adapter / CONFIG, layers_to_transform=[0])
+    change(adapter / CONFIG, layers_to_transform=[0, 2])
     load_adapter(tiny.base(), adapter)
+    change(adapter / CONFIG, layers_to_transform=[0])
+    name = "model.layers.2.self_attn.q_proj: unexpected"
+    refused(lambda: load_adapter(tiny.base(), adapter), name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"target_modules": ["k_proj"]}, ["0.self_attn.q", "1.self_attn.k_proj: miss"]),
+        ({"exclude_modules": ["q_proj"]}, ["2.self_attn.q_proj: unexpected"]),
+        (
+            {"target_modules": r".*[02]\.self_attn\.q_proj"},
+            ["1.self_attn.q_proj: unex"],
+        ),
+        ({"layers_to_transform": 1}, ["0.self_attn", "2.self_attn.q_proj: unexpected"]),
+        ({"layers_to_transform": [0, 1, 2], "layers_pattern": "h"}, ["1.self_attn.q"]),
+        ({"layers_to_transform": [0, 1, 2], "layers_pattern": ["h", "layers"]}, []),
+        ({"layers_to_transform": []}, []),
+    ],
+)
+def test_modules_that_peft_does_not_adapt(adapter, settings, names):
+    """By PEFT's rules; `tests/checkpoints/test_peft_parity.py` compares them."""
+    change(adapter / CONFIG, **settings)
+    if names:
+        refused(lambda: load_adapter(tiny.base(), adapter), *names)
+    else:
+        load_adapter(tiny.base(), adapter)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "x"], "k_proj", ["k_proj"]])
+def test_targets_of_our_own_file(tmp_path, targets):
+    model = tiny.base()
+    ml.attach(model, ml.AdapterConfig("stella", rank=2, targets="q_proj"))
+    save_adapter(model, tmp_path / "a")
+    change(tmp_path / "a" / "manifold_lora.json", targets=targets)
+    refused(lambda: load_adapter(tiny.base(), tmp_path / "a"), "manifold_lora.json")
 
 
 def test_a_regular_expression_that_backtracks_for_ever():

@@ -59,6 +59,23 @@ def test_transformers_reads_what_we_save(name: str, tmp_path: Path):
     assert load_llama(tmp_path / "resaved").config == config
 
 
+@pytest.mark.parametrize("factor", [1.0, -2.0])
+def test_a_tied_model_whose_file_has_a_head(factor: float, tmp_path: Path):
+    """transformers 5 ties the two only where the head is the embedding."""
+    config = reference.CONFIGS["llama-3.2"]
+    tensors = reference.random_tensors(config)
+    head = tensors["model.embed_tokens.weight"] * np.float32(factor)
+    tensors |= {"lm_head.weight": head}
+    path = reference.write_checkpoint(tmp_path / "m", config, tensors)
+    got = load_llama(path)(jnp.asarray(IDS))
+    needed = transformers_logits(load_transformers(path), IDS)
+    assert np.abs(got - needed).max() < LOGITS
+    tied = reference.CONFIGS["llama-3.2"], reference.random_tensors(config)
+    alone = load_llama(reference.write_checkpoint(tmp_path / "tied", *tied))
+    equal = np.abs(got - alone(jnp.asarray(IDS))).max() < LOGITS
+    assert equal == (factor == 1)
+
+
 def test_left_padding_and_distant_positions(tmp_path: Path):
     config = reference.CONFIGS["llama-3.1"] | {"max_position_embeddings": 131072}
     tensors = reference.random_tensors(config)

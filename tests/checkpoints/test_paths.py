@@ -1,5 +1,7 @@
 """Checkpoints under forty kinds of names: saved, restored, equal."""
 
+import json
+
 import jax.numpy as jnp
 import pytest
 
@@ -27,6 +29,17 @@ def test_save_and_restore(name, tmp_path):
     assert restored is not None and restored.step == 2
     assert (restored.state["a"] == 2 * state["a"]).all()
     assert [p.name for p in directory.iterdir()] == ["2"]
+
+
+def test_a_name_of_the_directory_itself(tmp_path, monkeypatch):
+    state = {"a": jnp.ones(3)}
+    with CheckpointStore(tmp_path / "r[bold]x", identity={}) as store:
+        store.save(1, state, {}, best_step=1)
+        assert store.restore_latest(state) is not None
+    (tmp_path / "t[mp]").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t[mp]"))
+    with pytest.raises(InputError, match="TMPDIR"):
+        CheckpointStore(tmp_path / "r[bold]x", identity={})
 
 
 def saved(tmp_path):
@@ -58,3 +71,20 @@ def test_a_manifest_without_its_files_is_no_checkpoint(tmp_path, manifest):
     with CheckpointStore(tmp_path, identity={}) as store:
         with pytest.raises(InputError, match=r"2: manifest\.json"):
             store.restore_latest(state)
+
+
+def test_a_file_that_the_manifest_does_not_list(tmp_path):
+    state = saved(tmp_path)
+    (tmp_path / "2" / ".DS_Store").write_text("")
+    with CheckpointStore(tmp_path, identity={}) as store:
+        restored = store.restore_latest(state)
+        assert restored is not None and restored.step == 2
+    manifest = tmp_path / "2" / "manifest.json"
+    files = json.loads(manifest.read_text())
+    name = next(name for name in files if "/d/" in name)
+    del files[name]
+    manifest.write_text(json.dumps(files))
+    with CheckpointStore(tmp_path, identity={}) as store:
+        restored = store.restore_latest(state)
+        assert restored is not None and restored.step == 1
+        assert f"manifest.json lacks {name}" in store.skipped[0]

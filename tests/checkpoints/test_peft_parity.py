@@ -13,6 +13,7 @@ import pytest
 from manifold_lora.adapters import AdapterConfig, adapters, attach
 from manifold_lora.checkpoints.huggingface import load_llama
 from manifold_lora.checkpoints.peft import load_adapter, save_adapter
+from manifold_lora.checkpoints.peft_config import is_adapted
 from manifold_lora.models import Llama
 from tests import adapters as tiny
 from tests.checkpoints.transformers_reference import (
@@ -198,3 +199,31 @@ def test_an_initialisation_that_changed_its_base_is_another_function(
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(written))
     load_adapter(ours := load_llama(base), tmp_path / "a")
     assert tiny.error(tiny.logits(ours), transformers_logits(model)) > 0.1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj"]},
+        {"target_modules": r".*\.[02]\.self_attn\.[qk]_proj"},
+        {"target_modules": "q_proj"},
+        {"target_modules": ["q_proj"], "exclude_modules": ["1.self_attn.q_proj"]},
+        {"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"},
+        {"target_modules": ["q_proj"], "exclude_modules": "q_proj"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0],
+         "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0],
+         "layers_pattern": ["h", "blocks"]},
+    ],
+)  # fmt: skip
+def test_peft_adapts_the_same_modules(settings: dict[str, Any]):
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = LoraConfig(**settings)
+    names = [f"model.layers.{n}.{name}" for n in range(3) for name in tiny.SIZES]
+    needed = [name for name in names if check_target_module_exists(config, name)]
+    assert [name for name in names if is_adapted(settings, name)] == needed

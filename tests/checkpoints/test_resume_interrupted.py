@@ -189,16 +189,17 @@ def test_killed_at_random_times(tmp_path: Path):
 
 
 def test_two_processes_save_and_one_restores(tmp_path: Path):
+    out = tmp_path / "[two]"  # which each process links to, see `PlainPath`
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(tmp_path, str(port), str(i), devices=2) for i in range(2)]
+    processes = [start(out, str(port), str(i), devices=2) for i in range(2)]
     printed = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
     u = jax.ShapeDtypeStruct(saving.SHAPE, jnp.float32, sharding=sharding)
-    with opened(tmp_path) as checkpoints:
+    with opened(out) as checkpoints:
         assert checkpoints.steps == [1, 2, 6]
         restored = checkpoints.restore_latest({"u": u, "key": jax.random.key(0)})
     assert restored is not None and restored.step == 6

@@ -52,6 +52,26 @@ def test_config_defaults_and_values():
         ({"head_dim": 7}, ["even", "7"]),
         ({"mlp_bias": "no"}, ["mlp_bias", "'no'"]),
         ({"eos_token_id": ["</s>"]}, ["eos_token_id", "'</s>'"]),
+        ({"eos_token_id": True}, ["eos_token_id", "True"]),
+        ({"hidden_size": True}, ["hidden_size", "an integer", "True"]),
+        (
+            {"hidden_size": None, "vocab_size": None},
+            ["hidden_size is missing", "vocab"],
+        ),
+        ({"vocab_size": 10**30}, ["vocab_size", "at most 2147483647"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers", "at most 10000"]),
+        ({"rms_norm_eps": float("inf")}, ["rms_norm_eps", "inf"]),
+        ({"rope_theta": "x"}, ["rope_theta", "'x'"]),
+        ({"rope_scaling": "linear"}, ["rope_scaling must be an object", "'linear'"]),
+        ({"rope_scaling": {"rope_type": {}}}, ["rope_type {}", "linear"]),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            ["factor of the rope scaling is missing"],
+        ),
+        (
+            {"rope_theta": 3.0, "rope_parameters": {"rope_theta": 4.0}},
+            ["rope_theta is 3 in the file, 4 in rope_parameters"],
+        ),
     ],
 )
 def test_invalid_configs_name_the_values(change: dict[str, Any], words: list[str]):
@@ -72,3 +92,10 @@ def test_rope_scaling_validates_its_arguments():
             RopeScaling(kind, 2.0)
     with pytest.raises(InputError, match="low_freq_factor must be below"):
         RopeScaling("llama3", 8.0, low_freq_factor=4.0)
+
+
+def test_lengths_that_the_model_does_not_know():
+    config = LlamaConfig.from_hf(reference.CONFIGS["llama-2"])
+    assert config.length_warning(4096) == ""
+    warning = config.length_warning(4097)
+    assert "4097 tokens" in warning and "max_position_embeddings 4096" in warning

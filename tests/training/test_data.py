@@ -1,5 +1,7 @@
 """The data of a run: what is held out, how rows are filled, and what the plan says."""
 
+import dataclasses
+import io
 import json
 import re
 from collections import Counter
@@ -8,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from manifold_lora.data.tokens import load_tokenizer
+from manifold_lora.distributed.mesh import make_mesh
 from manifold_lora.errors import InputError
 from manifold_lora.training.data import (
     describe_data,
@@ -17,9 +21,11 @@ from manifold_lora.training.data import (
     total_steps,
     training_batches,
 )
+from manifold_lora.training.display import show_plan
+from manifold_lora.training.setup import load_model
 from tests import smollm2
 from tests.configs import train_config
-from tests.tiny import data_file, model_directory
+from tests.tiny import CONFIG, data_file, model_directory
 
 
 @pytest.fixture(scope="module")
@@ -210,29 +216,15 @@ def test_a_tenth_of_the_tokens_of_commonsense_records_is_padding_at_most() -> No
     assert data.packing and 1 - tokens / size < 0.1
 
 
-def test_rows_longer_than_the_model_was_made_for(tmp_path):
-    import io
-    import json
-
-    from rich.console import Console
-
-    from manifold_lora.training.train import train
-    from tests.tiny import data_file, model_directory
-
-    model = model_directory(tmp_path / "m")
-    config = json.loads((model / "config.json").read_text())
-    for positions, expected in ((4, True), (4096, False)):
-        config["max_position_embeddings"] = positions
-        (model / "config.json").write_text(json.dumps(config))
-        text = io.StringIO()
-        settings = train_config(
-            model=model,
-            data=data_file(tmp_path / "d.jsonl"),
-            out=tmp_path / f"run{positions}",
-            steps=1,
-            eval_every=0,
-            method="lora",
-            rank=2,
-        )
-        train(settings, Console(file=text, width=200))
-        assert ("are longer than the 4 positions" in text.getvalue()) == expected
+def test_the_plan_warns_of_sequences_longer_than_the_model_knows(tmp_path: Path):
+    config = dataclasses.replace(CONFIG, max_position_embeddings=8)
+    path = model_directory(tmp_path / "m", config=config)
+    record = {"prompt": "1234567", "completion": "8"}
+    (tmp_path / "d.jsonl").write_text((json.dumps(record) + "\n") * 8)
+    run = train_config(model=str(path), data=[str(tmp_path / "d.jsonl")], method="lora")
+    data, model = load_data(run, load_tokenizer(path)), load_model(run)
+    text = io.StringIO()
+    show_plan(Console(file=text, width=200), run, model, data, 1, make_mesh(None))
+    # seven bytes of the prompt, one of the answer, and the end
+    assert "sequences of 9 tokens are longer than any" in text.getvalue()
+    assert "(max_position_embeddings 8)" in text.getvalue()

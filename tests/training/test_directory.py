@@ -225,7 +225,14 @@ def test_a_run_without_evaluation(settings):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1]", b"\x00\xff", b'{"steps": "2"}', b"[" * 100000]
+    "content",
+    [
+        *(b"", b"{", b"[1]", b"\x00\xff", b'{"steps": "2"}', b"[" * 100000),
+        b'{"steps": 2}',
+        b'{"steps": 2, "loss_after": "x"}',
+        b'{"steps": 2, "loss_after": 1.5, "planned_steps": [2]}',
+        b'{"steps": 2, "loss_after": null, "identity": {}, "planned_steps": null}',
+    ],
 )
 def test_a_damaged_summary_is_of_an_unfinished_run(settings, content):
     settings["out"].mkdir()
@@ -248,3 +255,11 @@ def test_damaged_rows_are_skipped(tmp_path):
     text = "\n".join([*lines, json.dumps(good), '{"step": 2, "loss": NaN'])
     file.write_bytes(text.encode() + b"\xff\n")
     assert _rows_until(file, 5) == [good]
+
+
+def test_a_path_too_long_for_checkpoints_is_refused_at_once(settings, tmp_path):
+    out = tmp_path.joinpath(*["x" * 200] * 19, "y" * 150)
+    with pytest.raises(InputError, match=r"path of \d+ bytes.* at most 3800"):
+        with RunDirectory(train_config(**settings | {"out": str(out)})):
+            pass
+    assert not (tmp_path / ("x" * 200)).exists()
