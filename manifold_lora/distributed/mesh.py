@@ -5,7 +5,6 @@ without it.
 """
 
 import math
-import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +109,7 @@ def all_devices() -> Any:
         # JAX asserts without a message where a platform has no plugin.
         lines = str(error).removeprefix("Unable to initialize backend ").splitlines()
         reason = f" JAX reports: {lines[0]}." if lines else ""
-        platforms = os.environ.get("JAX_PLATFORMS") or jax.config.read("jax_platforms")
+        platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
         if not platforms:
             raise InputError(f"JAX finds no device to run on.{reason}") from error
         package = _PACKAGES.get(platforms.partition(",")[0])

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from manifold_lora.cli.main import main
+from tests.compilation import xla_flags
 from tests.tiny import data_file, model_directory
 
 COMMAND = [sys.executable, "-c", "from manifold_lora.cli.main import main; main()"]
@@ -66,6 +67,7 @@ def test_a_run_on_the_poorest_terminal_writes_all_files(tmp_path):
         "COLUMNS": "20",
         "TERM": "dumb",
         "NO_COLOR": "1",
+        "XLA_FLAGS": xla_flags(devices=1),
     }
     settings = {"model": model, "data": data, "out": out, "rank": 2, "steps": 2}
     settings |= {"batch-size": 4, "targets": "q_proj"}
@@ -82,7 +84,8 @@ def test_a_run_on_the_poorest_terminal_writes_all_files(tmp_path):
     process.stdout.close()
     error = process.stderr.read()
     process.stderr.close()
-    assert process.wait(timeout=60) == 0 and b"Traceback" not in error
+    assert process.wait(timeout=60) == 0, error.decode()
+    assert b"Traceback" not in error
     assert "?[bold]x[red]?.jsonl" in "".join(shown.decode("ascii").split())
     written = {path.name for path in out.iterdir()}
     assert {"adapter", "summary.json", "config.toml", "loss.png"} <= written
