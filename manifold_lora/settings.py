@@ -60,7 +60,8 @@ def setting(
         help: one line for `--help` and the documentation.
         default_text: the default in words, where the value does not say it.
         name: of the flag and the TOML key; by default the field's own.
-        metadata: what else others ask for, such as `saved=False`.
+        metadata: what else others ask for: `saved=False`, `may_change=True`, or
+            `positional=True` for an argument without a flag.
     """
     metadata |= {"help": help, "default_text": default_text, "name": name}
     if isinstance(default, dict):  # left out of the hash: a dict has none

@@ -141,8 +141,10 @@ def _flag(entry: Entry) -> tuple[str, Any, Any]:
     if hint is bool:
         return entry.name, Annotated[bool, argument], _NOT_GIVEN
     several = typing.get_origin(hint) is tuple or _is_mapping(hint) or _is_union(hint)
-    kind = tuple[str, ...] if several else str
-    return entry.name, Annotated[kind | None, argument], None
+    kind: Any = (tuple[str, ...] if several else str) | None
+    if any(field.metadata.get("positional") for field in entry.fields.values()):
+        kind = tyro.conf.Positional[kind]
+    return entry.name, Annotated[kind, argument], None
 
 
 def _help(entry: Entry) -> str:

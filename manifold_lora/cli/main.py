@@ -93,7 +93,13 @@ def inspect(
     inspect_adapter(adapter, out)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (train, compare, plan, methods, inspect)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "compare": compare,
+    "plan": plan,
+    "methods": methods,
+    "inspect": inspect,
+}
 # The class, in manifold_lora, whose settings are the flags of a command.
 CONFIGURATIONS = {
     train: "training.config.TrainConfig",
@@ -112,16 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     chosen = arguments[0]
-    names = [command.__name__ for command in COMMANDS]
+    names = list(COMMANDS)
     if chosen not in names and not chosen.startswith("-"):
         raise InputError(f"there is no command {chosen!r}. {nearest(chosen, names)}")
     if chosen == plan.__name__:
         hide_accelerators()  # before JAX is imported
     check_renamed(arguments)
     app = SubcommandApp()
-    for command in COMMANDS:
-        parsed: Any = _parsed(command, command.__name__ == chosen)
-        app.command(parsed, name=command.__name__)
+    for name, command in COMMANDS.items():
+        parsed: Any = _parsed(command, name == chosen)
+        app.command(parsed, name=name)
     app.cli(
         prog="manifold-lora",
         description="Low-rank adapters on matrix manifolds for LLaMA, in JAX.",
