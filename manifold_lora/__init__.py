@@ -40,6 +40,11 @@ if TYPE_CHECKING:
     from manifold_lora.data.tokens import encode as encode
     from manifold_lora.data.tokens import load_tokenizer as load_tokenizer
     from manifold_lora.errors import InputError as InputError
+    from manifold_lora.generation.batched import generate_batches as generate_batches
+    from manifold_lora.generation.command import GenerateConfig as GenerateConfig
+    from manifold_lora.generation.command import generate_texts as generate_texts
+    from manifold_lora.generation.config import GenerationConfig as GenerationConfig
+    from manifold_lora.generation.generate import generate as generate
     from manifold_lora.inspection.inspect import inspect_adapter as inspect_adapter
     from manifold_lora.manifolds import BoundedRank as BoundedRank
     from manifold_lora.manifolds import Euclidean as Euclidean
@@ -98,6 +103,10 @@ _HOMES = {
     "data.records": ["read_records"],
     "data.tokens": ["encode", "load_tokenizer"],
     "errors": ["InputError"],
+    "generation.batched": ["generate_batches"],
+    "generation.command": ["GenerateConfig", "generate_texts"],
+    "generation.config": ["GenerationConfig"],
+    "generation.generate": ["generate"],
     "inspection.inspect": ["inspect_adapter"],
     "manifolds": [
         "BoundedRank",

@@ -22,12 +22,13 @@ BELOW = {
 }
 # A command is a subpackage: it may use all of the above and the commands named here.
 COMMANDS = {
-    "evaluation": set(),
-    "training": {"evaluation"},
+    "generation": set(),
+    "evaluation": {"generation"},
+    "training": {"evaluation", "generation"},
     "inspection": set(),
     "comparison": {"training", "evaluation", "inspection"},
     "planning": {"training"},
-    "cli": {"training", "comparison", "planning", "inspection"},
+    "cli": {"generation", "training", "comparison", "planning", "inspection"},
 }
 ALLOWED = BELOW | {name: BELOW.keys() | uses for name, uses in COMMANDS.items()}
 # Third parties that a subpackage must not know.

@@ -64,6 +64,18 @@ def plan(config: Any) -> None:
         stop(error, 1)
 
 
+def generate(config: Any) -> None:
+    """Generate text with a base and, if given, an adapter.
+
+    From one prompt, from a file of prompts, or in a chat, with the model's chat
+    template where it has one. Greedy by default; with a temperature it samples, with
+    beams it searches.
+    """
+    from manifold_lora.generation.command import generate_texts
+
+    generate_texts(config)
+
+
 def methods() -> None:
     """List the methods: formula, manifolds, defaults, memory, export, options."""
     from manifold_lora.adapters.describe import show_methods
@@ -97,6 +109,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "compare": compare,
     "plan": plan,
+    "generate": generate,
     "methods": methods,
     "inspect": inspect,
 }
@@ -105,6 +118,7 @@ CONFIGURATIONS = {
     train: "training.config.TrainConfig",
     compare: "comparison.config.CompareConfig",
     plan: "planning.config.PlanConfig",
+    generate: "generation.command.GenerateConfig",
 }
 
 

@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(Part):
+class BaseConfig(Part):
     """The base model."""
 
     path: Path | None = setting(
@@ -49,6 +49,12 @@ class ModelConfig(Part):
     dtype: Literal["float32", "bfloat16"] | None = setting(
         None, "of the base", default_text="bfloat16 on accelerators, float32 on CPU"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(BaseConfig):
+    """The base model, to train adapters of."""
+
     remat: bool = setting(True, "recompute layers in the backward pass to save memory")
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from manifold_lora.distributed.sharding import gather_for_compute
+from manifold_lora.models.cache import Cache, LayerCache
 from manifold_lora.models.config import LlamaConfig
 from manifold_lora.models.layers import (
     Linear,
@@ -66,17 +67,28 @@ class Attention(nnx.Module):
         self.o_proj = linear(width, config.hidden_size, ("heads", "embed"))
 
     def __call__(
-        self, x: jax.Array, rope: Rope, mask: jax.Array, key: jax.Array | None
-    ) -> jax.Array:
-        """(b, t, d) to (b, t, d); mask (b, 1, t, t), True where attended."""
+        self,
+        x: jax.Array,
+        rope: Rope,
+        mask: jax.Array,
+        key: jax.Array | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """(b, t, d) to (b, t, d), and the cache with the keys and values of x.
+
+        The mask is (b, 1, t, s), True where attended, where s is t or, with a cache,
+        the number of its slots.
+        """
         b, t, _ = x.shape
         heads = (b, t, -1, self.head_dim)
         q = self.q_proj(x, _fold(key, 0)).reshape(heads)  # (b, t, h, head_dim)
         k = self.k_proj(x, _fold(key, 1)).reshape(heads)  # (b, t, kv, head_dim)
         v = self.v_proj(x, _fold(key, 2)).reshape(heads)  # (b, t, kv, head_dim)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            k, v, cache = cache.extend(k, v)
         y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # (b, t, h, head_dim)
-        return self.o_proj(y.reshape(b, t, -1), _fold(key, 3))
+        return self.o_proj(y.reshape(b, t, -1), _fold(key, 3)), cache
 
 
 class MLP(nnx.Module):
@@ -125,11 +137,17 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, rope: Rope, mask: jax.Array, key: jax.Array | None
-    ) -> jax.Array:
-        """(b, t, d) to (b, t, d)."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, key)
-        return x + self.mlp(self.post_attention_layernorm(x), key)
+        self,
+        x: jax.Array,
+        rope: Rope,
+        mask: jax.Array,
+        key: jax.Array | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """(b, t, d) to (b, t, d), and the cache; see `Attention`."""
+        y, cache = self.self_attn(self.input_layernorm(x), rope, mask, key, cache)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x), key), cache
 
 
 class Llama(nnx.Module):
@@ -213,24 +231,68 @@ class Llama(nnx.Module):
         mask = _attention_mask(input_ids, attention_mask, segment_ids)
         if positions is None:
             positions = _positions(input_ids, attention_mask)
+        return self._run_layers(input_ids, positions, mask, key)[0]
+
+    def extend(
+        self,
+        input_ids: jax.Array,
+        cache: Cache,
+        attention_mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """The hidden states of further tokens, (b, t, d), and the cache with them.
+
+        For generation: the tokens attend to those in the cache and to each other, and
+        their positions follow. Without gradients; for training see `hidden_states`.
+
+        Args:
+            input_ids: (b, t).
+            cache: with t free slots or more.
+            attention_mask: (b, t), nonzero for real tokens; by default all are.
+        """
+        real = jnp.ones(input_ids.shape, bool)
+        if attention_mask is not None:
+            real = attention_mask.astype(bool)
+        start = cache.end
+        cache, positions, mask = cache.add_tokens(real)
+        first = LayerCache(cache.keys, cache.values, jnp.zeros((), jnp.int32), start)
+        h, last = self._run_layers(input_ids, positions, mask, None, first)
+        assert last is not None
+        return h, cache._replace(keys=last.keys, values=last.values)
+
+    def _run_layers(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        key: jax.Array | None,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """The last layer's output after the final norm, and the cache if there is one.
+
+        The cache is carried through the scan, so that no layer copies it.
+        """
         rope = rope_angles(rope_frequencies(self.config), positions)
         keys = key
         if key is not None:  # one key per layer, scanned alongside its parameters
             keys = _split(key, self.config.num_hidden_layers)
         graph, state = nnx.split(self.layers)
 
-        def layer(x: jax.Array, scanned) -> tuple[jax.Array, None]:
-            layer_state, layer_key = scanned
-            return nnx.merge(graph, layer_state)(x, rope, mask, layer_key), None
+        def layer(carry, scanned):
+            (x, cache), (layer_state, layer_key) = carry, scanned
+            block = nnx.merge(graph, layer_state)
+            x, cache = block(x, rope, mask, layer_key, cache)
+            if cache is not None:
+                cache = cache._replace(layer=cache.layer + 1)
+            return (x, cache), None
 
-        if self.remat:
+        if self.remat and cache is None:
             # inside a scan, XLA cannot undo the recomputation by CSE
             layer = jax.checkpoint(layer, prevent_cse=False)
         with self._precision():
             embedding = gather_for_compute(self.embed_tokens[...], ("vocab", "embed"))
             x = jnp.take(embedding, input_ids, axis=0, mode="fill")  # (b, t, d)
-            x, _ = jax.lax.scan(layer, x, (state, keys))
-            return self.norm(x)
+            (x, cache), _ = jax.lax.scan(layer, (x, cache), (state, keys))
+            return self.norm(x), cache
 
     def head(self) -> jax.Array:
         """The kernel of `unembed`, (d, vocab), all-gathered over fsdp for compute."""
