@@ -158,6 +158,7 @@ def generate_texts(
     results.sort(key=lambda item: item.pop("index"))
     if config.out is not None and processes.is_main():
         lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in results)
+        config.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(config.out, "".join(lines))
         total = sum(item["tokens"] for item in results)
         print_text(
