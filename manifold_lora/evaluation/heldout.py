@@ -11,13 +11,11 @@ import numpy as np
 from jax import P
 
 from manifold_lora.data.tokens import Example
-from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.groups import (
     replicate_per_group,
     split_batch,
     vmap_over_groups,
 )
-from manifold_lora.distributed.mesh import group_count
 from manifold_lora.distributed.sharding import auto_partitioned, constrain
 from manifold_lora.models.loss import token_loss
 
@@ -130,52 +128,3 @@ def first_turn(example: Example) -> tuple[np.ndarray, np.ndarray]:
     start = int(example.answer_mask.argmax())
     length = int(np.append(~example.answer_mask[start:], True).argmax())
     return example.input_ids[:start], example.input_ids[start : start + length]
-
-
-def complete(
-    rebuild: Callable[..., Any],
-    axes: Any,
-    factors: Any,
-    frozen: Any,
-    examples: Sequence[Example],
-    stop: Sequence[int],
-    max_new_tokens: int = 16,
-) -> list[list[int]]:
-    """Greedy completions of the examples' prompts, without the stop token.
-
-    For a handful of samples: it keeps no cache and recomputes the row for every token.
-    Each group of devices holds one row at a time.
-    """
-    prompts = [first_turn(example)[0] for example in examples]
-    groups = group_count(jax.sharding.get_mesh().shape)
-    # Every group needs a row; completions of the padding are dropped.
-    rows = [*prompts, *prompts[:1] * (-len(prompts) % groups)]
-    lengths = np.array([len(row) for row in rows])
-    ids = np.zeros((len(rows), lengths.max() + max_new_tokens), np.int32)
-    for row, prompt in zip(ids, rows, strict=True):
-        row[: len(prompt)] = prompt
-
-    def generated(factors, frozen, batch):
-        model, (ids, lengths) = rebuild(factors, frozen), batch
-
-        def extend(step, ids):
-            end = lengths + step  # later positions are masked: attention is causal
-            last = jnp.take_along_axis(
-                model.hidden_states(ids), (end - 1)[:, None, None], axis=1
-            )
-            token = model.unembed(last[:, 0]).argmax(-1).astype(ids.dtype)
-            return ids.at[jnp.arange(len(lengths)), end].set(token)
-
-        return jax.lax.fori_loop(0, max_new_tokens, extend, ids)
-
-    generate = _jit_over_groups(generated, axes)
-    completions = []
-    for start in range(0, len(rows), groups):
-        part = slice(start, start + groups)
-        outputs = to_host(generate(factors, frozen, (ids[part], lengths[part])))
-        parts = zip(outputs.reshape(ids[part].shape), lengths[part], strict=True)
-        for row, length in parts:
-            new = row[length : length + max_new_tokens].tolist()
-            end = next((i for i, token in enumerate(new) if token in stop), len(new))
-            completions.append(new[:end])
-    return completions[: len(examples)]

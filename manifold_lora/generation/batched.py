@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from manifold_lora.errors import InputError
 from manifold_lora.generation.config import GenerationConfig
 from manifold_lora.generation.generate import Generator
 from manifold_lora.generation.padding import pad_prompts, until_stop
@@ -30,10 +31,18 @@ def generate_batches(
         stop_tokens: None, the model's own.
         batch_size: prompts of a batch at most.
 
+    Raises:
+        InputError: an empty prompt, or as `generate`.
+
     Yields:
         The index of a prompt and its new ids, without the stop token: batch by batch,
         the longest prompts first, so that memory runs out at once or never.
     """
+    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
+        raise InputError(
+            f"prompt {empty[0] + 1} has no token: begin it with the "
+            "beginning-of-sequence token, or leave it out."
+        )
     generator = Generator(model, config, stop_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for first in range(0, len(order), batch_size):

@@ -215,4 +215,9 @@ def _as_rows(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarra
             f"attention_mask must have the shape of input_ids, {ids.shape}; got "
             f"{mask.shape}."
         )
+    if len(empty := np.flatnonzero(~mask.astype(bool).any(1))):
+        raise InputError(
+            f"row {empty[0] + 1} has no token: begin it with the beginning-of-sequence "
+            "token, or leave it out."
+        )
     return ids, mask

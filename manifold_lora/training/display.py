@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-from manifold_lora.adapters import adapters, axes, factors, split
+from manifold_lora.adapters import adapters, factors
 from manifold_lora.console import PlainTable, print_table, print_text, printable
 from manifold_lora.data.tokens import Example
-from manifold_lora.evaluation.heldout import Evaluation, complete, first_turn
+from manifold_lora.evaluation.heldout import Evaluation, first_turn
+from manifold_lora.generation.batched import generate_batches
+from manifold_lora.generation.config import GenerationConfig
 from manifold_lora.models import Llama
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.data import Data, describe_data
@@ -27,6 +29,8 @@ from manifold_lora.training.run import (
     SUMMARY,
 )
 from manifold_lora.training.state import RunState
+
+_PREDICTED = GenerationConfig(max_new_tokens=16)
 
 
 def show_plan(
@@ -139,17 +143,23 @@ def show_predictions(
     examples: Sequence[Example],
     stop: Sequence[int],
 ) -> None:
-    """Prompts with the model's greedy completions beside the truth."""
-    if not examples:
+    """Prompts with the model's greedy completions beside the truth.
+
+    Prompts that are empty or fill the model's context are left out.
+    """
+    turns = [first_turn(example) for example in examples]
+    room = model.config.max_position_embeddings - _PREDICTED.max_new_tokens
+    turns = [(prompt, true) for prompt, true in turns if 0 < len(prompt) <= room]
+    if not turns:
         return
-    rebuild, trained, frozen = split(model)
-    completions = complete(rebuild, axes(model), trained, frozen, examples, stop)
+    prompts = [prompt.tolist() for prompt, _ in turns]
+    completions = dict(generate_batches(model, prompts, _PREDICTED, stop_tokens=stop))
     table = PlainTable("Held-out examples")
     table.add_column("prompt")
     table.add_column("predicted")
     table.add_column("truth")
-    for example, completion in zip(examples, completions, strict=True):
-        before, true = first_turn(example)
+    for i, (before, true) in enumerate(turns):
+        completion = completions[i]
         prompt, predicted, truth = (
             " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
             for ids in (before, completion, true)

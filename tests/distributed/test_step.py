@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from manifold_lora.data.tokens import Example
+from manifold_lora.distributed.arrays import shard_module
 from manifold_lora.distributed.sharding import specs_like, storage_spec
-from manifold_lora.evaluation.heldout import complete
+from manifold_lora.generation.batched import generate_batches
+from manifold_lora.generation.config import GenerationConfig
 from manifold_lora.methods import METHODS
 from tests.distributed.cases import (
     CONFIG,
@@ -200,29 +201,26 @@ def partly_answered() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("text, count", [(MESHES[0], 1), (MESHES[2], 5)])
 def test_completions_on_a_mesh_equal_one_device(text, count, quick_compilation, capfd):
     rng = np.random.default_rng(1)
-    examples = [
-        Example(rng.integers(0, CONFIG.vocab_size, 6).astype(np.int32), mask)
-        for mask in np.arange(6) >= rng.integers(1, 6, (count, 1))
-    ]
+    lengths = rng.integers(1, 6, count)
+    prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lengths]
     model = build_model("stella")
 
-    def completions(run: Run, stop: int, new: int = 4) -> list[list[int]]:
-        arguments = (run.factors, run.frozen, examples, [stop], new)
-        return complete(run.rebuild, run.axes, *arguments)
+    def completions(stop: tuple[int, ...]) -> list[list[int]]:
+        config = GenerationConfig(max_new_tokens=4)
+        made = generate_batches(model, prompts, config, stop_tokens=stop, batch_size=3)
+        return [tokens for _, tokens in sorted(made)]
 
-    one = Run(model)
-    expected = completions(one, -1)
+    expected = completions(())
     assert [len(c) for c in expected] == [4] * count
-    for example, tokens in zip(examples, expected, strict=True):  # token by token
-        ids = example.input_ids[: example.loss_mask.argmax()].tolist()
-        for token in tokens:
-            assert np.asarray(model(jnp.array([ids])))[0, -1].argmax() == token
-            ids.append(token)
+    for ids, tokens in zip(prompts, expected, strict=True):  # token by token
+        for n, token in enumerate(tokens):
+            known = jnp.array([[*ids, *tokens[:n]]])
+            assert np.asarray(model(known))[0, -1].argmax() == token
     stop = expected[0][2]
     with use_mesh(text):
-        run = Run(model)
-        assert completions(run, -1) == expected
-        assert completions(run, stop) == [
+        shard_module(model)
+        assert completions(()) == expected
+        assert completions((stop,)) == [
             c[: c.index(stop)] if stop in c else c for c in expected
         ]
     assert "rematerialization" not in capfd.readouterr().err

@@ -19,7 +19,6 @@ from manifold_lora.evaluation.batches import HeldOutBatches
 from manifold_lora.evaluation.heldout import (
     Evaluation,
     answer,
-    complete,
     evaluation_sums,
     first_turn,
     majority,
@@ -210,29 +209,3 @@ def test_evaluation_takes_no_more_memory_than_a_training_step(accumulate: int):
     rows = 8 // accumulate
     for shape in ((rows, 64), (2 * rows, 32), (max(rows // 2, 1), 128)):
         assert 0 < bytes_of(sums, factors, frozen, batch(*shape)) <= training
-
-
-def test_completions_hold_one_row_at_a_time(case: Case, monkeypatch):
-    rows = []
-    original = Llama.hidden_states
-
-    def counted(self, input_ids, *args, **kwargs):
-        rows.append(input_ids.shape)
-        return original(self, input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(Llama, "hidden_states", counted)
-    found = complete(
-        case.rebuild,
-        axes(case.model),
-        case.factors,
-        case.frozen,
-        case.examples,
-        [-1],
-        max_new_tokens=2,
-    )
-    assert {shape[0] for shape in rows} == {1}
-    for example, x, tokens in zip(case.examples, case.logits, found, strict=True):
-        prompt, _ = first_turn(example)
-        assert tokens[0] == x[len(prompt) - 1].argmax()
-        if example in case.examples[1::2]:  # which the model itself has written
-            assert tokens == example.input_ids[len(prompt) :][:2].tolist()

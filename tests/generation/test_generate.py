@@ -224,6 +224,7 @@ def test_eight_devices_equal_one(options):
         ([[1] * 250], {"max_new_tokens": 7}, "more than the model's context"),
         ([[1]], {"stop_tokens": (99,)}, "the stop token 99"),
         ([[1]], {"attention_mask": [[1, 1]]}, "must have the shape of input_ids"),
+        ([[1]], {"attention_mask": [[0]]}, "row 1 has no token"),
         ([[1]], {"top_q": 1}, "top_q"),
     ],
 )
