@@ -81,6 +81,8 @@ class LayerCache(NamedTuple):
         Returns the layer's keys and values of all slots, (b, length, kv, head_dim), and
         the cache. It is updated in place where it is carried through a loop.
         """
+        # Fused with what computes them, XLA on CPU would copy the cache in every layer.
+        k, v = jax.lax.optimization_barrier((k, v))
         at = (self.layer, 0, self.start, 0, 0)
         keys = jax.lax.dynamic_update_slice(self.keys, k[None], at)
         values = jax.lax.dynamic_update_slice(self.values, v[None], at)
