@@ -1,6 +1,6 @@
 """Tokens a second of generation, beside transformers on the same prompts.
 
-    python benchmarks/generation.py MODEL [--batch-size 8] [--new-tokens 64] [--rounds 3]
+    python benchmarks/generation.py MODEL [--batch-size 8] [--new-tokens 64]
 
 MODEL is a Hugging Face LLaMA directory. Needs the extra hf. Both generate greedily in
 float32, without stop tokens, from the same random prompts; rounds alternate, each
