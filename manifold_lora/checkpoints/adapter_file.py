@@ -112,7 +112,7 @@ def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
         for full, parts in by_module.items()
     }
     if extra or stored:
-        scales = {full: _scale(config, full) for full in modules}
+        scales = {full: peft_scale(config, full) for full in modules}
         check_same(path, settings, declared, modules, by_module, scales, folded)
     return AdapterFile(settings.method, settings, modules, extra.get("base"), config)
 
@@ -194,7 +194,7 @@ def _setting(config: Mapping[str, Any], full: str) -> tuple[int, float]:
     return rank, lookup(config["alpha_pattern"], full, config["lora_alpha"])
 
 
-def _scale(config: Mapping[str, Any], full: str) -> float:
+def peft_scale(config: Mapping[str, Any], full: str) -> float:
     """The s of the module of that full name, by PEFT's file."""
     rank, alpha = _setting(config, full)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -269,7 +269,7 @@ def _module(
 ) -> ModuleFactors:
     rank = lookup(settings.rank_pattern, full, settings.rank)
     alpha = lookup(settings.alpha_pattern, full, settings.alpha or 0.0)
-    scale = settings.scale(rank, alpha) if folded else _scale(config, full)
+    scale = settings.scale(rank, alpha) if folded else peft_scale(config, full)
     wide = {end: np.asarray(x, np.float32) for end, x in parts.items()}
     if config["peft_type"] == "STELLA":
         u, s, vt = (wide[end] for end in _STELLA)

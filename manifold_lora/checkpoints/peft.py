@@ -207,13 +207,7 @@ def load_adapter(
             base, or what `read_adapter` refuses.
     """
     check_bare(model)
-    sites = {name: (parent, at) for name, parent, at in projections(model)}
-    sizes = {}
-    for name, (parent, attribute) in sites.items():
-        linear = getattr(parent, attribute)
-        for full in full_names(model, name):
-            sizes[full] = (linear.in_features, linear.out_features)
-    file = read_adapter(path, sizes)
+    file = read_adapter(path, linear_sizes(model))
     version = 2 if file.base is None or ":" in file.base else 1
     if check_base and file.base not in (None, needed := fingerprint(model, version)):
         raise InputError(
@@ -222,6 +216,16 @@ def load_adapter(
             "trained on, or use it here all the same with check_base=False."
         )
     install_adapter(model, file)
+
+
+def linear_sizes(model: Any) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of every projection of a `Llama`, by full name."""
+    sizes = {}
+    for name, parent, attribute in projections(model):
+        linear = getattr(parent, attribute)
+        for full in full_names(model, name):
+            sizes[full] = (linear.in_features, linear.out_features)
+    return sizes
 
 
 def install_adapter(model: Llama, file: AdapterFile) -> None:

@@ -145,7 +145,11 @@ class Runner:
             result |= _effective_ranks(model)
             if save is not None and not self.config.adapter.merge_only:
                 with exporting(self.config, model):
-                    save_adapter(model, save, base_id=base_id(self.config))
+                    name, format = (
+                        base_id(self.config),
+                        self.config.output.export_format,
+                    )
+                    save_adapter(model, save, base_id=name, format=format)
         return result
 
     def step_timer(self, steps: int) -> Callable[[], list[float]]:

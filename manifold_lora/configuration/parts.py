@@ -176,6 +176,12 @@ class OutputConfig(Part):
     base_id: str | None = setting(
         None, "name of the base in the adapter's files", default_text="--model"
     )
+    export_format: Literal["portable", "peft"] = setting(
+        "portable",
+        "of the adapter: portable, for PEFT, vLLM, SGLang and llama.cpp alike, or "
+        "peft, with rsLoRA and patterns as they are",
+        may_change=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,8 @@ def save_factors(config: TrainConfig, model: Any, factors: Any, path: Path) -> N
     set_factors(model, jax.tree.map(jnp.copy, factors))
     if not config.adapter.merge_only:
         with exporting(config, model):
-            save_adapter(model, path, base_id=base_id(config))
+            name, format = base_id(config), config.output.export_format
+            save_adapter(model, path, base_id=name, format=format)
 
 
 def save_merged(config: TrainConfig, model: Any) -> Path:
