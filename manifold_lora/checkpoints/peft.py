@@ -41,6 +41,7 @@ from manifold_lora.checkpoints.adapter_writer import (
     write_files,
 )
 from manifold_lora.checkpoints.atomic import atomic_directory
+from manifold_lora.checkpoints.card import CARD, model_card
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
 from manifold_lora.errors import InputError
@@ -53,6 +54,7 @@ def save_adapter(
     *,
     base_id: str | None = None,
     format: Format = "portable",
+    license: str | None = None,
 ) -> None:
     """Write the model's adapter as a PEFT LoRA directory, replacing an older one.
 
@@ -70,6 +72,7 @@ def save_adapter(
         base_id: name or path of the base model, for `base_model_name_or_path`.
         format: "portable", or "peft" for s as `lora_alpha`, `use_rslora` and patterns,
             which SGLang and llama.cpp scale by in part only.
+        license: of the adapter, for its model card, README.md.
 
     Raises:
         InputError: the model has no adapters, or one with diagonal scaling, for which
@@ -104,6 +107,9 @@ def save_adapter(
         return
     with atomic_directory(path) as partial:
         write_files(partial, modules, peft, settings, format)
+        rank = max(module.rank for module in modules.values())
+        text = model_card(config, base_id, rank, license=license)
+        (partial / CARD).write_text(text, encoding="utf-8")
         for stray in Path(path).glob(".*"):  # such as .DS_Store
             (shutil.copytree if stray.is_dir() else shutil.copy2)(
                 stray, partial / stray.name
@@ -144,7 +150,7 @@ def check_replaceable(path: Path) -> None:
     if path.exists():
         files = {path.name} if path.is_file() else set(os.listdir(path))
         files = {name for name in files if not name.startswith(".")}
-        if others := files - {CONFIG, WEIGHTS, EXTRA, FACTORS, "README.md"}:
+        if others := files - {CONFIG, WEIGHTS, EXTRA, FACTORS, CARD}:
             raise InputError(
                 f"{path} exists and is not an adapter (it holds "
                 f"{', '.join(sorted(others))}): choose another directory."

@@ -182,6 +182,12 @@ class OutputConfig(Part):
         "peft, with rsLoRA and patterns as they are",
         may_change=True,
     )
+    license: str | None = setting(
+        None,
+        "of the adapter, for its model card, such as apache-2.0",
+        default_text="unknown",
+        may_change=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Export an adapter to the formats of other tools, each file read back and compared."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from manifold_lora.checkpoints.adapter_file import read_adapter
 from manifold_lora.checkpoints.atomic import atomic_directory, atomic_file
+from manifold_lora.checkpoints.card import CARD, Run, model_card, serving
 from manifold_lora.checkpoints.huggingface import load_llama, read_llama_config
 from manifold_lora.checkpoints.peft import (
     install_adapter,
@@ -27,13 +29,12 @@ from manifold_lora.conversion.updates import (
     relative_difference,
     updates,
 )
+from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama
 
 # Of the updates as they are read back: one rounding of every number to float32.
 _TOLERANCE = 1e-6
-# The sizes that vLLM has for adapters, of which 16 is the default.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _MODULE = r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
 
 
@@ -73,6 +74,8 @@ def export(config: ExportConfig, console: Console | None = None) -> dict[str, An
         format.write(partial, source)
         read = format.read(partial, source)
         difference = relative_difference(updates(source.adapter), read)
+        if not format.is_file:
+            (partial / CARD).write_text(_card(config, path, source), encoding="utf-8")
         if not difference < _TOLERANCE:
             raise OSError(f"{out} reads back with ΔW apart by {difference:.1e}")
     result = {
@@ -86,6 +89,22 @@ def export(config: ExportConfig, console: Console | None = None) -> dict[str, An
     }
     _show(console, result, source)
     return result
+
+
+def _card(config: ExportConfig, path: Path, source: Source) -> str:
+    """The model card, with what is known of the run that has the adapter."""
+    settings, summary = path.parent / "config.toml", path.parent / "summary.json"
+    run = None
+    if path.name == "adapter" and settings.is_file() and summary.is_file():
+        run = Run(tomllib.loads(settings.read_text("utf-8")), read_json(summary))
+    return model_card(
+        source.adapter.config,
+        source.peft["base_model_name_or_path"],
+        max(module.rank for module in source.modules().values()),
+        library=FORMATS[config.format].library,
+        license=config.license,
+        run=run,
+    )
 
 
 class _Probe(NamedTuple):
@@ -122,7 +141,7 @@ def _show(console: Console, result: dict[str, Any], source: Source) -> None:
             f"Logits of a probe batch differ by at most {logits:.1e}; the largest is "
             f"{result['largest_logit']:.3g}."
         )
-    for line in [*lines, *hints(format, out, rank, source)]:
+    for line in [*lines, hint(format, out, rank, source)]:
         print_text(console, line)
 
 
@@ -166,20 +185,12 @@ def _source(config: ExportConfig, path: Path) -> Source:
     return Source(adapter, given, model)
 
 
-def hints(format: str, out: str, rank: int, source: Source) -> list[str]:
-    """How the loaders of a format are to be called."""
-    if format in ("portable", "peft"):
-        if source.dora:
-            return ["vLLM, SGLang and llama.cpp have no DoRA: merge it for them."]
-        size = next((size for size in VLLM_RANKS if size >= rank), None)
-        if size is None:
-            return [f"vLLM serves ranks up to {VLLM_RANKS[-1]}: merge it for that."]
-        served = f"vllm serve BASE --enable-lora --lora-modules NAME={out}"
-        if size > 16:
-            served += f" --max-lora-rank {size}"
-        return [f"Serve with {served}"]
+def hint(format: str, out: str, rank: int, source: Source) -> str:
+    """How a loader of the format is called."""
+    if format == "stella":
+        return "Read it with the package of the method's authors."
     if format == "mlx":
-        return [f"Generate with mlx_lm.generate --model BASE --adapter-path {out}"]
+        return f"Generate with: mlx_lm.generate --model BASE --adapter-path {out}"
     if format == "gguf-lora":
-        return [f"Run with llama-cli -m BASE.gguf --lora {out}"]
-    return []
+        return f"Run with: llama-cli -m BASE.gguf --lora {out}"
+    return serving(rank, source.dora, out)

@@ -55,8 +55,8 @@ class Source(NamedTuple):
         for full, u in updates(self.adapter).items():
             own = self.adapter.modules[full]
             tensors = {
-                "lora_A.weight": np.ascontiguousarray(u.a),
-                "lora_B.weight": np.ascontiguousarray(u.b),
+                "lora_A.weight": u.a,
+                "lora_B.weight": u.b,
             }
             if u.magnitude is not None:
                 tensors[MAGNITUDE] = u.magnitude
@@ -75,12 +75,14 @@ class ExportFormat(NamedTuple):
         read: what its loaders compute from that, by full name.
         refuse: why it cannot hold the source; empty if it can.
         is_file: whether it is a single file.
+        library: that loads it, by the Hub's name.
     """
 
     write: Callable[[Path, Source], None]
     read: Callable[[Path, Source], Mapping[str, Update]]
     refuse: Callable[[Source], str] = lambda source: ""
     is_file: bool = False
+    library: str = "peft"
 
 
 def _write_peft(path: Path, source: Source, format: Format) -> None:
@@ -114,8 +116,8 @@ def _write_mlx(path: Path, source: Source) -> None:
     tensors = {}
     for full, module in modules.items():
         a, b = (module.tensors[f"lora_{x}.weight"] for x in "AB")
-        tensors[f"{full}.lora_a"] = np.ascontiguousarray(a.T)
-        tensors[f"{full}.lora_b"] = np.ascontiguousarray(b.T)
+        tensors[f"{full}.lora_a"] = a.T
+        tensors[f"{full}.lora_b"] = b.T
         if MAGNITUDE in module.tensors:
             tensors[f"{full}.m"] = module.tensors[MAGNITUDE]
     save_tensors(tensors, path / MLX_WEIGHTS)
@@ -171,9 +173,9 @@ def _write_stella(path: Path, source: Source) -> None:
     tensors = {}
     for full, module in source.adapter.modules.items():
         stem, factors = f"{PREFIX}{full}.stella_", module.factors
-        tensors[f"{stem}U.weight"] = np.ascontiguousarray(factors["u"])
-        tensors[f"{stem}S.weight"] = np.ascontiguousarray(factors["s"])
-        tensors[f"{stem}Vt.weight"] = np.ascontiguousarray(factors["v"].T)
+        tensors[f"{stem}U.weight"] = factors["u"]
+        tensors[f"{stem}S.weight"] = factors["s"]
+        tensors[f"{stem}Vt.weight"] = factors["v"].T
     save_tensors(tensors, path / WEIGHTS)
     own = {
         "peft_type": "STELLA",
@@ -246,8 +248,10 @@ FORMATS: dict[str, ExportFormat] = {
         lambda path, source: _write_peft(path, source, "peft"),
         lambda path, source: read_peft(path),
     ),
-    "mlx": ExportFormat(_write_mlx, _read_mlx, _refuse_mlx),
-    "stella": ExportFormat(_write_stella, _read_stella, _refuse_stella),
+    "mlx": ExportFormat(_write_mlx, _read_mlx, _refuse_mlx, library="mlx"),
+    "stella": ExportFormat(
+        _write_stella, _read_stella, _refuse_stella, library="stella"
+    ),
     "gguf-lora": ExportFormat(_write_gguf, _read_gguf, _refuse_gguf, is_file=True),
 }
 

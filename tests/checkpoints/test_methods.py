@@ -12,6 +12,7 @@ import manifold_lora as ml
 from manifold_lora.adapters import AdapterConfig, adapters, attach
 from manifold_lora.checkpoints.adapter_file import read_adapter
 from manifold_lora.checkpoints.adapter_writer import Format
+from manifold_lora.checkpoints.card import CARD
 from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS
@@ -71,7 +72,7 @@ def test_every_method_survives_saving_and_loading(
     pair |= SAVED[name].method == "landing_oblique"
     pair &= SAVED[name].options.init not in ("pissa", "olora")
     pair &= format == "peft"  # no scale here is a power of two
-    assert files == sorted([CONFIG, WEIGHTS, EXTRA] + [FACTORS] * (not pair))
+    assert files == sorted([CONFIG, WEIGHTS, EXTRA, CARD] + [FACTORS] * (not pair))
     for file in files:
         one, other = ((tmp_path / x / file).read_bytes() for x in "ab")
         assert one == other, file

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import manifold_lora as ml
 from manifold_lora.adapters import AdapterConfig, adapters, attach
 from manifold_lora.checkpoints.adapter_writer import Format
+from manifold_lora.checkpoints.card import CARD
 from manifold_lora.checkpoints.peft import fingerprint, load_adapter, save_adapter
 from manifold_lora.errors import InputError
 from tests import adapters as tiny
@@ -167,7 +168,7 @@ def test_factors_are_kept_beside_where_the_scale_cannot_be_taken_out(
     same(ml.factors(again), ml.factors(model))
 
 
-def test_the_directory_holds_three_readable_files(tmp_path: Path):
+def test_the_directory_holds_readable_files(tmp_path: Path):
     before = os.umask(0o022)
     try:
         save_adapter(attached(PLAIN), tmp_path / "a", format="peft")
@@ -175,7 +176,7 @@ def test_the_directory_holds_three_readable_files(tmp_path: Path):
         os.umask(before)
     assert sorted(os.listdir(tmp_path)) == ["a"]
     modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "a").iterdir()}
-    assert modes == {CONFIG: 0o644, WEIGHTS: 0o644, EXTRA: 0o644}
+    assert modes == dict.fromkeys((CONFIG, WEIGHTS, EXTRA, CARD), 0o644)
 
 
 def test_nan_and_infinite_factors_are_saved_and_refused(tmp_path: Path):
@@ -210,7 +211,7 @@ def test_an_older_adapter_is_replaced(tmp_path: Path):
     load_adapter(again := tiny.base(), tmp_path / "a")
     same(ml.factors(again), ml.factors(model))
     assert sorted(os.listdir(tmp_path)) == ["a"]
-    assert contents(tmp_path / "a").keys() == {CONFIG, WEIGHTS, EXTRA}
+    assert contents(tmp_path / "a").keys() == {CONFIG, WEIGHTS, EXTRA, CARD}
 
 
 @pytest.mark.parametrize("older", [True, False], ids=["older", "first"])

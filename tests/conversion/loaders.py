@@ -93,8 +93,9 @@ def mlx(path: Path) -> Matrices:
         name = key.removesuffix(".lora_a")
         b = tensors[f"{name}.lora_b"].astype(np.float64)
         assert a.shape[1] == len(b) == settings["rank"]
-        layer, kind = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name).groups()
-        assert kind in settings["keys"] and int(layer) < config["num_layers"]
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        assert match and match[2] in settings["keys"]
+        assert int(match[1]) < config["num_layers"]
         result[name] = settings["scale"] * b.T @ a.astype(np.float64).T
     return result
 
@@ -119,9 +120,9 @@ def gguf(path: Path, heads: int, kv_heads: int) -> Matrices:
     }
     result = {}
     for name, tensor in tensors.items():
-        layer, weight, side = re.fullmatch(
-            r"blk\.(\d+)\.(\w+)\.weight\.lora_([ab])", name
-        ).groups()
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight\.lora_([ab])", name)
+        assert match
+        layer, weight, side = match.groups()
         if side == "b":
             continue
         other = tensors[name[:-1] + "b"]

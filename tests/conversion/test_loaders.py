@@ -7,8 +7,8 @@ import pytest
 
 import manifold_lora as ml
 from manifold_lora.adapters import AdapterConfig, attach
+from manifold_lora.checkpoints.card import VLLM_RANKS
 from manifold_lora.checkpoints.peft import save_adapter
-from manifold_lora.conversion.export import VLLM_RANKS
 from manifold_lora.methods import METHODS
 from tests import adapters as tiny
 from tests.adapters import formulas
