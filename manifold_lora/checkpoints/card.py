@@ -59,10 +59,11 @@ def model_card(
     """
     base = base_id or UNKNOWN
     options = config.options
+    name = base if _is_on_hub(base) else Path(base).name
     lines = [
-        f"# {config.method} adapter of {base}",
+        f"# {config.method} adapter of {name}",
         f"A low-rank adapter, trained with manifold-lora by the method "
-        f"`{config.method}` ({options.paper}): {options.update}.",
+        f"`{config.method}` ({options.paper}), with ΔW = {options.update}.",
         "## Settings",
         _table(("setting", "value"), _settings(config, base, run)),
     ]
