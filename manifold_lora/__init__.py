@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from manifold_lora.configuration.parts import OptimizerConfig as OptimizerConfig
     from manifold_lora.configuration.parts import OutputConfig as OutputConfig
     from manifold_lora.configuration.parts import ScheduleConfig as ScheduleConfig
+    from manifold_lora.conversion.export import export as export
+    from manifold_lora.conversion.export_config import ExportConfig as ExportConfig
     from manifold_lora.data.batches import batches as batches
     from manifold_lora.data.records import read_records as read_records
     from manifold_lora.data.tokens import encode as encode
@@ -99,6 +101,8 @@ _HOMES = {
         "OutputConfig",
         "ScheduleConfig",
     ],
+    "conversion.export": ["export"],
+    "conversion.export_config": ["ExportConfig"],
     "data.batches": ["batches"],
     "data.records": ["read_records"],
     "data.tokens": ["encode", "load_tokenizer"],

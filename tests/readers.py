@@ -107,6 +107,7 @@ def _adapter_of(method: str, folder: Path, own: bool = True, **config: Any) -> N
             if not np.asarray(x[...]).any():
                 x.set_value(jnp.asarray(rng.normal(size=x.shape), jnp.float32))
     save_adapter(model, folder / "adapter")
+    (folder / "adapter" / "README.md").unlink()  # which nothing reads
     for file in (folder / "adapter").iterdir():
         if own or file.name.startswith("adapter"):
             shutil.copy(file, folder)

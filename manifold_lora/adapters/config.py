@@ -126,9 +126,10 @@ class AdapterConfig(LowRankConfig):
         """Whether the adapter can only be merged: no adapter file can hold it."""
         return getattr(self.options, "diagonal_scaling", False)
 
-    def scale(self, rank: int) -> float:
-        """The s of ΔW without patterns: alpha/r, or alpha/√r with `rslora`."""
-        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+    def scale(self, rank: int, alpha: float | None = None) -> float:
+        """The s of ΔW: alpha/r, or alpha/√r with `rslora`; by default of this alpha."""
+        alpha = self.alpha if alpha is None else alpha
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 def is_target(targets: str | Sequence[str], name: str) -> bool:

@@ -8,6 +8,7 @@ in `factors.safetensors` the factors of methods that have others than A and B.
 import dataclasses
 import math
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,24 +19,26 @@ import numpy as np
 
 from manifold_lora.adapters.config import (
     AdapterConfig,
-    check_targets,
-    is_target,
     lookup,
 )
 from manifold_lora.adapters.factor import Factor
 from manifold_lora.adapters.options import adapter_class, fields_by_option
+from manifold_lora.checkpoints.adapter_writer import (
+    CONFIG,
+    EXTRA,
+    FACTORS,
+    PREFIX,
+    WEIGHTS,
+    Format,
+    unfolded,
+)
+from manifold_lora.checkpoints.agreement import check_same
 from manifold_lora.checkpoints.peft_config import is_adapted, read_peft_config
 from manifold_lora.checkpoints.tensors import load_tensors
 from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.manifolds import Manifold
 
-CONFIG, WEIGHTS, EXTRA, FACTORS = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "manifold_lora.json",
-    "factors.safetensors",
-)
 Tensors = Mapping[str, np.ndarray]
 Sizes = Mapping[str, tuple[int, int]]
 _LORA = {"lora_A.weight": ("r", "in"), "lora_B.weight": ("out", "r")}
@@ -66,6 +69,7 @@ class AdapterFile(NamedTuple):
     config: AdapterConfig
     modules: dict[str, ModuleFactors]  # by full name
     base: str | None  # fingerprint of the base, in our own
+    peft: Mapping[str, Any] = {}  # adapter_config.json
 
 
 def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
@@ -94,16 +98,23 @@ def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
     extra = read_json(path / EXTRA) if (path / EXTRA).is_file() else {}
     if not isinstance(extra.get("base", ""), str):
         raise InputError(f"{path / EXTRA}: base must be text, got {extra['base']!r}.")
+    format = extra.get("format", "peft")  # which earlier files do not name
+    if format not in typing.get_args(Format):
+        raise InputError(
+            f"{path / EXTRA}: format must be portable or peft, got {format!r}."
+        )
+    folded = format == "portable"
     settings = _settings(path, config, tensors, sorted(by_module), extra)
     declared = adapter_class(settings.method).factors(settings)
     stored = load_tensors(path / FACTORS) if (path / FACTORS).is_file() else {}
     modules = {
-        full: _module(settings, declared, config, full, parts, stored)
+        full: _module(settings, declared, config, full, parts, stored, folded)
         for full, parts in by_module.items()
     }
     if extra or stored:
-        _check_same(path, settings, declared, modules, by_module)
-    return AdapterFile(settings.method, settings, modules, extra.get("base"))
+        scales = {full: peft_scale(config, full) for full in modules}
+        check_same(path, settings, declared, modules, by_module, scales, folded)
+    return AdapterFile(settings.method, settings, modules, extra.get("base"), config)
 
 
 def _needed(config: Mapping[str, Any], tensors: Tensors) -> dict[str, tuple]:
@@ -126,7 +137,7 @@ def _by_module(
     by_module: dict[str, dict[str, np.ndarray]] = {}
     errors = []
     for key, tensor in tensors.items():
-        match = re.fullmatch(rf"base_model\.model\.(.+)\.({ends})", key)
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({ends})", key)
         if not match or (sizes is not None and match[1] not in sizes):
             errors.append(f"{key}: unexpected")
         else:
@@ -136,7 +147,7 @@ def _by_module(
         if sizes is not None:
             axes |= dict(zip(("in", "out"), sizes[full], strict=True))
         for end, names in needed.items():
-            key = f"base_model.model.{full}.{end}"
+            key = f"{PREFIX}{full}.{end}"
             if end not in parts:
                 errors.append(f"{key}: missing")
                 continue
@@ -183,6 +194,12 @@ def _setting(config: Mapping[str, Any], full: str) -> tuple[int, float]:
     return rank, lookup(config["alpha_pattern"], full, config["lora_alpha"])
 
 
+def peft_scale(config: Mapping[str, Any], full: str) -> float:
+    """The s of the module of that full name, by PEFT's file."""
+    rank, alpha = _setting(config, full)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
 def adapter_settings(config: AdapterConfig) -> dict[str, Any]:
     """The settings of an adapter as `manifold_lora.json` holds them."""
     settings = {"method": config.method} | dataclasses.asdict(config)
@@ -202,7 +219,7 @@ def _settings(
     extra = {"init" if key == "start" else key: x for key, x in extra.items()}
     shared = {field.name for field in dataclasses.fields(AdapterConfig)} - {"options"}
     names = shared | fields_by_option().keys()
-    if unknown := sorted(extra.keys() - names - {"base"}):
+    if unknown := sorted(extra.keys() - names - {"base", "format"}):
         raise InputError(
             f"{path / EXTRA}: unknown key {unknown[0]!r}. {nearest(unknown[0], names)} "
             "It may be of a newer version."
@@ -231,7 +248,9 @@ def _settings(
     options |= {
         key: value
         for key, value in extra.items()
-        if key not in {*shared, "base"} and value is not None and value is not False
+        if key not in {*shared, "base", "format"}
+        and value is not None
+        and value is not False
     }
     try:
         return AdapterConfig(**given, options=options)
@@ -246,7 +265,11 @@ def _module(
     full: str,
     parts: Mapping[str, np.ndarray],
     stored: Tensors,
+    folded: bool,
 ) -> ModuleFactors:
+    rank = lookup(settings.rank_pattern, full, settings.rank)
+    alpha = lookup(settings.alpha_pattern, full, settings.alpha or 0.0)
+    scale = settings.scale(rank, alpha) if folded else peft_scale(config, full)
     wide = {end: np.asarray(x, np.float32) for end, x in parts.items()}
     if config["peft_type"] == "STELLA":
         u, s, vt = (wide[end] for end in _STELLA)
@@ -254,6 +277,9 @@ def _module(
         factors = {"u": u, "s": s, "v": vt.T}
     else:
         a, b = wide["lora_A.weight"].T, wide["lora_B.weight"]
+        if folded:
+            width = _width(settings, declared, rank, len(a), len(b))
+            a, b = unfolded(wide, width, scale)
         own = f"{full}."
         factors = {
             key.removeprefix(own): x for key, x in stored.items() if key.startswith(own)
@@ -264,89 +290,29 @@ def _module(
                 for name, factor in declared.items()
                 if factor.peft in wide
             }
-    rank, alpha = _setting(config, full)
-    root = math.sqrt if config.get("use_rslora") else float
     return ModuleFactors(
         a=a,
         b=b,
-        scale=alpha / root(rank),
+        scale=scale,
         factors=factors,
         manifolds={k: f.manifold for k, f in declared.items() if f.trained},
-        rank=lookup(settings.rank_pattern, full, settings.rank),
-        alpha=lookup(settings.alpha_pattern, full, settings.alpha or 0.0),
+        rank=rank,
+        alpha=alpha,
     )
 
 
-def _check_same(
-    path: Path,
+def _width(
     settings: AdapterConfig,
     declared: Mapping[str, Factor],
-    modules: Mapping[str, ModuleFactors],
-    by_module: Mapping[str, Tensors],
-) -> None:
-    """All files must agree: another tool may have changed those that it knows."""
-    try:
-        check_targets(settings.targets, list(modules))
-    except InputError as error:
-        raise InputError(f"{path / EXTRA}: {error}") from error
-    if others := [full for full in modules if not is_target(settings.targets, full)]:
-        raise InputError(f"{path / EXTRA}: targets do not name {others[0]}.")
-    for full, module in modules.items():
-        root = math.sqrt if settings.rslora else float
-        own = module.alpha / root(module.rank)
-        if not math.isclose(own, module.scale, rel_tol=1e-6):
-            raise InputError(
-                f"{path / CONFIG} scales {full} by {module.scale:g}, and {EXTRA} by "
-                f"{own:g}: set the same rank and alpha in both, or remove {EXTRA} and "
-                f"{FACTORS} to read the directory as plain LoRA."
-            )
-        remedy = (
-            "copy the directory again, or remove this file and manifold_lora.json to "
-            "read it as plain LoRA."
-        )
-        if missing := declared.keys() - module.factors.keys():
-            raise InputError(f"{path / FACTORS} has no {full}.{min(missing)}: {remedy}")
-        if unknown := module.factors.keys() - declared.keys():
-            raise InputError(
-                f"{path / FACTORS} has {full}.{min(unknown)}, which is not an array of "
-                f"{settings.method}: {remedy}"
-            )
-        if not _agree(settings, declared, module, by_module[full]):
-            raise InputError(
-                f"{path / FACTORS} and {WEIGHTS} are of different adapters ({full} "
-                f"differs): {remedy}"
-            )
-
-
-def _agree(
-    settings: AdapterConfig,
-    declared: Mapping[str, Factor],
-    module: ModuleFactors,
-    tensors: Tensors,
-) -> bool:
-    """Whether the factors are what was exported as the tensors of PEFT's file."""
-    sizes = {
-        "in": module.a.shape[0],
-        "out": module.b.shape[0],
-        "rank": module.rank,
+    rank: int,
+    inputs: int,
+    outputs: int,
+) -> int:
+    """The columns of A and B of a module: its rank, or twice that with a correction."""
+    sizes = {"in": inputs, "out": outputs, "rank": rank}
+    shapes = {
+        name: jax.ShapeDtypeStruct(factor.shape(sizes), jnp.float32)
+        for name, factor in declared.items()
     }
-    for name, factor in declared.items():
-        x = module.factors[name]
-        if x.shape != factor.shape(sizes):
-            return False
-        if factor.peft is not None and not (
-            factor.peft in tensors
-            and np.array_equal(x, tensors[factor.peft], equal_nan=True)
-        ):
-            return False
-    product = adapter_class(settings.method).product
-    pair = map(np.asarray, product(jax.tree.map(jnp.asarray, module.factors)))
-    return all(
-        x.shape == y.shape and np.allclose(x, y, 0, _rounding(x), equal_nan=True)
-        for x, y in zip(pair, (module.a, module.b), strict=True)
-    )
-
-
-def _rounding(x: np.ndarray) -> float:
-    """The tolerance for a product that may have been summed in another order."""
-    return 1e-5 * float(np.abs(x[np.isfinite(x)]).max(initial=0))
+    a, _ = jax.eval_shape(adapter_class(settings.method).product, shapes)
+    return a.shape[1]

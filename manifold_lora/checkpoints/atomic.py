@@ -98,7 +98,9 @@ def save_tensors(tensors: dict[str, np.ndarray], file: Path) -> None:
         OSError: the file cannot be written. (safetensors raises an error of its own,
             even for a full disk.)
     """
+    # safetensors would write the memory of a transposed array as if it were not.
+    whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(whole, file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{file} cannot be written: {error}") from error

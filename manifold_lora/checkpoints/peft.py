@@ -1,22 +1,19 @@
 """Adapters in PEFT's format: what Hugging Face, vLLM and llama.cpp read.
 
-Only keys that every PEFT since 0.7 accepts are written, the rest only where they are
-used; `adapter_file.py` says what stands beside them, and reads it.
+`adapter_writer.py` writes the files, and `adapter_file.py` reads them.
 """
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file
 
 from manifold_lora.adapters.attach import (
     adapter_class,
@@ -30,15 +27,21 @@ from manifold_lora.adapters.low_rank import LowRankLinear
 from manifold_lora.adapters.options import inits
 from manifold_lora.adapters.scaled import ScaledLinear
 from manifold_lora.checkpoints.adapter_file import (
-    CONFIG,
-    EXTRA,
-    FACTORS,
-    WEIGHTS,
     AdapterFile,
     adapter_settings,
     read_adapter,
 )
-from manifold_lora.checkpoints.atomic import atomic_directory, save_tensors
+from manifold_lora.checkpoints.adapter_writer import (
+    CONFIG,
+    EXTRA,
+    FACTORS,
+    WEIGHTS,
+    Exported,
+    Format,
+    write_files,
+)
+from manifold_lora.checkpoints.atomic import atomic_directory
+from manifold_lora.checkpoints.card import CARD, model_card
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
 from manifold_lora.errors import InputError
@@ -46,83 +49,108 @@ from manifold_lora.models import Llama
 
 
 def save_adapter(
-    model: Llama, path: str | os.PathLike[str], *, base_id: str | None = None
+    model: Llama,
+    path: str | os.PathLike[str],
+    *,
+    base_id: str | None = None,
+    format: Format = "portable",
+    license: str | None = None,
 ) -> None:
     """Write the model's adapter as a PEFT LoRA directory, replacing an older one.
 
-    ΔW = s B Aᵀ becomes lora_A = Aᵀ (r, in) and lora_B = B (out, r) in float32; of
-    U S Vᵀ, B is U S and A is V. DoRA becomes PEFT's DoRA. `load_adapter` restores the
-    factors bit for bit: a method that has others than A and B keeps them in
-    factors.safetensors as well. The directory appears complete or not at all, and is
-    read back and compared before it replaces an older one. With several processes all
-    must call it; the first one writes.
+    ΔW = s B Aᵀ becomes lora_A = Aᵀ (r, in) and lora_B = s B (out, r) in float32, with
+    `lora_alpha = r`, so that every loader computes the same; of U S Vᵀ, B is U S and A
+    is V. DoRA becomes PEFT's DoRA. `load_adapter` restores the factors bit for bit:
+    where they do not follow from A and B, factors.safetensors holds them as well. The
+    directory appears complete or not at all, and is read back and compared before it
+    replaces an older one. With several processes all must call it; the first one
+    writes.
 
     Args:
         model: a model with adapters.
         path: the directory to write.
         base_id: name or path of the base model, for `base_model_name_or_path`.
+        format: "portable", or "peft" for s as `lora_alpha`, `use_rslora` and patterns,
+            which SGLang and llama.cpp scale by in part only.
+        license: of the adapter, for its model card, README.md.
 
     Raises:
         InputError: the model has no adapters, or one with diagonal scaling, for which
             PEFT has no form; or `path` holds other files, which would be deleted.
         OSError: the files cannot be written; an older adapter is then untouched.
     """
-    modules = adapters(model)
-    if not modules:
+    adapted = adapters(model)
+    if not adapted:
         raise InputError("The model has no adapter to save: attach one first.")
-    config = next(iter(modules.values())).config
+    config = next(iter(adapted.values())).config
     if config.merge_only:
         raise InputError(
             "An adapter with diagonal scaling, D₁ W D₂ + ΔW, is not a low-rank update "
             "and has no form in PEFT: merge it and save the model, or train without "
             "diagonal scaling."
         )
-    _check_replaceable(Path(path))
-    tensors: dict[str, np.ndarray] = {}
-    factors: dict[str, np.ndarray] = {}
-    ranks: dict[str, dict[str, int]] = {}  # of the file, by module and full name
-    for name, module in modules.items():
-        ranks[name] = {}
-        own = module.arrays() if set(module.names) != {"a", "b"} else None
-        exported = module.export()
-        for layer, full in enumerate(full_names(model, name)):
-            if not module.ranks[layer]:
-                continue
-            parts = exported[layer]
-            ranks[name][full] = parts["lora_A.weight"].shape[0]
-            tensors |= {f"base_model.model.{full}.{k}": x for k, x in parts.items()}
-            if own is not None:
-                factors |= {f"{full}.{k}": x for k, x in own[layer].items()}
+    check_replaceable(Path(path))
+    modules = {
+        full: module
+        for name, adapter in adapted.items()
+        for full, module in _exported(model, name, adapter)
+    }
+    peft = {
+        "target_modules": _targets(model, adapted),
+        "base_model_name_or_path": base_id,
+        "lora_dropout": config.dropout,
+        "use_dora": config.options.export == "DoRA",
+        "use_rslora": config.rslora,
+    }
     settings = adapter_settings(config) | {"base": fingerprint(model)}
     if not is_main():
         return
     with atomic_directory(path) as partial:
-        texts = {CONFIG: _peft_config(modules, ranks, base_id), EXTRA: settings}
-        for file, content in texts.items():
-            text = json.dumps(content, indent=2) + "\n"
-            (partial / file).write_text(text, encoding="utf-8")
-        for file, content in ((WEIGHTS, tensors), (FACTORS, factors)):
-            if content:
-                save_tensors(content, partial / file)
-                _check_written(content, partial / file)
+        write_files(partial, modules, peft, settings, format)
+        rank = max(module.rank for module in modules.values())
+        text = model_card(config, base_id, rank, license=license)
+        (partial / CARD).write_text(text, encoding="utf-8")
         for stray in Path(path).glob(".*"):  # such as .DS_Store
             (shutil.copytree if stray.is_dir() else shutil.copy2)(
                 stray, partial / stray.name
             )
 
 
-def _check_written(tensors: dict[str, np.ndarray], file: Path) -> None:
-    written = load_file(file)
-    if not all(tensors[key].tobytes() == written[key].tobytes() for key in tensors):
-        raise OSError(f"{file.name} read back differs from what was written")
+def _exported(
+    model: Llama, name: str, adapter: LowRankLinear
+) -> Iterator[tuple[str, Exported]]:
+    """What is exported of every adapted layer, with its full name."""
+    layers = zip(
+        full_names(model, name), adapter.ranks, adapter.alphas, adapter.export(),
+        adapter.arrays(), strict=True,
+    )  # fmt: skip
+    for full, rank, alpha, tensors, factors in layers:
+        if rank:
+            # A fixed correction doubles the rank, and must not halve the scale.
+            times = tensors["lora_A.weight"].shape[0] // rank
+            wide = alpha * (times**0.5 if adapter.config.rslora else times)
+            scale = adapter.config.scale(rank, alpha)
+            yield full, Exported(tensors, scale, wide, factors)
 
 
-def _check_replaceable(path: Path) -> None:
+def _targets(model: Llama, adapted: dict[str, LowRankLinear]) -> list[str]:
+    """The target_modules of PEFT: short names where every layer is adapted."""
+    targets = []
+    for name, adapter in adapted.items():
+        if all(adapter.ranks):
+            targets.append(name.rpartition(".")[2])
+        else:
+            pairs = zip(full_names(model, name), adapter.ranks, strict=True)
+            targets += [full for full, rank in pairs if rank]
+    return targets
+
+
+def check_replaceable(path: Path) -> None:
     """Only an adapter may be replaced, whose directory holds these files alone."""
     if path.exists():
         files = {path.name} if path.is_file() else set(os.listdir(path))
         files = {name for name in files if not name.startswith(".")}
-        if others := files - {CONFIG, WEIGHTS, EXTRA, FACTORS, "README.md"}:
+        if others := files - {CONFIG, WEIGHTS, EXTRA, FACTORS, CARD}:
             raise InputError(
                 f"{path} exists and is not an adapter (it holds "
                 f"{', '.join(sorted(others))}): choose another directory."
@@ -164,51 +192,6 @@ def _base(module: Any) -> Any:
     return module.base if isinstance(module, LowRankLinear) else module
 
 
-def _peft_config(
-    modules: dict[str, LowRankLinear],
-    ranks: dict[str, dict[str, int]],
-    base_id: str | None,
-) -> dict[str, Any]:
-    config = next(iter(modules.values())).config
-    written: dict[str, tuple[int, float]] = {}  # rank and alpha by full name
-    targets, names = set(), {}
-    for name, module in modules.items():
-        layers = [layer for layer, rank in enumerate(module.ranks) if rank]
-        for layer, (full, rank) in zip(layers, ranks[name].items(), strict=True):
-            times = rank // module.ranks[layer]
-            # A fixed correction doubles the rank, and must not halve the scale.
-            alpha = module.alphas[layer] * (times**0.5 if config.rslora else times)
-            written[full] = (rank, alpha)
-        complete = len(layers) == len(module.ranks)
-        targets |= {name.rpartition(".")[2]} if complete else set(ranks[name])
-        alike = complete and len({written[full] for full in ranks[name]}) == 1
-        names |= {full: name if alike else full for full in ranks[name]}
-    rank, alpha = (
-        Counter(column).most_common(1)[0][0]
-        for column in zip(*written.values(), strict=True)
-    )
-    optional = {
-        "use_dora": config.options.export == "DoRA",
-        "use_rslora": config.rslora,
-        "rank_pattern": {names[f]: r for f, (r, _) in written.items() if r != rank},
-        "alpha_pattern": {names[f]: a for f, (_, a) in written.items() if a != alpha},
-    }
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_id,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": config.dropout,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "target_modules": sorted(targets),
-    } | {key: value for key, value in optional.items() if value}
-
-
 def load_adapter(
     model: Llama, path: str | os.PathLike[str], *, check_base: bool = True
 ) -> None:
@@ -230,13 +213,7 @@ def load_adapter(
             base, or what `read_adapter` refuses.
     """
     check_bare(model)
-    sites = {name: (parent, at) for name, parent, at in projections(model)}
-    sizes = {}
-    for name, (parent, attribute) in sites.items():
-        linear = getattr(parent, attribute)
-        for full in full_names(model, name):
-            sizes[full] = (linear.in_features, linear.out_features)
-    file = read_adapter(path, sizes)
+    file = read_adapter(path, linear_sizes(model))
     version = 2 if file.base is None or ":" in file.base else 1
     if check_base and file.base not in (None, needed := fingerprint(model, version)):
         raise InputError(
@@ -244,9 +221,24 @@ def load_adapter(
             f"{file.base}, this model's is {needed}. Load it into the base it was "
             "trained on, or use it here all the same with check_base=False."
         )
+    install_adapter(model, file)
+
+
+def linear_sizes(model: Any) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of every projection of a `Llama`, by full name."""
+    sizes = {}
+    for name, parent, attribute in projections(model):
+        linear = getattr(parent, attribute)
+        for full in full_names(model, name):
+            sizes[full] = (linear.in_features, linear.out_features)
+    return sizes
+
+
+def install_adapter(model: Llama, file: AdapterFile) -> None:
+    """Attach an adapter that has been read and fits the model, in place."""
     made = [
         (parent, attribute, _adapter(model, name, getattr(parent, attribute), file))
-        for name, (parent, attribute) in sites.items()
+        for name, parent, attribute in projections(model)
         if any(full in file.modules for full in full_names(model, name))
     ]
     for parent, attribute, adapter in made:

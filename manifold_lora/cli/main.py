@@ -105,6 +105,19 @@ def inspect(
     inspect_adapter(adapter, out)
 
 
+def export(config: Any) -> None:
+    """Write an adapter in the format of another tool, read back and compared.
+
+    `portable` is what PEFT, vLLM, SGLang and llama.cpp each compute the same from:
+    the scale is part of B, and every module has one rank. `peft` has rsLoRA and
+    patterns as they are, `mlx` is for mlx-lm, `stella` for StelLA's own package, and
+    `gguf-lora` for llama.cpp. Needs no tokenizer, and the base only with --model.
+    """
+    from manifold_lora.conversion.export import export
+
+    export(config)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "compare": compare,
@@ -112,6 +125,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "methods": methods,
     "inspect": inspect,
+    "export": export,
 }
 # The class, in manifold_lora, whose settings are the flags of a command.
 CONFIGURATIONS = {
@@ -119,6 +133,7 @@ CONFIGURATIONS = {
     compare: "comparison.config.CompareConfig",
     plan: "planning.config.PlanConfig",
     generate: "generation.command.GenerateConfig",
+    export: "conversion.export_config.ExportConfig",
 }
 
 

@@ -22,9 +22,8 @@ from manifold_lora.adapters import (
     split,
 )
 from manifold_lora.adapters.diagnostics import compressed_product, effective_rank
-from manifold_lora.checkpoints.peft import save_adapter
 from manifold_lora.evaluation.heldout import Evaluation, make_evaluate
-from manifold_lora.training.artifacts import base_id, exporting
+from manifold_lora.training.artifacts import exporting, write_adapter
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.data import Data, training_batches
 from manifold_lora.training.optimizer import Rates, build_optimizer, with_run_data
@@ -145,7 +144,7 @@ class Runner:
             result |= _effective_ranks(model)
             if save is not None and not self.config.adapter.merge_only:
                 with exporting(self.config, model):
-                    save_adapter(model, save, base_id=base_id(self.config))
+                    write_adapter(self.config, model, save)
         return result
 
     def step_timer(self, steps: int) -> Callable[[], list[float]]:

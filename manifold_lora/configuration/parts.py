@@ -176,6 +176,18 @@ class OutputConfig(Part):
     base_id: str | None = setting(
         None, "name of the base in the adapter's files", default_text="--model"
     )
+    export_format: Literal["portable", "peft"] = setting(
+        "portable",
+        "of the adapter: portable, for PEFT, vLLM, SGLang and llama.cpp alike, or "
+        "peft, with rsLoRA and patterns as they are",
+        may_change=True,
+    )
+    license: str | None = setting(
+        None,
+        "of the adapter, for its model card, such as apache-2.0",
+        default_text="unknown",
+        may_change=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,14 +14,16 @@ from rich.console import Console
 from manifold_lora.adapters import adapters, axes, factors, merge, set_factors, split
 from manifold_lora.adapters.exported import as_exported
 from manifold_lora.checkpoints.atomic import write_text
+from manifold_lora.checkpoints.card import CARD, Run, model_card
 from manifold_lora.checkpoints.companions import copy_companions, stop_tokens
 from manifold_lora.checkpoints.huggingface import save_llama
 from manifold_lora.checkpoints.peft import save_adapter
+from manifold_lora.configuration.flat import flatten
 from manifold_lora.data.builtin import BASE
 from manifold_lora.distributed.processes import is_main, wait_for_all
 from manifold_lora.evaluation.heldout import Evaluation, majority, make_evaluate
 from manifold_lora.training import display
-from manifold_lora.training.config import TrainConfig
+from manifold_lora.training.config import RunConfig, TrainConfig
 from manifold_lora.training.data import Data
 from manifold_lora.training.memory import peak_memory
 from manifold_lora.training.plot import plot_loss
@@ -63,7 +65,7 @@ def exporting(config: TrainConfig, model: Any) -> AbstractContextManager[float]:
     return as_exported(model, **config.adapter.options.values("export"))
 
 
-def base_id(config: TrainConfig) -> str:
+def base_id(config: RunConfig) -> str:
     """The name of the base in the files of an adapter."""
     return config.output.base_id or str(config.model.path or BASE)
 
@@ -78,7 +80,33 @@ def save_factors(config: TrainConfig, model: Any, factors: Any, path: Path) -> N
     set_factors(model, jax.tree.map(jnp.copy, factors))
     if not config.adapter.merge_only:
         with exporting(config, model):
-            save_adapter(model, path, base_id=base_id(config))
+            write_adapter(config, model, path)
+
+
+def write_adapter(config: RunConfig, model: Any, path: Path) -> None:
+    """Write the adapter of a model as the settings say."""
+    output = config.output
+    save_adapter(
+        model,
+        path,
+        base_id=base_id(config),
+        format=output.export_format,
+        license=output.license,
+    )
+
+
+def write_card(config: TrainConfig, model: Any, summary: dict[str, Any]) -> None:
+    """Give adapter/ a model card with the scores of the finished run."""
+    with exporting(config, model):
+        rank = max(module.rank for module in adapters(model).values())
+    text = model_card(
+        config.adapter,
+        base_id(config),
+        rank,
+        license=config.output.license,
+        run=Run(flatten(config), summary),
+    )
+    write_text(config.run_directory / ADAPTER / CARD, text)
 
 
 def save_merged(config: TrainConfig, model: Any) -> Path:
@@ -164,6 +192,8 @@ def save_result(
         adapter = config.adapter
         title = f"{adapter.method}, rank {adapter.rank}"
         plot_loss(out / PICTURE, metrics.rows, title)
+        if not adapter.merge_only:
+            write_card(config, model, summary)
         write_text(out / SUMMARY, json.dumps(summary, indent=2) + "\n")
         display.show_result(console, config, summary)
     wait_for_all("summary")

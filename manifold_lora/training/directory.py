@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from manifold_lora.checkpoints.adapter_file import CONFIG, EXTRA, FACTORS, WEIGHTS
 from manifold_lora.checkpoints.atomic import recover, write_text
+from manifold_lora.checkpoints.card import CARD
 from manifold_lora.checkpoints.companions import COMPANIONS
 from manifold_lora.configuration.flat import differences, flatten
 from manifold_lora.decoding import read_json
@@ -39,7 +40,7 @@ _REPLACED = {
     WEIGHTS,
     EXTRA,
     FACTORS,
-    "README.md",
+    CARD,
     "config.json",
     "model.safetensors",
     *COMPANIONS,

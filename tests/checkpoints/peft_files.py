@@ -19,6 +19,7 @@ CONFIG, WEIGHTS, EXTRA, FACTORS = (
     "manifold_lora.json",
     "factors.safetensors",
 )
+FORMATS = ("portable", "peft")
 PLAIN = AdapterConfig("stiefel", rank=2, alpha=5)
 # every optional key of adapter_config.json at once
 VARIED = AdapterConfig(

@@ -11,13 +11,23 @@ from safetensors.numpy import load_file
 import manifold_lora as ml
 from manifold_lora.adapters import AdapterConfig, adapters, attach
 from manifold_lora.checkpoints.adapter_file import read_adapter
+from manifold_lora.checkpoints.adapter_writer import Format
+from manifold_lora.checkpoints.card import CARD
 from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.errors import InputError
 from manifold_lora.methods import METHODS
 from tests import adapters as tiny
 from tests.adapters import formulas
 from tests.adapters.cases import ALPHA, CASES, FEW, RANK, config
-from tests.checkpoints.peft_files import CONFIG, EXTRA, FACTORS, WEIGHTS, read, same
+from tests.checkpoints.peft_files import (
+    CONFIG,
+    EXTRA,
+    FACTORS,
+    FORMATS,
+    WEIGHTS,
+    read,
+    same,
+)
 from tests.tolerances import FLOAT32
 
 LAYERS: dict[str, Any] = {  # ranks 3, 2 and 0
@@ -40,10 +50,13 @@ SAVED["lora-pissa-layers"] = AdapterConfig("lora", {"init": "pissa"}, **LAYERS)
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_every_method_survives_saving_and_loading(name: str, tmp_path: Path):
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_method_survives_saving_and_loading(
+    name: str, format: Format, tmp_path: Path
+):
     attach(model := tiny.base(), SAVED[name])
     tiny.randomize(model)
-    save_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "a", format=format)
     load_adapter(again := tiny.base(), tmp_path / "a")
     same(ml.factors(again), ml.factors(model))
     same(tiny.arrays(again), tiny.arrays(model))  # with those that are not trained
@@ -53,12 +66,13 @@ def test_every_method_survives_saving_and_loading(name: str, tmp_path: Path):
     ):
         assert type(loaded) is type(module) and loaded.ranks == module.ranks
         np.testing.assert_array_equal(loaded.scale[...], module.scale[...])
-    save_adapter(again, tmp_path / "b")
+    save_adapter(again, tmp_path / "b", format=format)
     files = sorted(os.listdir(tmp_path / "a"))
     pair = SAVED[name].method in ("lora", "stiefel", "landing_stiefel")
     pair |= SAVED[name].method == "landing_oblique"
     pair &= SAVED[name].options.init not in ("pissa", "olora")
-    assert files == sorted([CONFIG, WEIGHTS, EXTRA] + [FACTORS] * (not pair))
+    pair &= format == "peft"  # no scale here is a power of two
+    assert files == sorted([CONFIG, WEIGHTS, EXTRA, CARD] + [FACTORS] * (not pair))
     for file in files:
         one, other = ((tmp_path / x / file).read_bytes() for x in "ab")
         assert one == other, file
@@ -81,19 +95,25 @@ def check_function(name: str, path: Path, arrays: Any) -> None:
         needed = formulas.NEW_WEIGHT[saved.method](w, arrays[full], scale)
         stem = f"base_model.model.{full}"
         a, b = (tensors[f"{stem}.lora_{x}.weight"].astype(np.float64) for x in "AB")
-        new = w + module.scale * b @ a
+        portable = "use_rslora" not in written and written["lora_alpha"] == written["r"]
+        new = w + (1.0 if portable else module.scale) * b @ a
         if written.get("use_dora"):
             lengths = np.linalg.norm(new, axis=1)
             m = tensors[f"{stem}.lora_magnitude_vector"].astype(np.float64)
             new *= (m / lengths)[:, None]
         assert tiny.error(new, needed) < FLOAT32
-        np.testing.assert_array_equal(module.a.T, a)
-        np.testing.assert_array_equal(module.b, b)
+        width = module.a.shape[1]
+        np.testing.assert_array_equal(module.a.T, a[:width])
+        if portable:
+            assert tiny.error(module.scale * module.b, b[:, :width]) < FLOAT32
+            assert not a[width:].any() and not b[:, width:].any()
+        else:
+            np.testing.assert_array_equal(module.b, b)
 
 
 def test_other_ranks_are_in_the_pattern(tmp_path: Path):
     attach(model := tiny.base(), SAVED["lora-pissa-layers"])
-    save_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "a", format="peft")
     written = read(tmp_path / "a" / CONFIG)
     # twice as wide by the correction, and so is alpha
     names = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]

@@ -15,11 +15,13 @@ import manifold_lora as ml
 from manifold_lora.adapters import AdapterConfig, adapters, attach, split
 from manifold_lora.adapters.exported import as_exported
 from manifold_lora.adapters.options import inits
+from manifold_lora.checkpoints.adapter_writer import Format
 from manifold_lora.checkpoints.huggingface import load_llama, save_llama
 from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.methods import METHODS
 from tests import adapters as tiny
 from tests.adapters.cases import CASES, FEW, config
+from tests.checkpoints.peft_files import FORMATS
 from tests.checkpoints.transformers_reference import (
     base_directory,
     load_transformers,
@@ -71,7 +73,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_peft_reads_every_method(name: str, base: Path, tmp_path: Path):
+@pytest.mark.parametrize("format", FORMATS)
+def test_peft_reads_every_method(name: str, format: Format, base: Path, tmp_path: Path):
     from peft import PeftModel
 
     model = load_llama(base)
@@ -79,7 +82,7 @@ def test_peft_reads_every_method(name: str, base: Path, tmp_path: Path):
     attach(model, EXPORTED[name])
     got = tiny.logits(tiny.randomize(model))
     assert tiny.error(got, tiny.logits(load_llama(base))) > 0.1
-    save_adapter(model, tmp_path / "adapter", base_id=str(base))
+    save_adapter(model, tmp_path / "adapter", base_id=str(base), format=format)
     peft_model = PeftModel.from_pretrained(
         load_transformers(base), tmp_path / "adapter"
     ).eval()
@@ -88,6 +91,28 @@ def test_peft_reads_every_method(name: str, base: Path, tmp_path: Path):
     assert len(layers) == sum(r > 0 for m in adapters(model).values() for r in m.ranks)
     assert tiny.error(got, transformers_logits(peft_model)) < LOGITS
     assert tiny.error(got, transformers_logits(peft_model.merge_and_unload())) < LOGITS
+
+
+def test_peft_switches_between_adapters(base: Path, tmp_path: Path):
+    """Hot swap: of two adapters loaded by name, of other ranks and targets."""
+    from peft import PeftModel
+
+    needed = {}
+    for name, case, options in (
+        ("one", "stella-random", {"rank": 3, "targets": ["q_proj", "up_proj"]}),
+        ("two", "stiefel-random", {"targets": FEW, "rslora": True}),
+    ):
+        attach(model := load_llama(base), config(case, **options))
+        needed[name] = tiny.logits(tiny.randomize(model))
+        save_adapter(model, tmp_path / name, base_id=str(base))
+    peft_model = PeftModel.from_pretrained(
+        load_transformers(base), tmp_path / "one", adapter_name="one"
+    ).eval()
+    peft_model.load_adapter(str(tmp_path / "two"), adapter_name="two")
+    assert tiny.error(needed["one"], needed["two"]) > 0.1
+    for name in ("two", "one", "two"):
+        peft_model.set_adapter(name)
+        assert tiny.error(needed[name], transformers_logits(peft_model)) < LOGITS, name
 
 
 def test_peft_reads_a_truncated_adapter(base: Path, tmp_path: Path):
@@ -164,7 +189,8 @@ def test_gradients_of_dora_are_those_of_peft(base: Path, tmp_path: Path):
     model = load_llama(base)
     model.remat = False
     attach(model, config("dora-kaiming", targets=FEW))
-    save_adapter(tiny.randomize(model), tmp_path / "a")
+    # of B itself, which does not contain the scale
+    save_adapter(tiny.randomize(model), tmp_path / "a", format="peft")
     weights = np.random.default_rng(3).normal(size=(*tiny.IDS.shape, 61)) / 10
     rebuild, factors, frozen = split(model)
 

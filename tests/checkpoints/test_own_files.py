@@ -12,12 +12,21 @@ from safetensors.numpy import load_file, save_file
 import manifold_lora as ml
 from manifold_lora.adapters import adapters, attach
 from manifold_lora.adapters.low_rank import LowRankLinear
+from manifold_lora.checkpoints.adapter_writer import Format
 from manifold_lora.checkpoints.peft import fingerprint, load_adapter, save_adapter
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama
 from tests import adapters as tiny
 from tests.adapters.cases import CASES, config
-from tests.checkpoints.peft_files import CONFIG, EXTRA, FACTORS, WEIGHTS, read, same
+from tests.checkpoints.peft_files import (
+    CONFIG,
+    EXTRA,
+    FACTORS,
+    FORMATS,
+    WEIGHTS,
+    read,
+    same,
+)
 from tests.tolerances import FLOAT32
 
 TARGET = "v_proj"
@@ -32,9 +41,9 @@ WITH_FACTORS = [
 FULL = "model.layers.1.self_attn.v_proj"
 
 
-def saved(case: str, path: Path) -> Path:
+def saved(case: str, path: Path, format: Format = "portable") -> Path:
     attach(model := tiny.base(), config(case, targets=TARGET))
-    save_adapter(tiny.randomize(model), path)
+    save_adapter(tiny.randomize(model), path, format=format)
     return path
 
 
@@ -174,12 +183,32 @@ def test_factors_without_their_settings(tmp_path: Path):
 
 @pytest.mark.parametrize("case", ["lora-kaiming", "stella-random", "lora-pissa"])
 @pytest.mark.parametrize("change", [{"lora_alpha": 50}, {"use_rslora": True}])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_scale_changed_by_another_tool(
-    case: str, change: dict[str, object], tmp_path: Path
+    case: str, change: dict[str, object], format: Format, tmp_path: Path
 ):
-    path = saved(case, tmp_path / "a")
+    path = saved(case, tmp_path / "a", format)
     (path / CONFIG).write_text(json.dumps(read(path / CONFIG) | change))
     refused(path, str(path / CONFIG), "scales model.layers.0", f"{EXTRA} by 2.5")
+
+
+def test_columns_that_another_tool_added(tmp_path: Path):
+    """Of a module of a lower rank, all columns beyond its rank must be zero."""
+    one = f"{FULL.replace('.1.', '.0.')}"
+    attach(model := tiny.base(), config("lora-kaiming", targets=TARGET,
+           rank_pattern={one.replace(".", r"\."): 4}))  # fmt: skip
+    save_adapter(tiny.randomize(model), path := tmp_path / "a")
+    loaded(path)
+    edit(path / WEIGHTS, lambda t: t[f"base_model.model.{FULL}.lora_B.weight"]
+         .__setitem__((0, 3), 1.0))  # fmt: skip
+    refused(path, f"{FULL} differs")
+
+
+@pytest.mark.parametrize("value", ["gguf", 1])
+def test_an_unknown_format(value: object, tmp_path: Path):
+    path = saved("lora-kaiming", tmp_path / "a")
+    (path / EXTRA).write_text(json.dumps(read(path / EXTRA) | {"format": value}))
+    refused(path, str(path / EXTRA), "portable or peft", repr(value))
 
 
 def test_an_unknown_setting(tmp_path: Path):

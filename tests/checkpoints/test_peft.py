@@ -14,12 +14,16 @@ from safetensors.numpy import load_file, save_file
 
 import manifold_lora as ml
 from manifold_lora.adapters import AdapterConfig, adapters, attach
+from manifold_lora.checkpoints.adapter_writer import Format
+from manifold_lora.checkpoints.card import CARD
 from manifold_lora.checkpoints.peft import fingerprint, load_adapter, save_adapter
 from manifold_lora.errors import InputError
 from tests import adapters as tiny
 from tests.checkpoints.peft_files import (
     CONFIG,
     EXTRA,
+    FACTORS,
+    FORMATS,
     PLAIN,
     VARIED,
     WEIGHTS,
@@ -34,9 +38,12 @@ from tests.checkpoints.peft_files import (
     [PLAIN, AdapterConfig("lora", rank=2, alpha=5), VARIED],
     ids=["stiefel", "lora", "varied"],
 )
-def test_an_adapter_survives_saving_and_loading(config: AdapterConfig, tmp_path: Path):
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_adapter_survives_saving_and_loading(
+    config: AdapterConfig, format: Format, tmp_path: Path
+):
     model = attached(config)
-    save_adapter(model, tmp_path / "deep" / "adapter")
+    save_adapter(model, tmp_path / "deep" / "adapter", format=format)
     load_adapter(again := tiny.base(), tmp_path / "deep" / "adapter")
     same(ml.factors(again), ml.factors(model))
     assert ml.manifold_tree(again) == ml.manifold_tree(model)
@@ -47,14 +54,15 @@ def test_an_adapter_survives_saving_and_loading(config: AdapterConfig, tmp_path:
         assert (got.ranks, got.alphas) == (module.ranks, module.alphas), name
         assert dataclasses.asdict(got.config) == dataclasses.asdict(module.config)
 
-    save_adapter(again, tmp_path / "again")
+    save_adapter(again, tmp_path / "again", format=format)
     for file in (CONFIG, WEIGHTS, EXTRA):
         old = (tmp_path / "deep" / "adapter" / file).read_bytes()
         assert (tmp_path / "again" / file).read_bytes() == old
 
 
 def test_the_plain_config_has_the_keys_that_every_peft_accepts(tmp_path: Path):
-    save_adapter(attached(PLAIN), tmp_path / "a", base_id="meta-llama/Llama-3.2-1B")
+    name = "meta-llama/Llama-3.2-1B"
+    save_adapter(attached(PLAIN), tmp_path / "a", base_id=name, format="peft")
     assert read(tmp_path / "a" / CONFIG) == {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -83,11 +91,12 @@ def test_the_plain_config_has_the_keys_that_every_peft_accepts(tmp_path: Path):
         "init": "random",
         "fixed_a": None,
         "base": fingerprint(tiny.base()),
+        "format": "peft",
     }
 
 
 def test_optional_keys_are_written_only_if_used(tmp_path: Path):
-    save_adapter(attached(VARIED), tmp_path / "a")
+    save_adapter(attached(VARIED), tmp_path / "a", format="peft")
     config = read(tmp_path / "a" / CONFIG)
     assert config["base_model_name_or_path"] is None
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 7, 0.25)
@@ -104,7 +113,7 @@ def test_optional_keys_are_written_only_if_used(tmp_path: Path):
 
 def test_tensors_are_those_of_peft(tmp_path: Path):
     model = attached(PLAIN)
-    save_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "a", format="peft")
     tensors = load_file(tmp_path / "a" / WEIGHTS)
     needed = {}
     for name, (inputs, outputs) in tiny.SIZES.items():
@@ -123,15 +132,51 @@ def test_tensors_are_those_of_peft(tmp_path: Path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_the_directory_holds_three_readable_files(tmp_path: Path):
+def test_the_portable_file_is_scaled_by_one_whatever_the_loader(tmp_path: Path):
+    model = attached(VARIED)
+    save_adapter(model, tmp_path / "a")
+    config = read(tmp_path / "a" / CONFIG)
+    assert config["r"] == config["lora_alpha"] == 3
+    assert not config.keys() & {"use_rslora", "rank_pattern", "alpha_pattern"}
+    assert config["lora_dropout"] == 0.25
+    assert config["target_modules"] == ["down_proj", "q_proj", "up_proj", "v_proj"]
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    alphas = {"q_proj": 7, "v_proj": 7, "up_proj": 2.5, "down_proj": 5}
+    for full, (a, b) in tiny.matrices(model).items():
+        last = full.rpartition(".")[2]
+        rank = 2 if last == "down_proj" else 3
+        scale = alphas[last] / np.sqrt(rank)
+        got_a, got_b = (
+            tensors[f"base_model.model.{full}.lora_{x}.weight"] for x in "AB"
+        )
+        assert got_a.shape == (3, a.shape[1]) and got_b.shape == (b.shape[0], 3)
+        np.testing.assert_array_equal(got_a[:rank], a)
+        np.testing.assert_array_equal(
+            got_b[:, :rank], (scale * b.astype("f8")).astype("f4")
+        )
+        assert not got_a[rank:].any() and not got_b[:, rank:].any()
+
+
+@pytest.mark.parametrize(("alpha", "kept"), [(4, False), (0.5, False), (5, True)])
+def test_factors_are_kept_beside_where_the_scale_cannot_be_taken_out(
+    alpha: float, kept: bool, tmp_path: Path
+):
+    model = attached(AdapterConfig("stiefel", rank=2, alpha=alpha))
+    save_adapter(model, tmp_path / "a")
+    assert (tmp_path / "a" / FACTORS).exists() is kept
+    load_adapter(again := tiny.base(), tmp_path / "a")
+    same(ml.factors(again), ml.factors(model))
+
+
+def test_the_directory_holds_readable_files(tmp_path: Path):
     before = os.umask(0o022)
     try:
-        save_adapter(attached(PLAIN), tmp_path / "a")
+        save_adapter(attached(PLAIN), tmp_path / "a", format="peft")
     finally:
         os.umask(before)
     assert sorted(os.listdir(tmp_path)) == ["a"]
     modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "a").iterdir()}
-    assert modes == {CONFIG: 0o644, WEIGHTS: 0o644, EXTRA: 0o644}
+    assert modes == dict.fromkeys((CONFIG, WEIGHTS, EXTRA, CARD), 0o644)
 
 
 def test_nan_and_infinite_factors_are_saved_and_refused(tmp_path: Path):
@@ -162,11 +207,11 @@ def test_an_older_adapter_is_replaced(tmp_path: Path):
     save_adapter(attached(VARIED), tmp_path / "a")
     (tmp_path / "a" / "README.md").write_text("as PEFT writes")
     model = attached(PLAIN, seed=1)
-    save_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "a", format="peft")
     load_adapter(again := tiny.base(), tmp_path / "a")
     same(ml.factors(again), ml.factors(model))
     assert sorted(os.listdir(tmp_path)) == ["a"]
-    assert contents(tmp_path / "a").keys() == {CONFIG, WEIGHTS, EXTRA}
+    assert contents(tmp_path / "a").keys() == {CONFIG, WEIGHTS, EXTRA, CARD}
 
 
 @pytest.mark.parametrize("older", [True, False], ids=["older", "first"])

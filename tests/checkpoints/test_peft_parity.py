@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import pytest
 
 from manifold_lora.adapters import AdapterConfig, adapters, attach
+from manifold_lora.checkpoints.adapter_writer import Format
 from manifold_lora.checkpoints.huggingface import load_llama
 from manifold_lora.checkpoints.peft import load_adapter, save_adapter
 from manifold_lora.checkpoints.peft_config import is_adapted
 from manifold_lora.models import Llama
 from tests import adapters as tiny
+from tests.checkpoints.peft_files import FORMATS
 from tests.checkpoints.transformers_reference import (
     base_directory,
     load_transformers,
@@ -65,7 +67,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_peft_reads_what_we_save(name: str, base: Path, tmp_path: Path):
+@pytest.mark.parametrize("format", FORMATS)
+def test_peft_reads_what_we_save(name: str, format: Format, base: Path, tmp_path: Path):
     from peft import PeftModel
 
     model = load_llama(base)
@@ -73,7 +76,7 @@ def test_peft_reads_what_we_save(name: str, base: Path, tmp_path: Path):
     attach(model, CASES[name])
     got = tiny.logits(tiny.randomize(model))
     assert tiny.error(got, plain) > 0.1
-    save_adapter(model, tmp_path / "adapter", base_id=str(base))
+    save_adapter(model, tmp_path / "adapter", base_id=str(base), format=format)
 
     peft_model = PeftModel.from_pretrained(
         load_transformers(base), tmp_path / "adapter"

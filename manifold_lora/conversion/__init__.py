@@ -1,0 +1,1 @@
+"""Converting models and adapters: merge, export, import and convert."""

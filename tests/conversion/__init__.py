@@ -1,0 +1,1 @@
+"""Tests of merging, exporting, importing and converting."""
