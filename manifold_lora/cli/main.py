@@ -76,6 +76,19 @@ def generate(config: Any) -> None:
     generate_texts(config)
 
 
+def evaluate(config: Any) -> None:
+    """Measure a base and adapters, side by side, on data or by the papers' protocol.
+
+    On data files: loss per answer token, token accuracy and exact match. On the
+    commonsense tasks: accuracy of the answers that are generated, how many cannot be
+    read, and accuracy by the likelihoods of the labels. Differences from the base have
+    a bootstrap interval. Every prediction is written, and a killed evaluation resumes.
+    """
+    from manifold_lora.evaluation.evaluate import evaluate
+
+    evaluate(config)
+
+
 def methods() -> None:
     """List the methods: formula, manifolds, defaults, memory, export, options."""
     from manifold_lora.adapters.describe import show_methods
@@ -110,6 +123,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "plan": plan,
     "generate": generate,
+    "evaluate": evaluate,
     "methods": methods,
     "inspect": inspect,
 }
@@ -119,6 +133,7 @@ CONFIGURATIONS = {
     compare: "comparison.config.CompareConfig",
     plan: "planning.config.PlanConfig",
     generate: "generation.command.GenerateConfig",
+    evaluate: "evaluation.config.EvaluateConfig",
 }
 
 
