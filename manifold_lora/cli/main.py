@@ -153,9 +153,14 @@ def _run(arguments: Sequence[str]) -> None:
     if chosen == plan.__name__:
         hide_accelerators()  # before JAX is imported
     check_renamed(arguments)
+    command = COMMANDS.get(chosen)
+    if command is not None and command in CONFIGURATIONS:
+        from manifold_lora.cli.flags import join_repeated
+
+        arguments = join_repeated(_configuration(command), arguments)
     app = SubcommandApp()
-    for name, command in COMMANDS.items():
-        parsed: Any = _parsed(command, name == chosen)
+    for name, other in COMMANDS.items():
+        parsed: Any = _parsed(other, name == chosen)
         app.command(parsed, name=name)
     app.cli(
         prog="manifold-lora",
@@ -186,6 +191,12 @@ def _report_errors(arguments: Sequence[str]) -> None:
         os._exit(130)
 
 
+def _configuration(command: Callable[..., None]) -> Any:
+    """The class of a command's configuration."""
+    module, _, name = CONFIGURATIONS[command].rpartition(".")
+    return getattr(importlib.import_module(f"manifold_lora.{module}"), name)
+
+
 def _parsed(command: Callable[..., None], chosen: bool) -> Callable[..., None]:
     """A command as tyro sees it: with the flags of its configuration.
 
@@ -198,8 +209,7 @@ def _parsed(command: Callable[..., None], chosen: bool) -> Callable[..., None]:
     if chosen:
         from manifold_lora.cli.flags import flags_class, read_flags
 
-        module, _, name = CONFIGURATIONS[command].rpartition(".")
-        kind = getattr(importlib.import_module(f"manifold_lora.{module}"), name)
+        kind = _configuration(command)
 
         def run(flags: Any) -> None:
             command(read_flags(kind, flags))

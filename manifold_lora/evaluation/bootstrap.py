@@ -1,13 +1,13 @@
 """Differences between two systems on the same records, with bootstrap intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from manifold_lora.evaluation.measures import Measure, Row
 
-LEVEL, RESAMPLES = 0.95, 9999
+LEVEL = 0.95
 
 
 class Difference(NamedTuple):
@@ -18,43 +18,37 @@ class Difference(NamedTuple):
     high: float
 
 
-def difference(
-    measure: Measure, before: Sequence[Sequence[Row]], after: Sequence[Sequence[Row]]
+def paired_bootstrap(
+    sizes: Sequence[int], statistic: Callable[..., Any], resamples: int
 ) -> Difference:
-    """The difference of a measure, averaged over tasks, with a paired bootstrap.
+    """A difference between two systems, with a percentile bootstrap interval.
 
     Records are resampled within each task, for both systems alike (Efron and
     Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): the interval says
     how much the choice of records matters, not that of the training seed.
 
     Args:
-        measure: a ratio of sums over records.
-        before: the rows of each task, of the one system.
-        after: those of the other, for the same records in the same order.
+        sizes: the number of records of every task.
+        statistic: the difference, of arrays (resamples, records) of the indices of
+            each task's records; (resamples,).
+        resamples: how often to resample.
     """
     from scipy.stats import bootstrap
 
-    tasks: list[tuple[np.ndarray, np.ndarray]] = []  # changes of the sums, and below
-    for first, second in zip(before, after, strict=True):
-        over, per = map(np.array, measure.columns(first))
-        tasks.append((np.array(measure.columns(second)[0]) - over, per))
+    def of_indices(*chosen: Any, axis: int = -1) -> Any:
+        del axis  # records are last
+        return statistic(*(np.asarray(x).astype(np.int64) for x in chosen))
 
-    def statistic(*chosen: Any, axis: int = -1) -> Any:
-        ratios = [
-            change[i].sum(axis) / per[i].sum(axis)
-            for (change, per), i in zip(tasks, map(_integers, chosen), strict=True)
-        ]
-        return np.mean(ratios, axis=0)
-
-    records = [np.arange(len(change)) for change, _ in tasks]
-    value = float(statistic(*records))
-    if min(map(len, records)) < 2:  # nothing to resample
+    records = [np.arange(size)[None] for size in sizes]
+    value = float(statistic(*records)[0])
+    if min(sizes) < 2:  # nothing to resample
         return Difference(value, value, value)
     interval = bootstrap(
-        records,
-        statistic,
-        n_resamples=RESAMPLES,
+        [x[0] for x in records],
+        of_indices,
+        n_resamples=resamples,
         batch=100,  # of all at once the memory would be gigabytes
+        vectorized=True,
         confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(0),
@@ -62,5 +56,26 @@ def difference(
     return Difference(value, float(interval.low), float(interval.high))
 
 
-def _integers(x: Any) -> np.ndarray:
-    return np.asarray(x).astype(np.int64)
+def difference(
+    measure: Measure, before: Sequence[Sequence[Row]], after: Sequence[Sequence[Row]]
+) -> Difference:
+    """The difference of a measure, averaged over tasks, with a paired bootstrap.
+
+    Args:
+        measure: a ratio of sums over records.
+        before: the rows of each task, of the one system.
+        after: those of the other, for the same records in the same order.
+    """
+    tasks: list[tuple[np.ndarray, np.ndarray]] = []  # changes of the sums, and below
+    for first, second in zip(before, after, strict=True):
+        over, per = map(np.array, measure.columns(first))
+        tasks.append((np.array(measure.columns(second)[0]) - over, per))
+
+    def statistic(*chosen: np.ndarray) -> np.ndarray:
+        ratios = [
+            change[i].sum(-1) / per[i].sum(-1)
+            for (change, per), i in zip(tasks, chosen, strict=True)
+        ]
+        return np.mean(ratios, axis=0)
+
+    return paired_bootstrap([len(rows) for rows in before], statistic, resamples=9999)

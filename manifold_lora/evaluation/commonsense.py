@@ -8,19 +8,19 @@ reading, and so does not mix up what a model knows and how it writes it.
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from manifold_lora.data.records import MAX_PROBLEMS
 from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError
 from manifold_lora.evaluation.config import EvaluateConfig
 from manifold_lora.evaluation.likelihood import Likelihoods
 from manifold_lora.evaluation.measures import Measure, Row
+from manifold_lora.evaluation.prompts import check_lengths, listed
 from manifold_lora.evaluation.suite import Suite, batched
 from manifold_lora.evaluation.systems import System
 from manifold_lora.evaluation.templates import RESPONSE, TEMPLATES
@@ -79,8 +79,8 @@ class Commonsense(Suite):
             task: [self._ids(self._prompt(question)) for question in questions]
             for task, questions in self.questions.items()
         }
-        room = shape.max_position_embeddings - config.max_new_tokens
-        raise_too_long(self._prompts, files, room, config.max_new_tokens)
+        for task, found in self._prompts.items():
+            check_lengths(str(files[task]), found, shape, config.max_new_tokens)
         text = msgspec.json.encode([self.questions, self._prompts])
         self.digest = hashlib.sha256(text).hexdigest()[:16]
 
@@ -90,7 +90,7 @@ class Commonsense(Suite):
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, verbose=False)["input_ids"]
 
-    def predict(self, system: System, task: str, done: Set[int]) -> Iterator[list[Row]]:
+    def predict(self, system: System, task: str, done: set[int]) -> Iterator[list[Row]]:
         """See `Suite`."""
         questions, prompts = self.questions[task], self._prompts[task]
         likelihoods = Likelihoods(system, self._config.batch_size)
@@ -98,9 +98,7 @@ class Commonsense(Suite):
         for batch in batched(lengths, self._config.batch_size, done):
             started = time.perf_counter()
             responses = system.generate(
-                [prompts[i] for i in batch],
-                self._config.max_new_tokens,
-                self._config.num_beams,
+                [prompts[i] for i in batch], **self._config.generation
             )
             likely = self._most_likely(likelihoods, [questions[i] for i in batch])
             seconds = (time.perf_counter() - started) / len(batch)
@@ -198,41 +196,14 @@ def read_task(task: str, file: Path) -> list[Question]:
         raise InputError(f"{file} holds no records; at least one is needed.")
     problems = []
     for number, question in enumerate(questions, start=1):
-        listed = question.instruction.rpartition(_FORMAT)[2].strip().split("/")
-        known = all(label in LABELS[task] for label in listed)
-        question.labels = tuple(listed) if known else LABELS[task]
+        named = question.instruction.rpartition(_FORMAT)[2].strip().split("/")
+        known = all(label in LABELS[task] for label in named)
+        question.labels = tuple(named) if known else LABELS[task]
         if question.answer not in question.labels:
             problems.append(
                 f"{file}, record {number}: the answer {question.answer!r} is none of "
                 f"{', '.join(question.labels)}"
             )
     if problems:
-        raise InputError(f"{_listed(problems)}\nTake the file of {task}, or fix these.")
+        raise InputError(f"{listed(problems)}\nTake the file of {task}, or fix these.")
     return questions
-
-
-def raise_too_long(
-    prompts: dict[str, list[list[int]]],
-    files: dict[str, Path],
-    room: int,
-    new: int,
-) -> None:
-    """Raise `InputError` if a prompt and its response do not fit into the context."""
-    problems = [
-        f"{files[task]}, record {number}: the prompt has {len(ids)} tokens"
-        for task, found in prompts.items()
-        for number, ids in enumerate(found, start=1)
-        if len(ids) > room
-    ]
-    if problems:
-        raise InputError(
-            f"{_listed(problems)}\nWith --max-new-tokens {new} the model has room for "
-            f"prompts of {room} tokens (max_position_embeddings {room + new}): leave "
-            "these records out, or lower --max-new-tokens."
-        )
-
-
-def _listed(problems: list[str]) -> str:
-    more = len(problems) - MAX_PROBLEMS
-    shown = problems[:MAX_PROBLEMS] + [f"... and {more} more"] * (more > 0)
-    return "\n".join(shown)

@@ -92,9 +92,7 @@ class EvaluateConfig:
     examples: PositiveInt | None = setting(
         None, "records of a task or file at most, from its start", default_text="all"
     )
-    num_beams: Beams = setting(
-        4, "beams of the search of a protocol; 1: greedy (1 to 64)"
-    )
+    num_beams: Beams = setting(4, "beams of the search of a protocol; 1: greedy")
     max_new_tokens: PositiveInt = setting(
         UNSET, "tokens to generate at most", default_text="32; for e2e 64"
     )
@@ -192,6 +190,15 @@ class EvaluateConfig:
         """What is evaluated, by name: the base (None) first, and the adapters."""
         base: dict[str, Path | None] = {BASE_NAME: None} if self.base else {}
         return base | {str(path): path for path in self._adapters}
+
+    @property
+    def generation(self) -> dict[str, int]:
+        """How a protocol generates: arguments of `System.generate`."""
+        return {
+            "batch_size": self.batch_size,
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+        }
 
     @property
     def directory(self) -> Path:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class DataFiles(Suite):
             digest.update(example.input_ids.tobytes() + mask)
         self.digest = digest.hexdigest()[:16]
 
-    def predict(self, system: System, task: str, done: Set[int]) -> Iterator[list[Row]]:
+    def predict(self, system: System, task: str, done: set[int]) -> Iterator[list[Row]]:
         """See `Suite`. All batches are run again if any is missing: it is quick."""
         examples = self.examples[task]
         if done.issuperset(range(len(examples))):

@@ -18,6 +18,7 @@ from manifold_lora.evaluation import report
 from manifold_lora.evaluation.commonsense import Commonsense
 from manifold_lora.evaluation.config import EvaluateConfig
 from manifold_lora.evaluation.data_files import DataFiles
+from manifold_lora.evaluation.e2e import E2E
 from manifold_lora.evaluation.predictions import Predictions
 from manifold_lora.evaluation.suite import Suite
 from manifold_lora.evaluation.systems import (
@@ -81,6 +82,8 @@ def make_suite(config: EvaluateConfig, tokenizer: Any, shape: LlamaConfig) -> Su
     """The tasks and the measures that a configuration asks for."""
     if config.tasks is not None:
         return Commonsense(config, tokenizer, shape)
+    if config.protocol == "e2e":
+        return E2E(config, tokenizer, shape)
     return DataFiles(config, tokenizer, shape)
 
 

@@ -59,7 +59,8 @@ def make_evaluate(
 
     def evaluate(factors, frozen, batches) -> Evaluation:
         rows = row_sums(sums, factors, frozen, batches)
-        nll, tokens, correct, answers, exact = sum(x.sum(0) for x in rows).tolist()
+        total = sum((x.sum(0) for x in rows), np.zeros(5))
+        nll, tokens, correct, answers, exact = total.tolist()
         return Evaluation(nll / tokens, correct / tokens, exact / answers)
 
     return evaluate

@@ -1,7 +1,7 @@
 """What all protocols have in common: tasks of records, and measures of predictions."""
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from manifold_lora.evaluation.bootstrap import Difference, difference
@@ -21,11 +21,11 @@ class Suite(abc.ABC):
 
     sizes: Mapping[str, int]
     digest: str
-    measures: tuple[Measure, ...]
+    measures: tuple[Measure, ...] = ()
     notes: tuple[str, ...] = ()
 
     @abc.abstractmethod
-    def predict(self, system: System, task: str, done: Set[int]) -> Iterator[list[Row]]:
+    def predict(self, system: System, task: str, done: set[int]) -> Iterator[list[Row]]:
         """The predictions for the records of a task, batch after batch.
 
         Batches do not depend on `done`, so that an evaluation that was killed and
@@ -57,7 +57,7 @@ class Suite(abc.ABC):
 
 
 def batched(
-    lengths: Sequence[int], batch_size: int, done: Set[int]
+    lengths: Sequence[int], batch_size: int, done: set[int]
 ) -> Iterator[list[int]]:
     """Batches of records of similar length, the longest first, but those all done.
 

@@ -75,19 +75,24 @@ class System:
         self.stop = stop_tokens(source, tokenizer)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_beams: int
+        self, prompts: Sequence[Sequence[int]], batch_size: int, **options: Any
     ) -> list[list[int]]:
-        """New tokens for each prompt, without the stop token, all in one batch."""
+        """New tokens for each prompt, without the token that ends it.
+
+        Args:
+            prompts: their tokens.
+            batch_size: prompts of a batch; fewer are padded.
+            options: fields of `GenerationConfig`.
+        """
         from manifold_lora.generation.batched import generate_batches
         from manifold_lora.generation.config import GenerationConfig
 
-        config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams)
         made = generate_batches(
             self.model,
             prompts,
-            config,
+            GenerationConfig(**options),
             stop_tokens=self.stop,
-            batch_size=len(prompts),
+            batch_size=batch_size,
         )
         by_index = dict(made)
         return [by_index[index] for index in range(len(prompts))]
