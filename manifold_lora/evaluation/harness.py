@@ -133,7 +133,7 @@ class ManifoldLoraLM(TemplateLM):
         pairs = []
         for _, context, continuation in requests:
             whole = [*context, *continuation][-(self.max_length + 1) :]
-            start = len(whole) - len(continuation)
+            start = max(len(whole) - len(continuation), 1)
             pairs.append((whole[:start], whole[start:]))
         with jax.set_mesh(self._mesh):
             found = self._likelihoods(pairs)
@@ -189,7 +189,9 @@ class ManifoldLoraLM(TemplateLM):
 def _options(settings: dict[str, Any]) -> dict[str, Any]:
     """A task's arguments of generation as ours."""
     new = settings.pop("max_gen_toks", settings.pop("max_new_tokens", _MAX_NEW_TOKENS))
-    if not settings.pop("do_sample", False):  # greedy, whatever else is given
+    if settings.pop("do_sample", False):
+        settings.setdefault("temperature", 1.0)
+    else:  # greedy, whatever else is given
         for name in ("temperature", "top_k", "top_p", "min_p"):
             settings.pop(name, None)
     if unknown := sorted(settings.keys() - {*_OPTIONS}):
