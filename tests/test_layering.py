@@ -28,7 +28,14 @@ COMMANDS = {
     "inspection": set(),
     "comparison": {"training", "evaluation", "inspection"},
     "planning": {"training"},
-    "cli": {"generation", "training", "comparison", "planning", "inspection", "evaluation"},
+    "cli": {
+        "generation",
+        "training",
+        "comparison",
+        "planning",
+        "inspection",
+        "evaluation",
+    },
 }
 ALLOWED = BELOW | {name: BELOW.keys() | uses for name, uses in COMMANDS.items()}
 # Third parties that a subpackage must not know.

@@ -3,14 +3,13 @@
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from msgspec import Meta
+from typing import Any, Literal
 
 from manifold_lora.configuration.flat import part
 from manifold_lora.configuration.parts import BaseConfig, Date
 from manifold_lora.distributed.mesh import read_mesh
 from manifold_lora.errors import InputError
+from manifold_lora.generation.config import Beams
 from manifold_lora.settings import (
     UNSET,
     BatchSize,
@@ -26,7 +25,6 @@ BASE_NAME = "base"  # of the model without an adapter, in tables and files
 RUN_ADAPTER, RUN_SETTINGS = "adapter", "config.toml"
 # Settings that an evaluation of a run has from the run.
 _INHERITED = ("model", "dtype", "date", "sequence_length", "eval_data")
-Beams = Annotated[int, Meta(ge=1, le=64)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class EvaluateConfig:
 
     Args:
         run: run directory: its adapter is evaluated, with its base and settings.
-        adapters: directories of adapters.
+        adapters: directories of adapters or runs.
         base: evaluate the base too.
         data: files of records: loss, token accuracy and exact match of their answers.
         tasks: directory of commonsense tasks, in the form of LLM-Adapters.
@@ -70,7 +68,7 @@ class EvaluateConfig:
         positional=True,
     )
     adapters: tuple[Path, ...] = setting(
-        (), "directories of adapters", name="adapter", may_change=True
+        (), "directories of adapters or runs", name="adapter", may_change=True
     )
     base: bool = setting(
         True, "evaluate the base too, beside the adapters", may_change=True

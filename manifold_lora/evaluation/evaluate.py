@@ -21,12 +21,8 @@ from manifold_lora.evaluation.data_files import DataFiles
 from manifold_lora.evaluation.e2e import E2E
 from manifold_lora.evaluation.predictions import Predictions
 from manifold_lora.evaluation.suite import Suite
-from manifold_lora.evaluation.systems import (
-    System,
-    adapted,
-    adapter_digest,
-    load_base,
-)
+from manifold_lora.evaluation.systems import System, adapter_digest
+from manifold_lora.generation.model import adapted, load_base
 from manifold_lora.models import Llama, LlamaConfig
 
 

@@ -24,7 +24,8 @@ from manifold_lora.distributed.arrays import shard_module
 from manifold_lora.distributed.mesh import make_mesh, read_mesh
 from manifold_lora.errors import InputError
 from manifold_lora.evaluation.likelihood import Likelihoods
-from manifold_lora.evaluation.systems import System, load_base
+from manifold_lora.evaluation.systems import System
+from manifold_lora.generation.model import adapter_directory, load_base
 
 try:
     from lm_eval import utils
@@ -47,7 +48,7 @@ class ManifoldLoraLM(TemplateLM):
 
     Args:
         pretrained: Hugging Face directory of the base.
-        adapter: directory of an adapter.
+        adapter: directory of an adapter or of a run.
         dtype: of the base; by default float32 on CPU, else bfloat16.
         batch_size: rows of a batch.
         max_length: tokens of the context; by default the model's.
@@ -76,7 +77,7 @@ class ManifoldLoraLM(TemplateLM):
         with jax.set_mesh(self._mesh):
             model = load_base(BaseConfig(source, dtype))
             if adapter is not None:
-                load_adapter(model, adapter)
+                load_adapter(model, adapter_directory(Path(adapter)))
                 shard_module(model)
             self.tokenizer: Any = load_tokenizer(source)
             self._system = System(model, self.tokenizer, source)

@@ -1,20 +1,15 @@
 """Tiny models and tasks for the tests of evaluation, and what NumPy makes of them."""
 
-import importlib.util
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors.numpy import load_file
 
 import manifold_lora as ml
 from manifold_lora.adapters import factors, set_factors
-from manifold_lora.evaluation.systems import System
 from tests.models.reference import logits
 from tests.tiny import model_directory
 
@@ -78,29 +73,3 @@ def log_probabilities(model: Path, ids: Any) -> np.ndarray:
     x = logits(tensors, config, np.asarray(ids))[:-1]
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def generate(self: System, prompts: Any, batch_size: int, **options: Any) -> Any:
-    """Greedy, one token and one prompt at a time."""
-    del batch_size
-    texts = []
-    for prompt in prompts:
-        new: list[int] = []
-        while len(new) < options["max_new_tokens"]:
-            ids = np.zeros((1, 512), np.int32)  # padding comes later
-            ids[0, : len(prompt) + len(new)] = [*prompt, *new]
-            scores = _logits(*nnx.split(self.model), ids)
-            token = int(scores[0, len(prompt) + len(new) - 1].argmax())
-            if token in self.stop:
-                break
-            new.append(token)
-        texts.append(new)
-    return texts
-
-
-@partial(jax.jit, static_argnums=0)
-def _logits(graph: Any, state: Any, ids: np.ndarray) -> jax.Array:
-    return nnx.merge(graph, state)(ids)
-
-
-HAS_GENERATION = importlib.util.find_spec("manifold_lora.generation") is not None

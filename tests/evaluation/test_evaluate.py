@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,20 +17,14 @@ from manifold_lora.data.tokens import encode, load_tokenizer
 from manifold_lora.evaluation.commonsense import Commonsense
 from manifold_lora.evaluation.config import EvaluateConfig
 from manifold_lora.evaluation.data_files import DataFiles
-from manifold_lora.evaluation.systems import System, adapted, load_base
 from manifold_lora.evaluation.templates import TEMPLATES
+from manifold_lora.generation.model import adapted, load_base
 from manifold_lora.settings import flag
 from tests.evaluation import cases
 from tests.tiny import data_file
 from tests.tolerances import FLOAT32
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "generation")
-
-
-@pytest.fixture
-def generation(monkeypatch):
-    if not cases.HAS_GENERATION:
-        monkeypatch.setattr(System, "generate", cases.generate)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +229,7 @@ def test_another_adapter_joins_a_finished_evaluation(
 
 def test_an_adapter_leaves_the_base_as_it_was(models):
     base = load_base(BaseConfig(models[0]))
-    ids = np.arange(2, 20)[None]
+    ids = jnp.arange(2, 20)[None]
     before = np.asarray(base(ids))
     with adapted(base, models[1]):
         assert np.abs(np.asarray(base(ids)) - before).max() > 0.1
