@@ -15,6 +15,7 @@ from manifold_lora.settings import (
     BatchSize,
     PositiveInt,
     SequenceLength,
+    decode,
     fill,
     raise_all,
     setting,
@@ -23,8 +24,14 @@ from manifold_lora.settings import (
 
 BASE_NAME = "base"  # of the model without an adapter, in tables and files
 RUN_ADAPTER, RUN_SETTINGS = "adapter", "config.toml"
-# Settings that an evaluation of a run has from the run.
-_INHERITED = ("model", "dtype", "date", "sequence_length", "eval_data")
+# Settings that an evaluation of a run has from the run, with their types.
+_INHERITED = {
+    "model": Path,
+    "dtype": Literal["float32", "bfloat16"],
+    "date": Date,
+    "sequence_length": SequenceLength,
+    "eval_data": Path,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,15 +133,12 @@ class EvaluateConfig:
     def __post_init__(self):
         validate(self)
         inherited = {} if self.run is None else _run_settings(self.run)
-        path = inherited.get("model")
         model = fill(
-            self.model,
-            path=None if path is None else Path(path),
-            dtype=inherited.get("dtype"),
+            self.model, path=inherited.get("model"), dtype=inherited.get("dtype")
         )
         data = self.data
         if not data and self.tasks is None and "eval_data" in inherited:
-            data = (Path(inherited["eval_data"]),)
+            data = (inherited["eval_data"],)
         builtin = model.path is None and not data and self.tasks is None
         length = inherited.get("sequence_length", 128 if builtin else 512)
         filled = {
@@ -148,7 +152,6 @@ class EvaluateConfig:
         }
         for name, value in filled.items():
             object.__setattr__(self, name, value)
-        validate(self)  # what comes from the run too
         raise_all(self._problems(builtin))
 
     def _problems(self, builtin: bool) -> list[str]:
@@ -215,10 +218,10 @@ def _run_settings(run: Path) -> dict[str, Any]:
         )
     try:
         settings = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{file} is not valid TOML ({error}): give the model and the adapter with "
-            "--model and --adapter."
+            f"{file} cannot be read as TOML ({error}): give --model and --adapter "
+            "instead of the run."
         ) from error
     if not (run / RUN_ADAPTER).is_dir():
         merged = " It has merged/: evaluate that with --model."
@@ -226,4 +229,12 @@ def _run_settings(run: Path) -> dict[str, Any]:
             f"{run} has no {RUN_ADAPTER}/: train it to its end."
             + (merged if (run / "merged").is_dir() else "")
         )
-    return {name: settings[name] for name in _INHERITED if name in settings}
+    problems, shared = [], {}
+    for name, hint in _INHERITED.items():
+        if name in settings:
+            try:
+                shared[name] = decode(settings[name], hint)
+            except ValueError as error:
+                problems.append(f"{file}: {name} {error}")
+    raise_all(problems)
+    return shared

@@ -22,7 +22,7 @@ class Template(NamedTuple):
     def prompt(self, instruction: str, input: str = "") -> str:
         r"""The text that a response continues.
 
-        >>> TEMPLATES["stella"].prompt("Is {ice} cold?")[-33:]
+        >>> TEMPLATES["stella"].prompt("Is {ice} cold?")[-30:]
         'Is {ice} cold?\n\n### Response:\n'
         """
         text = self.with_input if input else self.no_input

@@ -71,12 +71,16 @@ def test_mistakes_are_named(settings: dict[str, Any], message: str):
 
 
 def test_runs_that_cannot_be_evaluated(run: Path):
+    (run / "config.toml").write_text("model = 3\nsequence_length = 1")
+    with pytest.raises(ml.InputError, match="model must be a path(.*)at least 2, got"):
+        EvaluateConfig(run=run)
+    (run / "config.toml").write_text("model = ")
+    with pytest.raises(ml.InputError, match="config.toml cannot be read as TOML"):
+        EvaluateConfig(run=run)
+    (run / "config.toml").write_text(RUN)
     (run / "adapter").rmdir()
     (run / "merged").mkdir()
     with pytest.raises(ml.InputError, match=r"has no adapter/(.*) merged/: evaluate"):
-        EvaluateConfig(run=run)
-    (run / "config.toml").write_text("model = ")
-    with pytest.raises(ml.InputError, match="config.toml is not valid TOML"):
         EvaluateConfig(run=run)
 
 
