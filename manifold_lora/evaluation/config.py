@@ -182,15 +182,14 @@ class EvaluateConfig:
         return problems
 
     @property
-    def _adapters(self) -> tuple[Path, ...]:
-        own = () if self.run is None else (self.run / RUN_ADAPTER,)
-        return (*own, *self.adapters)
-
-    @property
     def systems(self) -> dict[str, Path | None]:
         """What is evaluated, by name: the base (None) first, and the adapters."""
         base: dict[str, Path | None] = {BASE_NAME: None} if self.base else {}
         return base | {str(path): path for path in self._adapters}
+
+    @property
+    def _adapters(self) -> tuple[Path, ...]:
+        return self.adapters if self.run is None else (self.run, *self.adapters)
 
     @property
     def generation(self) -> dict[str, int]:

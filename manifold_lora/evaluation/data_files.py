@@ -20,7 +20,7 @@ from manifold_lora.evaluation.heldout import (
     row_sums,
 )
 from manifold_lora.evaluation.measures import Measure, Row
-from manifold_lora.evaluation.suite import Suite
+from manifold_lora.evaluation.suite import Suite, by_name
 from manifold_lora.evaluation.systems import System
 from manifold_lora.models import LlamaConfig
 
@@ -123,10 +123,10 @@ def _read(config: EvaluateConfig) -> Iterator[tuple[str, list[Record], Sequence[
     """The name of each file, its records, and the reasons why others are left out."""
     if not config.data:
         yield "built-in", builtin_records()[1], ()
-    for path in config.data:
-        for file in _files(path):
-            read = read_files([file], skip_invalid=config.skip_invalid)
-            yield str(file), read.records, read.skipped
+    files = [file for path in config.data for file in _files(path)]
+    for name, file in by_name(files).items():
+        read = read_files([file], skip_invalid=config.skip_invalid)
+        yield name, read.records, read.skipped
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """The E2E benchmark: sentences for meaning representations, by BLEU and chrF."""
 
+# pyright: reportMissingImports=false
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from manifold_lora.evaluation.bootstrap import Difference, paired_bootstrap
 from manifold_lora.evaluation.config import EvaluateConfig
 from manifold_lora.evaluation.measures import Row
 from manifold_lora.evaluation.prompts import check_lengths
-from manifold_lora.evaluation.suite import Suite, batched
+from manifold_lora.evaluation.suite import Suite, batched, by_name
 from manifold_lora.evaluation.systems import System
 from manifold_lora.models import LlamaConfig
 
@@ -38,12 +39,12 @@ class E2E(Suite):
         self._metrics = _metrics()
         self.references: dict[str, dict[str, list[str]]] = {}
         self._prompts: dict[str, list[list[int]]] = {}
-        for file in config.data:
+        for task, file in by_name(config.data).items():
             found = list(read_e2e(file).items())[: config.examples]
-            self.references[str(file)] = dict(found)
+            self.references[task] = dict(found)
             prompts = [tokenizer(meaning + BARS)["input_ids"] for meaning, _ in found]
             check_lengths(str(file), prompts, shape, config.max_new_tokens)
-            self._prompts[str(file)] = prompts
+            self._prompts[task] = prompts
         self.sizes = {name: len(found) for name, found in self.references.items()}
         text = msgspec.json.encode([self.references, self._prompts])
         self.digest = hashlib.sha256(text).hexdigest()[:16]

@@ -11,6 +11,7 @@ The harness' tasks are not the commonsense protocol of `manifold-lora evaluate`:
 prompts and scores differ, also where the names are the same.
 """
 
+# pyright: reportMissingImports=false
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from manifold_lora.evaluation.bootstrap import Difference, difference
@@ -69,3 +70,15 @@ def batched(
         batch = ordered[start : start + batch_size]
         if not done.issuperset(batch):
             yield batch
+
+
+def by_name(files: Sequence[Path]) -> dict[str, Path]:
+    """Files by name, or by path where two have the same name.
+
+    >>> list(by_name([Path("a/x.txt"), Path("b/y.txt"), Path("c/y.txt")]))
+    ['x.txt', 'b/y.txt', 'c/y.txt']
+    """
+    names = [file.name for file in files]
+    return {
+        file.name if names.count(file.name) == 1 else str(file): file for file in files
+    }

@@ -36,7 +36,7 @@ def test_a_run_gives_what_it_was_trained_with(run: Path):
     )
     assert (config.date, config.sequence_length) == ("2026-01-31", 256)
     assert config.data == (Path("held_out.jsonl"),)
-    assert config.systems == {"base": None, str(run / "adapter"): run / "adapter"}
+    assert config.systems == {"base": None, str(run): run}
     assert config.directory == run / "evaluation"
 
 
@@ -48,7 +48,7 @@ def test_what_is_given_counts_more_than_the_run(run: Path):
     assert config.model.path == Path("other") and config.model.dtype == "float32"
     assert config.sequence_length == 64
     assert config.data == () and config.protocol == "llm-adapters"
-    assert list(config.systems) == [str(run / "adapter")]
+    assert list(config.systems) == [str(run)]
 
 
 @pytest.mark.parametrize(

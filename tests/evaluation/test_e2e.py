@@ -77,7 +77,7 @@ def test_scores_are_those_of_sacrebleu(file: Path, tmp_path: Path, monkeypatch):
     )
     references = list(read_e2e(file).values())
     columns = [[r[n] if n < len(r) else None for r in references] for n in range(2)]
-    name, task = str(tmp_path / "adapter"), str(file)
+    name, task = str(tmp_path / "adapter"), file.name
     for measure, score in (
         ("BLEU", sacrebleu.corpus_bleu),
         ("chrF", sacrebleu.corpus_chrf),
