@@ -1,4 +1,4 @@
-"""Loss, accuracy and exact match on held-out examples, and sample completions."""
+"""Loss, accuracy and exact match on held-out examples."""
 
 import math
 from collections import Counter

@@ -136,6 +136,19 @@ def check_likelihoods(model: Path, rows: list[dict[str, Any]]) -> None:
         assert row["likely"] == labels[row["task"]][int(np.argmax(totals))]
 
 
+@pytest.mark.mesh
+def test_scores_do_not_depend_on_the_mesh(models, tasks, tmp_path: Path):
+    given = {"model": models[0], "adapter": models[1], "tasks": tasks, "base": False}
+    given |= GENERATED | {"examples": 2}
+    logprobs = []
+    for mesh in ("data=8", "data=2,fsdp=2,tensor=2"):
+        out = tmp_path / mesh
+        ml.evaluate(config(**given, mesh=mesh, out=out))
+        rows = sorted(read(out), key=lambda row: (row["task"], row["record"]))
+        logprobs.append([[*row["logprobs"].values()] for row in rows])
+    np.testing.assert_allclose(logprobs[0], logprobs[1], rtol=FLOAT32)
+
+
 def test_a_killed_evaluation_resumes_with_the_same_numbers(
     models, tasks: Path, tmp_path: Path, monkeypatch
 ):
