@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from manifold_lora.data.tokens import encode as encode
     from manifold_lora.data.tokens import load_tokenizer as load_tokenizer
     from manifold_lora.errors import InputError as InputError
+    from manifold_lora.evaluation.config import EvaluateConfig as EvaluateConfig
+    from manifold_lora.evaluation.evaluate import evaluate as evaluate
     from manifold_lora.generation.batched import generate_batches as generate_batches
     from manifold_lora.generation.command import GenerateConfig as GenerateConfig
     from manifold_lora.generation.command import generate_texts as generate_texts
@@ -107,6 +109,8 @@ _HOMES = {
     "data.records": ["read_records"],
     "data.tokens": ["encode", "load_tokenizer"],
     "errors": ["InputError"],
+    "evaluation.config": ["EvaluateConfig"],
+    "evaluation.evaluate": ["evaluate"],
     "generation.batched": ["generate_batches"],
     "generation.command": ["GenerateConfig", "generate_texts"],
     "generation.config": ["GenerationConfig"],

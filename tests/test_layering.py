@@ -30,8 +30,8 @@ COMMANDS = {
     "planning": {"training"},
     "conversion": set(),
     "cli": {
-        *("generation", "training", "comparison", "planning", "inspection"),
-        "conversion",
+        *("generation", "evaluation", "training", "comparison", "planning"),
+        *("inspection", "conversion"),
     },
 }
 ALLOWED = BELOW | {name: BELOW.keys() | uses for name, uses in COMMANDS.items()}

@@ -121,6 +121,31 @@ def read_flags(kind: type[Config], flags: CommandFlags) -> Config:
     return compose(kind, *sources)
 
 
+def join_repeated(kind: type, arguments: Sequence[str]) -> list[str]:
+    """The arguments with all values of a flag, if it takes several, in one place.
+
+    Otherwise of `--adapter A --adapter B` only the last would count.
+    """
+    several = {flag(name) for name, e in entries(kind).items() if _several(e.hint)}
+    chunks: list[list[str]] = []  # each a flag with its values
+    by_flag: dict[str, list[str]] = {}
+    current: list[str] = []  # what values belong to
+    for argument in ["", *arguments]:
+        name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
+        if name in by_flag:
+            current = by_flag[name]
+        elif argument.startswith("--") or not chunks:
+            current = [name if name in several else argument]
+            chunks.append(current)
+        else:
+            current.append(argument)
+        if name in several:
+            by_flag[name] = current
+            current += [value] if equals else []
+    return [argument for chunk in chunks for argument in chunk][1:]
+
+
 def _pairs(name: str, texts: Sequence[str]) -> dict[str, str]:
     if len(texts) % 2:
         raise InputError(
@@ -140,8 +165,7 @@ def _flag(entry: Entry) -> tuple[str, Any, Any]:
     )
     if hint is bool:
         return entry.name, Annotated[bool, argument], _NOT_GIVEN
-    several = typing.get_origin(hint) is tuple or _is_mapping(hint) or _is_union(hint)
-    kind: Any = (tuple[str, ...] if several else str) | None
+    kind: Any = (tuple[str, ...] if _several(entry.hint) else str) | None
     if any(field.metadata.get("positional") for field in entry.fields.values()):
         kind = tyro.conf.Positional[kind]
     return entry.name, Annotated[kind, argument], None
@@ -177,6 +201,12 @@ def _without_none(hint: Any) -> Any:
         args = [arg for arg in typing.get_args(hint) if arg is not type(None)]
         return args[0] if len(args) == 1 else typing.Union[tuple(args)]  # noqa: UP007
     return hint
+
+
+def _several(hint: Any) -> bool:
+    """Whether a flag takes several values."""
+    hint = _without_none(hint)
+    return typing.get_origin(hint) is tuple or _is_mapping(hint) or _is_union(hint)
 
 
 def _is_union(hint: Any) -> bool:

@@ -76,6 +76,19 @@ def generate(config: Any) -> None:
     generate_texts(config)
 
 
+def evaluate(config: Any) -> None:
+    """Measure a base and adapters, side by side, on data or by the papers' protocol.
+
+    On data files: loss per answer token, token accuracy and exact match. On the
+    commonsense tasks: accuracy of the answers that are generated, how many cannot be
+    read, and accuracy by the likelihoods of the labels. Differences from the base have
+    a bootstrap interval. Every prediction is written, and a killed evaluation resumes.
+    """
+    from manifold_lora.evaluation.evaluate import evaluate
+
+    evaluate(config)
+
+
 def methods() -> None:
     """List the methods: formula, manifolds, defaults, memory, export, options."""
     from manifold_lora.adapters.describe import show_methods
@@ -123,6 +136,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "plan": plan,
     "generate": generate,
+    "evaluate": evaluate,
     "methods": methods,
     "inspect": inspect,
     "export": export,
@@ -134,6 +148,7 @@ CONFIGURATIONS = {
     plan: "planning.config.PlanConfig",
     generate: "generation.command.GenerateConfig",
     export: "conversion.export_config.ExportConfig",
+    evaluate: "evaluation.config.EvaluateConfig",
 }
 
 
@@ -153,9 +168,14 @@ def _run(arguments: Sequence[str]) -> None:
     if chosen == plan.__name__:
         hide_accelerators()  # before JAX is imported
     check_renamed(arguments)
+    command = COMMANDS.get(chosen)
+    if command is not None and command in CONFIGURATIONS:
+        from manifold_lora.cli.flags import join_repeated
+
+        arguments = join_repeated(_configuration(command), arguments)
     app = SubcommandApp()
-    for name, command in COMMANDS.items():
-        parsed: Any = _parsed(command, name == chosen)
+    for name, other in COMMANDS.items():
+        parsed: Any = _parsed(other, name == chosen)
         app.command(parsed, name=name)
     app.cli(
         prog="manifold-lora",
@@ -186,6 +206,12 @@ def _report_errors(arguments: Sequence[str]) -> None:
         os._exit(130)
 
 
+def _configuration(command: Callable[..., None]) -> Any:
+    """The class of a command's configuration."""
+    module, _, name = CONFIGURATIONS[command].rpartition(".")
+    return getattr(importlib.import_module(f"manifold_lora.{module}"), name)
+
+
 def _parsed(command: Callable[..., None], chosen: bool) -> Callable[..., None]:
     """A command as tyro sees it: with the flags of its configuration.
 
@@ -198,8 +224,7 @@ def _parsed(command: Callable[..., None], chosen: bool) -> Callable[..., None]:
     if chosen:
         from manifold_lora.cli.flags import flags_class, read_flags
 
-        module, _, name = CONFIGURATIONS[command].rpartition(".")
-        kind = getattr(importlib.import_module(f"manifold_lora.{module}"), name)
+        kind = _configuration(command)
 
         def run(flags: Any) -> None:
             command(read_flags(kind, flags))

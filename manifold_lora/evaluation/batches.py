@@ -27,6 +27,9 @@ class HeldOutBatches:
             training; but a batch has a row for every group of devices.
         sequence_length: of the longest row that is allowed.
 
+    Attributes:
+        order: the indices of the examples, in the order of the rows with an example.
+
     Raises:
         InputError: an example is longer than `sequence_length`.
 
@@ -47,7 +50,9 @@ class HeldOutBatches:
         def rows(length: int) -> int:
             return groups * min(max(tokens // (length * groups), 1), most)
 
-        ordered = sorted(examples, key=lambda e: len(e.input_ids), reverse=True)
+        sizes = [len(example.input_ids) for example in examples]
+        self.order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+        ordered = [examples[i] for i in self.order]
         batches: list[tuple[int, list[Example]]] = []
         while ordered:
             fitting = (n for n in lengths if n >= len(ordered[0].input_ids))

@@ -1,8 +1,8 @@
-"""Loss, accuracy and exact match on held-out examples, and sample completions."""
+"""Loss, accuracy and exact match on held-out examples."""
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,14 +58,28 @@ def make_evaluate(
     sums = evaluation_sums(rebuild, axes)
 
     def evaluate(factors, frozen, batches) -> Evaluation:
-        total, pending = np.zeros(5), np.zeros(5)
-        for batch in batches:
-            total += _total(pending)  # waits, so that one batch at a time is evaluated
-            pending = sums(factors, frozen, batch)
-        nll, tokens, correct, answers, exact = (total + _total(pending)).tolist()
+        rows = row_sums(sums, factors, frozen, batches)
+        total = sum((x.sum(0) for x in rows), np.zeros(5))
+        nll, tokens, correct, answers, exact = total.tolist()
         return Evaluation(nll / tokens, correct / tokens, exact / answers)
 
     return evaluate
+
+
+def row_sums(
+    sums: Callable[..., Any],
+    factors: Any,
+    frozen: Any,
+    batches: Iterable[Mapping[str, Any]],
+) -> Iterator[np.ndarray]:
+    """What `evaluation_sums` gives for the rows of each batch, (rows, 5) float64."""
+    pending = None
+    for batch in batches:
+        if pending is not None:  # waits, so that one batch at a time is evaluated
+            yield _rows(pending)
+        pending = sums(factors, frozen, batch)
+    if pending is not None:
+        yield _rows(pending)
 
 
 def evaluation_sums(rebuild: Callable[..., Any], axes: Any) -> Any:
@@ -83,14 +97,14 @@ def evaluation_sums(rebuild: Callable[..., Any], axes: Any) -> Any:
         sums = (nll.sum(1), tokens, correct, has_answer, exact)
         return jnp.stack([x.astype(jnp.float32) for x in sums], axis=-1)
 
-    return _jit_over_groups(sums_over_answers, axes)
+    return jit_over_groups(sums_over_answers, axes)
 
 
-def _total(sums: Any) -> np.ndarray:
-    return np.asarray(sums, np.float64).reshape(-1, 5).sum(0)
+def _rows(sums: Any) -> np.ndarray:
+    return np.asarray(sums, np.float64).reshape(-1, 5)
 
 
-def _jit_over_groups(f: Callable[..., Any], axes: Any) -> Callable[..., Any]:
+def jit_over_groups(f: Callable[..., Any], axes: Any) -> Callable[..., Any]:
     """Jit `f(factors, frozen, batch)` such that each device group maps its own rows.
 
     The results have a leading axis of groups and are replicated on all devices.

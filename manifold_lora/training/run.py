@@ -23,6 +23,7 @@ from manifold_lora.training.config import TrainConfig
     CHECKPOINTS,
     MERGED,
     INSPECTED,
+    EVALUATED,
     PICTURE,
 ) = ENTRIES = (
     "summary.json",
@@ -34,6 +35,7 @@ from manifold_lora.training.config import TrainConfig
     "checkpoints",  # to resume from
     "merged",  # the whole model, of an adapter that can only be merged
     "inspect",  # of `manifold-lora inspect`
+    "evaluation",  # of `manifold-lora evaluate`
     "loss.png",
 )
 

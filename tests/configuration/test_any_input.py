@@ -24,11 +24,12 @@ from manifold_lora.configuration.flat import (
     read_toml,
 )
 from manifold_lora.errors import InputError
+from manifold_lora.evaluation.config import EvaluateConfig
 from manifold_lora.planning.config import PlanConfig
 from manifold_lora.settings import flag
 from manifold_lora.training.config import TrainConfig
 
-KINDS = (TrainConfig, CompareConfig, PlanConfig)
+KINDS = (TrainConfig, CompareConfig, PlanConfig, EvaluateConfig)
 any_input = settings(
     derandomize=True,
     database=None,
