@@ -4,8 +4,8 @@
 
 MODEL is a Hugging Face directory, TASKS a directory of NAME/test.json files in the form
 of LLM-Adapters, of which --task chooses some. The evaluation runs once to its end, and
-once more, killed by SIGKILL at times drawn uniformly from the duration of the first and
-started again each time. Both must have the same predictions and the same scores.
+once more, killed by SIGKILL after random numbers of predictions and started again each
+time. Both must have the same predictions and the same scores.
 """
 
 import argparse
@@ -34,18 +34,29 @@ def command(options: argparse.Namespace, tasks: Path, out: Path) -> list[str]:
     return words
 
 
-def run_with_kills(words: list[str], moments: list[float]) -> int:
-    """Run a command, killed after each of these seconds; how often it was running."""
+def run_with_kills(words: list[str], predictions: Path, counts: list[int]) -> int:
+    """Run a command, killed whenever it has written so many predictions.
+
+    Returns:
+        How often it was killed before its end.
+    """
     killed = 0
-    for moment in moments:
+    for count in counts:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-        time.sleep(moment)
+        while process.poll() is None and lines(predictions) < count:
+            time.sleep(0.1)
+        time.sleep(random.uniform(0, 2))  # into the next batch
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             killed += 1
         process.wait()
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
     return killed
+
+
+def lines(file: Path) -> int:
+    """The lines of a file, which may not be there yet."""
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
 def results(out: Path) -> Any:
@@ -87,10 +98,10 @@ def main() -> None:
         print((whole / "table.md").read_text())
         print(f"{seconds:.0f} s in all, with loading and compilation.")
         if options.kills:
-            rng = random.Random(0)
-            moments = [rng.uniform(0, seconds) for _ in range(options.kills)]
+            total = lines(whole / "predictions.jsonl")
+            counts = sorted(random.sample(range(total), options.kills))
             words = command(options, folder / "tasks", killed)
-            count = run_with_kills(words, moments)
+            count = run_with_kills(words, killed / "predictions.jsonl", counts)
             same = results(whole) == results(killed)
             print(f"Killed {count} times: the same predictions and scores: {same}.")
             sys.exit(not same)
