@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,8 @@ def main() -> None:
     for name, rate in rates.items():
         print(f"| {name} | {rate:.1f} |")
     print(f"ratio {rates['manifold_lora'] / rates['transformers']:.2f}")
-    programs = decode.begin._cache_size() + decode.advance._cache_size()
+    functions: tuple[Any, ...] = (decode.begin, decode.advance)
+    programs = sum(f._cache_size() for f in functions)
     print(f"{programs} programs compiled for {options.rounds + 1} prompt lengths")
 
 

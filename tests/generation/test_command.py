@@ -22,7 +22,7 @@ def expected(text, count=6):
     end = tokenizer.eos_token_id
     ids = ids.tolist()
     ids = ids[: ids.index(end)] if end in ids else ids
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def run(capsys, *arguments):

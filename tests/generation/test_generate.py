@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -178,12 +179,13 @@ def test_compiled_once_for_a_bucket(model):
     assert bucket(33) == bucket(40) != bucket(41)
     options = {"max_new_tokens": 3, "stop_tokens": ()}
     generate(model, [[3] * 33], **options)
-    sizes = [f._cache_size() for f in (decode.begin, decode.advance, beams.search)]
+    programs: tuple[Any, ...] = (decode.begin, decode.advance, beams.search)
+    sizes = [f._cache_size() for f in programs]
     for n in (34, 37, 40):
         generate(model, [list(range(3, 3 + n))], **options)
     for seed in (0, 1):
         generate(model, [[3] * 33], temperature=1.0, seed=seed, **options)
-    after = [f._cache_size() for f in (decode.begin, decode.advance, beams.search)]
+    after = [f._cache_size() for f in programs]
     assert after == [sizes[0] + 1, sizes[1] + 1, sizes[2]]  # of the temperature
 
 

@@ -104,7 +104,7 @@ def test_a_prompt_is_rendered_as_transformers_renders_it(tokenizer):
 
 def stream(tokenizer, text, stop=()):
     """The pieces written for a text that arrives token by token, and where it ends."""
-    pieces = []
+    pieces, n = [], 0
     monitor = TextMonitor(tokenizer, (), stop, pieces.append)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     for n in range(1, len(ids) + 1):
