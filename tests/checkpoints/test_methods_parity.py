@@ -115,6 +115,21 @@ def test_peft_switches_between_adapters(base: Path, tmp_path: Path):
         assert tiny.error(needed[name], transformers_logits(peft_model)) < LOGITS, name
 
 
+@pytest.mark.parametrize(
+    ("case", "exact"), [("stella-random", True), ("dora-kaiming", False)]
+)
+def test_transformers_loads_an_adapter(
+    case: str, exact: bool, base: Path, tmp_path: Path
+):
+    """Unlike PEFT it drops the lengths of DoRA, which docs/loaders.md says."""
+    attach(model := load_llama(base), config(case, targets=FEW, rslora=True))
+    save_adapter(tiny.randomize(model), tmp_path / "a", base_id=str(base))
+    theirs = load_transformers(base)
+    theirs.load_adapter(str(tmp_path / "a"))
+    error = tiny.error(tiny.logits(model), transformers_logits(theirs))
+    assert error < LOGITS if exact else error > 0.01
+
+
 def test_peft_reads_a_truncated_adapter(base: Path, tmp_path: Path):
     from peft import PeftModel
 

@@ -148,10 +148,12 @@ UNSET = {"fixed_a": None, "diagonal_s": False, "diagonal_scaling": False}
     ],
 )
 def test_files_of_earlier_versions(case: str, tmp_path: Path):
-    """`init` was called `start`, and the options of all methods stood there."""
-    path = saved(case, tmp_path / "a")
+    """`init` was called `start`, the options of all methods stood there, and no format
+    but PEFT's literal one was known."""
+    path = saved(case, tmp_path / "a", "peft")
     needed, factors = loaded(path), tiny.arrays(loaded_model(path))
     settings = read(path / EXTRA)
+    assert settings.pop("format") == "peft"
     old = UNSET | {"start" if key == "init" else key: x for key, x in settings.items()}
     assert old.keys() == UNSET.keys() | settings.keys() - {"init"} | {"start"}
     (path / EXTRA).write_text(json.dumps(old))
