@@ -131,6 +131,18 @@ def export(config: Any) -> None:
     export(config)
 
 
+def merge(config: Any) -> None:
+    """Merge adapters into a model, or combine several into one adapter.
+
+    Reads and writes the files of the model in blocks, so that it is never in memory,
+    and compares the logits of what was written with those of the base and its adapters.
+    The sum of several adapters, each with a weight, is exact. Needs no tokenizer.
+    """
+    from manifold_lora.conversion.merge import merge_files
+
+    merge_files(config)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "compare": compare,
@@ -140,6 +152,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "methods": methods,
     "inspect": inspect,
     "export": export,
+    "merge": merge,
 }
 # The class, in manifold_lora, whose settings are the flags of a command.
 CONFIGURATIONS = {
@@ -149,6 +162,7 @@ CONFIGURATIONS = {
     generate: "generation.command.GenerateConfig",
     export: "conversion.export_config.ExportConfig",
     evaluate: "evaluation.config.EvaluateConfig",
+    merge: "conversion.config.MergeConfig",
 }
 
 
