@@ -143,6 +143,29 @@ def merge(config: Any) -> None:
     merge_files(config)
 
 
+def import_(config: Any) -> None:
+    """Write an adapter of PEFT, StelLA or mlx-lm as one of this library.
+
+    PEFT's LoRA, rsLoRA and DoRA with rank and alpha patterns, StelLA's own files, and
+    mlx-lm's adapters.safetensors. Then `convert` makes it an adapter of another method.
+    Needs no base; with --model it is checked against it and logits are compared.
+    """
+    from manifold_lora.conversion.importing import import_adapter
+
+    import_adapter(config)
+
+
+def convert(config: Any) -> None:
+    """Turn an adapter into one of another method, with the same update of the weights.
+
+    The new factors are on the manifolds of the method, and `train --adapter` continues
+    from them. Reads adapters of this library, PEFT and StelLA.
+    """
+    from manifold_lora.conversion.convert import convert_adapter
+
+    convert_adapter(config)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "compare": compare,
@@ -153,6 +176,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "export": export,
     "merge": merge,
+    "import": import_,
+    "convert": convert,
 }
 # The class, in manifold_lora, whose settings are the flags of a command.
 CONFIGURATIONS = {
@@ -163,6 +188,8 @@ CONFIGURATIONS = {
     export: "conversion.export_config.ExportConfig",
     evaluate: "evaluation.config.EvaluateConfig",
     merge: "conversion.config.MergeConfig",
+    import_: "conversion.config.ImportConfig",
+    convert: "conversion.config.ConvertConfig",
 }
 
 

@@ -54,18 +54,28 @@ def combined(sources: Sequence[Weighted]) -> dict[str, Update]:
             scale = np.float64(source.weight) * update.scale
             b = (scale * update.b.astype(np.float64)).astype(np.float32)
             parts.setdefault(full, []).append((update.a, b))
-    return {
-        full: Update(
-            np.concatenate([a for a, _ in pairs]),
-            np.concatenate([b for _, b in pairs], axis=1),
-            1.0,
-        )
-        for full, pairs in parts.items()
-    }
+    sums = {}
+    for full, pairs in parts.items():
+        a = np.concatenate([a for a, _ in pairs])
+        b = np.concatenate([b for _, b in pairs], axis=1)
+        sums[full] = _float32(fitting(Update(a, b, 1.0)))
+    return sums
 
 
-def check_sizes(sources: Sequence[Weighted]) -> None:
-    """Raise `InputError` for modules that have other sizes in another adapter."""
+def fitting(update: Update) -> Update:
+    """The same ΔW with at most as many columns as the layer allows."""
+    if len(update.a) <= min(update.a.shape[1], len(update.b)):
+        return update
+    u, sigma, v = factorised(update._replace(scale=1.0))
+    return update._replace(a=v.T, b=u * sigma)
+
+
+def _float32(update: Update) -> Update:
+    return update._replace(a=np.float32(update.a), b=np.float32(update.b))
+
+
+def check_same_base(sources: Sequence[Weighted]) -> None:
+    """Raise `InputError` for adapters that cannot be of one base."""
     sizes: dict[str, tuple[tuple[int, int], Path]] = {}
     errors = []
     for source in sources:
@@ -77,6 +87,9 @@ def check_sizes(sources: Sequence[Weighted]) -> None:
                     f"{full}: {source.path} has {size} outputs and inputs, {path} has "
                     f"{needed}"
                 )
+    bases = {s.adapter.base: s.path for s in sources if s.adapter.base is not None}
+    if len({base.count(":") for base in bases}) < len(bases):  # two of one version
+        errors += [f"{path}: fingerprint {base}" for base, path in bases.items()]
     if errors:
         raise InputError(
             "The adapters are of different bases:\n  "
@@ -110,7 +123,7 @@ def truncated(sums: Updates, rank: int) -> tuple[dict[str, Update], float]:
         lost += float(np.sum(sigma[rank:] ** 2))
         root = np.sqrt(sigma[:rank])
         a, b = (v[:, :rank] * root).T, u[:, :rank] * root
-        result[full] = Update(a.astype(np.float32), b.astype(np.float32), 1.0)
+        result[full] = _float32(Update(a, b, 1.0))
     return result, lost / total if total else 0.0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from manifold_lora.errors import InputError
+from manifold_lora.methods import METHODS, check_method
 from manifold_lora.settings import Rank, setting, validate
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -95,3 +96,87 @@ def _weighted(text: str) -> tuple[Path, float]:
             "Write DIR:WEIGHT, as in runs/stella/adapter:0.7, or DIR alone."
         )
     return Path(path).expanduser(), weight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """An adapter of PEFT, StelLA or mlx-lm, to write as one of this library.
+
+    Args:
+        adapter: its directory.
+        out: directory to write.
+        model: directory of its base: the adapter is checked against it, its logits are
+            compared, and the new adapter remembers the base.
+        base_id: name of the base in the files.
+        overwrite: replace an adapter in `out`.
+
+    Raises:
+        InputError: all problems, in one message.
+    """
+
+    adapter: Path | None = setting(
+        None, "directory of an adapter of PEFT, StelLA or mlx-lm", positional=True
+    )
+    out: Path | None = setting(None, "directory to write")
+    model: Path | None = setting(
+        None, "Hugging Face directory of its base, to check and compare logits"
+    )
+    base_id: str | None = setting(
+        None, "name of the base in the files", default_text="as in the adapter"
+    )
+    overwrite: bool = setting(False, "replace an adapter in --out")
+
+    def __post_init__(self):
+        validate(self, _missing("import", self.adapter, self.out))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """An adapter of any method, to turn into one of another method.
+
+    Args:
+        adapter: its directory, or that of a run.
+        method: the new method.
+        out: directory to write.
+        diagonal_s: for stella, S as a diagonal.
+        model: directory of its base, to check and compare logits.
+        overwrite: replace an adapter in `out`.
+
+    Raises:
+        InputError: all problems, in one message.
+    """
+
+    adapter: Path | None = setting(
+        None, "directory of an adapter, or of a run with one", positional=True
+    )
+    method: str | None = setting(
+        None, f"the new method: {', '.join(METHODS)}", name="to"
+    )
+    out: Path | None = setting(None, "directory to write")
+    diagonal_s: bool = setting(False, "of stella, S as a diagonal")
+    model: Path | None = setting(
+        None, "Hugging Face directory of its base, to check and compare logits"
+    )
+    overwrite: bool = setting(False, "replace an adapter in --out")
+
+    def __post_init__(self):
+        problems = _missing("convert", self.adapter, self.out)
+        if self.method is None:
+            problems.append(f"convert needs --to, one of {', '.join(METHODS)}")
+        else:
+            try:
+                check_method(self.method)
+            except InputError as error:
+                problems.append(f"--to: {error}")
+        if self.diagonal_s and self.method != "stella":
+            problems.append(
+                f"--diagonal-s and --to {self.method} exclude each other: it goes with "
+                "stella"
+            )
+        validate(self, problems)
+
+
+def _missing(command: str, adapter: Path | None, out: Path | None) -> list[str]:
+    needed = {"ADAPTER, the directory of an adapter": adapter,
+              "--out, the directory to write": out}  # fmt: skip
+    return [f"{command} needs {what}" for what, path in needed.items() if path is None]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from manifold_lora.checkpoints.adapter_file import read_adapter
+from manifold_lora.checkpoints.adapter_file import AdapterFile, read_adapter
 from manifold_lora.checkpoints.atomic import atomic_directory
 from manifold_lora.checkpoints.companions import copy_companions
 from manifold_lora.checkpoints.model_files import INDEX, WEIGHTS, model_files
@@ -16,14 +16,15 @@ from manifold_lora.console import make_console, print_text
 from manifold_lora.conversion.base import Base
 from manifold_lora.conversion.combine import (
     Weighted,
-    check_sizes,
+    check_same_base,
     combined,
     ranks,
     truncated,
 )
 from manifold_lora.conversion.config import MergeConfig
+from manifold_lora.conversion.convert import converted
 from manifold_lora.conversion.export import adapter_directory
-from manifold_lora.conversion.probe import compare_logits
+from manifold_lora.conversion.probe import Difference, compare_logits
 from manifold_lora.conversion.shards import Rows, rewrite
 from manifold_lora.conversion.updates import Update, Updates, as_adapter
 from manifold_lora.conversion.write import check_output, write_adapter
@@ -68,7 +69,7 @@ def merge_files(config: MergeConfig, console: Console | None = None) -> dict[str
     base = None if config.as_adapter else Base.open(model)
     read = read_adapter if base is None else base.read_adapter
     sources = [Weighted(path, read(path), weight) for path, weight in paths]
-    check_sizes(sources)
+    check_same_base(sources)
     sums, discarded = combined(sources), 0.0
     if config.rank is not None:
         sums, discarded = truncated(sums, config.rank)
@@ -80,29 +81,30 @@ def merge_files(config: MergeConfig, console: Console | None = None) -> dict[str
         "largest_logit_difference": None,
         "largest_logit": None,
     }
+    (first, *others) = sources
+    adapter = first.adapter  # by the code of its own method, if it is merged as it is
+    if others or first.weight != 1 or config.rank is not None:
+        adapter = as_adapter(sums)._replace(base=adapter.base, peft=adapter.peft)
+        adapter = converted(adapter, adapter.method)  # with the patterns of its ranks
     if base is None:
-        first = sources[0].adapter
-        sum_ = as_adapter(sums)._replace(base=first.base, peft=first.peft)
-        write_adapter(config.out, sum_)
+        write_adapter(config.out, adapter)
     else:
-        alone = (
-            sources[0].adapter if len(sources) == 1 and config.rank is None else None
-        )
-        if alone is None or sources[0].weight != 1:
-            alone = as_adapter(sums)
-        with (
-            console.status("Merging", spinner="line"),  # ASCII
-            atomic_directory(config.out) as partial,
-        ):
-            _write_model(base, sums, partial, config.dtype)
-            written = Base.open(partial)
-            difference = compare_logits(
-                base.with_adapter(alone), written.with_adapter()
-            )
+        with console.status("Merging", spinner="line"):  # ASCII
+            difference = _merge(base, sums, adapter, config.out, config.dtype)
         result["largest_logit_difference"] = difference.largest
         result["largest_logit"] = difference.logits
     _show(console, result, config)
     return result
+
+
+def _merge(
+    base: Base, sums: Updates, adapter: AdapterFile, out: Path, dtype: str | None
+) -> Difference:
+    """Write the merged model, and compare it with the base with the adapter."""
+    with atomic_directory(out) as partial:
+        _write_model(base, sums, partial, dtype)
+        written = Base.open(partial)
+        return compare_logits(base.with_adapter(adapter), written.with_adapter())
 
 
 def _write_model(base: Base, sums: Updates, target: Path, dtype: str | None) -> None:

@@ -28,6 +28,7 @@ _DTYPES = {
 }
 # What the files call a type of NumPy.
 KINDS = {dtype.name: kind for kind, dtype in _DTYPES.items()}
+_METADATA = "__metadata__"
 Rows = tuple[int, int]  # first and end
 
 
@@ -74,6 +75,7 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     The file must have been opened by `safetensors` before, which checks the header.
     """
     header, start = _header(file)
+    header.pop(_METADATA, None)
     return {
         name: Stored(
             file,
@@ -139,8 +141,8 @@ def _changed(
 ) -> np.ndarray:
     if not all_finite(x):
         raise InputError(
-            f"{name} has values that are NaN or infinite: the model is damaged. Copy or "
-            "download it again."
+            f"{name} has values that are NaN or infinite: the model is damaged. Copy "
+            "or download it again."
         )
     new = change(name, rows, x)
     if new is x and kind == KINDS[x.dtype.name]:
@@ -149,18 +151,17 @@ def _changed(
         new = new.astype(_DTYPES[kind])
     if not all_finite(new):
         raise InputError(
-            f"{name} has values beyond the range of {_DTYPES[kind].name} after merging: "
-            "give another --dtype, or a smaller weight of the adapter."
+            f"{name} has values beyond the range of {_DTYPES[kind].name} after "
+            "merging: give another --dtype, or a smaller weight of the adapter."
         )
     return new
 
 
 def _header(file: Path) -> tuple[dict[str, dict], int]:
-    """The header without the metadata, and where the tensors begin."""
+    """The header, and where the tensors begin."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
     return header, 8 + length
 
 
@@ -168,8 +169,7 @@ def _write_header(
     stream: BinaryIO, tensors: dict[str, Stored], kinds: dict[str, str]
 ) -> int:
     """Write the header of these tensors; returns the bytes that are to follow."""
-    # What transformers looks for.
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {_METADATA: {"format": "pt"}}  # as transformers needs
     end = 0
     for name, stored in tensors.items():
         size = stored.size
