@@ -72,8 +72,10 @@ def write_adapter(path: Path, adapter: AdapterFile) -> float:
             tensors[MAGNITUDE] = update.magnitude
         rank = len(update.a)
         alpha = update.scale * (rank**0.5 if config.rslora else rank)
-        own = adapter.modules[full]
-        modules[full] = Exported(tensors, update.scale, alpha, own.factors)
+        own = adapter.modules[full].factors
+        # safetensors writes the bytes of a transposed array in their order in memory.
+        factors = {name: np.ascontiguousarray(x) for name, x in own.items()}
+        modules[full] = Exported(tensors, update.scale, alpha, factors)
     settings = adapter_settings(config)
     if adapter.base is not None:
         settings["base"] = adapter.base
