@@ -63,11 +63,16 @@ class Base(NamedTuple):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             names = full_names(self.model, norm)
             yield np.stack([self.tensors[f"{name}.weight"].read() for name in names])
-        yield self.tensors["model.embed_tokens.weight"].read()[:64]
+        embedding = self.tensors["model.embed_tokens.weight"]
+        yield embedding.read((0, min(64, embedding.shape[0])))
         for name, parent, attribute in projections(self.model) if version > 1 else ():
             step = -(-getattr(parent, attribute).in_features // 8)
-            weights = [f"{full}.weight" for full in full_names(self.model, name)]
-            yield np.stack([self.tensors[w].read()[:, ::step].T for w in weights])
+            yield np.stack(
+                [
+                    self.tensors[f"{full}.weight"].read()[:, ::step].T.copy()
+                    for full in full_names(self.model, name)
+                ]
+            )
 
     def with_adapter(self, adapter: AdapterFile | None = None) -> Model:
         """What `compare_logits` needs of it."""

@@ -225,7 +225,7 @@ def refused(config: MergeConfig, *words: str) -> None:
 
 
 def test_another_base_is_refused(base: Path, tmp_path: Path):
-    adapter(tmp_path / "a", "stella-zero")
+    adapter(tmp_path / "a", AdapterConfig("lora", rank=2))
     out, given = tmp_path / "out", (str(tmp_path / "a"),)
     other = dict(tiny.TENSORS)
     other["model.norm.weight"] = 2 * other["model.norm.weight"]
