@@ -35,8 +35,14 @@ if TYPE_CHECKING:
     from manifold_lora.configuration.parts import OptimizerConfig as OptimizerConfig
     from manifold_lora.configuration.parts import OutputConfig as OutputConfig
     from manifold_lora.configuration.parts import ScheduleConfig as ScheduleConfig
+    from manifold_lora.conversion.config import ConvertConfig as ConvertConfig
+    from manifold_lora.conversion.config import ImportConfig as ImportConfig
+    from manifold_lora.conversion.config import MergeConfig as MergeConfig
+    from manifold_lora.conversion.convert import convert_adapter as convert_adapter
     from manifold_lora.conversion.export import export as export
     from manifold_lora.conversion.export_config import ExportConfig as ExportConfig
+    from manifold_lora.conversion.importing import import_adapter as import_adapter
+    from manifold_lora.conversion.merge import merge_files as merge_files
     from manifold_lora.data.batches import batches as batches
     from manifold_lora.data.records import read_records as read_records
     from manifold_lora.data.tokens import encode as encode
@@ -103,8 +109,12 @@ _HOMES = {
         "OutputConfig",
         "ScheduleConfig",
     ],
+    "conversion.config": ["ConvertConfig", "ImportConfig", "MergeConfig"],
+    "conversion.convert": ["convert_adapter"],
     "conversion.export": ["export"],
     "conversion.export_config": ["ExportConfig"],
+    "conversion.importing": ["import_adapter"],
+    "conversion.merge": ["merge_files"],
     "data.batches": ["batches"],
     "data.records": ["read_records"],
     "data.tokens": ["encode", "load_tokenizer"],

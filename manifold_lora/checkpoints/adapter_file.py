@@ -39,6 +39,7 @@ from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.manifolds import Manifold
 
+_PICKLES = (".bin", ".pt", ".pth")
 Tensors = Mapping[str, np.ndarray]
 Sizes = Mapping[str, tuple[int, int]]
 _LORA = {"lora_A.weight": ("r", "in"), "lora_B.weight": ("out", "r")}
@@ -87,10 +88,7 @@ def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
     path = Path(path)
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
-            raise InputError(
-                f"{path} has no {file}. Give the directory of a PEFT LoRA adapter, "
-                "such as the adapter/ of a run."
-            )
+            raise InputError(f"{path} has no {file}. {_remedy(path)}")
     config = read_peft_config(path / CONFIG)
     tensors = load_tensors(path / WEIGHTS)
     needed = _needed(config, tensors)
@@ -115,6 +113,19 @@ def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
         scales = {full: peft_scale(config, full) for full in modules}
         check_same(path, settings, declared, modules, by_module, scales, folded)
     return AdapterFile(settings.method, settings, modules, extra.get("base"), config)
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a directory that lacks a file."""
+    if (path / "adapters.safetensors").is_file():
+        return "It is an adapter of mlx-lm: use `manifold-lora import`."
+    if pickles := [p.name for p in sorted(path.glob("*")) if p.suffix in _PICKLES]:
+        return (
+            f"{pickles[0]} is a pickle, which can run any program when it is loaded, "
+            "and is not read: load the adapter with PEFT where you trust it, and save "
+            "it again with save_pretrained, which writes safetensors."
+        )
+    return "Give the directory of a PEFT LoRA adapter, such as the adapter/ of a run."
 
 
 def _needed(config: Mapping[str, Any], tensors: Tensors) -> dict[str, tuple]:

@@ -15,24 +15,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 from flax import nnx
 from jax import P
-from safetensors import SafetensorError, safe_open
 
 from manifold_lora.checkpoints.atomic import atomic_directory, save_tensors
+from manifold_lora.checkpoints.model_files import WEIGHTS, open_tensors
 from manifold_lora.checkpoints.tensors import FLOATS, all_finite
 from manifold_lora.decoding import read_json
 from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
 from manifold_lora.distributed.sharding import logical_axes, storage_spec
-from manifold_lora.errors import InputError, shortened
+from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_MAX_ERRORS = 8  # shown
+_NORM = "model.norm.weight"
 _ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
 _MLP = tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -77,7 +74,7 @@ def _rows(config: LlamaConfig) -> list[_Row]:
     """The table: exactly the tensors that the file of such a model contains."""
     rows = [
         _Row("model.embed_tokens.weight", "embed_tokens"),
-        _Row("model.norm.weight", "norm.scale"),
+        _Row(_NORM, "norm.scale"),
     ]
     if not config.tie_word_embeddings:
         rows.append(_Row("lm_head.weight", "lm_head.kernel", True))
@@ -110,17 +107,50 @@ def load_llama(
     does. Raises `InputError` for a directory, config or tensor that is not that of a
     LLaMA, one message listing all bad tensors, and for NaN or infinite weights.
     """
+    model, tensors = open_llama(path, dtype)
+    for row in _rows(model.config):
+        variable = row.variable(model)
+        variable.set_value(_leaf(row, variable, tensors, model.config))
+    return model
+
+
+def open_llama(
+    path: str | os.PathLike[str], dtype: jnp.dtype | type = jnp.float32
+) -> tuple[Llama, dict[str, Any]]:
+    """The model of a directory without its weights, and the open file of each tensor.
+
+    Only the headers are read: names, shapes and types of the tensors are those of the
+    model, whose leaves are `jax.ShapeDtypeStruct`. See `load_llama`.
+    """
     path = Path(path)
     config = read_llama_config(path)
-    tensors = _open_tensors(path)
+    tensors = open_tensors(path)
     _check_layers(path, config, tensors)
     if config.tie_word_embeddings and _has_own_head(tensors):
         config = dataclasses.replace(config, tie_word_embeddings=False)
     model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
     _check(path, model, tensors)
-    for row in _rows(config):
-        variable = row.variable(model)
-        variable.set_value(_leaf(row, variable, tensors, config))
+    return model, tensors
+
+
+def load_layer(
+    config: LlamaConfig, layer: int, read: Callable[[str], np.ndarray]
+) -> Llama:
+    """One layer and the final norm as a float32 model, without embedding and head.
+
+    Args:
+        config: of the whole model.
+        layer: which, from 0.
+        read: a tensor of the file by its name.
+    """
+    one = dataclasses.replace(config, num_hidden_layers=1)
+    model = nnx.eval_shape(lambda: Llama(one, rngs=nnx.Rngs(0)))
+    for row in _rows(one):
+        stacked = "{}" in row.name
+        if stacked or row.name == _NORM:
+            x = read(row.name.format(layer)).astype(np.float32)
+            x = x.T if row.transposed else x
+            row.variable(model).set_value(jnp.asarray(x[None] if stacked else x))
     return model
 
 
@@ -229,7 +259,7 @@ def save_llama(
     with atomic_directory(path) as partial:
         config = json.dumps(model.config.to_hf(dtype.name), indent=2)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
-        save_tensors(tensors, partial / _WEIGHTS)
+        save_tensors(tensors, partial / WEIGHTS)
 
 
 def read_llama_config(path: Path) -> LlamaConfig:
@@ -247,69 +277,6 @@ def read_llama_config(path: Path) -> LlamaConfig:
         return LlamaConfig.from_hf(mapping)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-
-
-def _weight_map(path: Path) -> dict[str, str] | None:
-    """The file of each tensor by the index; None where one file has them all."""
-    if (path / _WEIGHTS).is_file():
-        return None
-    file = path / _INDEX
-    if not file.is_file():
-        raise InputError(
-            f"{path} has neither {_WEIGHTS} nor {_INDEX}. "
-            "Weights in .bin or .pth files must be converted to safetensors first."
-        )
-    weight_map = read_json(file, _Index).weight_map
-    names = sorted(set(weight_map.values()))
-    if outside := [name for name in names if Path(name).name != name]:
-        name = shortened(repr(outside[0]))
-        raise InputError(f"{file} names {name}, which is not a file beside it.")
-    here = set(os.listdir(path))
-    if missing := [shortened(name) for name in names if name not in here]:
-        raise InputError(
-            f"{path} lacks {', '.join(missing)}, named by {_INDEX}: download them."
-        )
-    return weight_map
-
-
-class _Index(msgspec.Struct):
-    """What is read of the index."""
-
-    weight_map: dict[str, str]
-
-
-def _open_tensors(path: Path) -> dict[str, Any]:
-    """The open file of each tensor; only the headers are read."""
-    weight_map = _weight_map(path)
-    tensors, errors = {}, []
-    files = [_WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
-    for name in files:
-        try:
-            reader = safe_open(path / name, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path / name} is truncated or not a safetensors file ({error}): "
-                "copy or download it again."
-            ) from error
-        for key in reader.keys():  # noqa: SIM118, it is not a dict
-            if key in tensors:
-                errors.append(f"{key} is in two files, {name} and another")
-            elif weight_map is not None and weight_map.get(key) != name:
-                where = weight_map.get(key, "none")
-                errors.append(f"{key} is in {name}, by the index in {where}")
-            tensors[key] = reader
-    errors += [
-        f"{key} is not in {weight_map[key]}"
-        for key in weight_map or ()
-        if (weight_map is not None and key not in tensors)
-    ]
-    if errors:
-        raise InputError(
-            f"{path / _INDEX} does not fit the files:\n  "
-            + "\n  ".join(errors[:_MAX_ERRORS])
-            + "\nDownload the model again."
-        )
-    return tensors
 
 
 def _check_layers(path: Path, config: LlamaConfig, tensors: Mapping[str, Any]) -> None:

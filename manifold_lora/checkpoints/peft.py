@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,14 @@ def fingerprint(model: Llama, version: int = 2) -> str:
         for _, parent, attribute in projections(model):
             kernel = _base(getattr(parent, attribute)).kernel[...]
             parts.append(kernel[:, :: -(-kernel.shape[1] // 8)])
+    return fingerprint_of(map(to_host, parts), version)
+
+
+def fingerprint_of(parts: Iterable[np.ndarray], version: int = 2) -> str:
+    """The hash of the weights that `fingerprint` chooses."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(to_host(part).astype(ml_dtypes.bfloat16).tobytes())
+        digest.update(part.astype(ml_dtypes.bfloat16).tobytes())
     return f"{version}:" * (version > 1) + digest.hexdigest()[:16]
 
 

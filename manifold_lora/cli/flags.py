@@ -6,6 +6,7 @@ turns the text into values, as it does with TOML, so that both are checked alike
 
 import dataclasses
 import inspect
+import keyword
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,7 @@ def flags_class(kind: type) -> type[CommandFlags]:
     groups: dict[str, list[Entry]] = {}
     for entry in entries(kind).values():
         group = entry.group or kind.__name__.removesuffix("Config").lower()
+        group += "_" * keyword.iskeyword(group)  # import is no name of a field
         groups.setdefault("method" if entry.option else group, []).append(entry)
     fields: list[tuple[str, Any, Any]] = []
     for group, members in groups.items():

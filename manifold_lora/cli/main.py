@@ -131,6 +131,41 @@ def export(config: Any) -> None:
     export(config)
 
 
+def merge(config: Any) -> None:
+    """Merge adapters into a model, or combine several into one adapter.
+
+    Reads and writes the files of the model in blocks, so that it is never in memory,
+    and compares the logits of what was written with those of the base and its adapters.
+    The sum of several adapters, each with a weight, is exact. Needs no tokenizer.
+    """
+    from manifold_lora.conversion.merge import merge_files
+
+    merge_files(config)
+
+
+def import_(config: Any) -> None:
+    """Write an adapter of PEFT, StelLA or mlx-lm as one of this library.
+
+    PEFT's LoRA, rsLoRA and DoRA with rank and alpha patterns, StelLA's own files, and
+    mlx-lm's adapters.safetensors. Then `convert` makes it an adapter of another method.
+    Needs no base; with --model it is checked against it and logits are compared.
+    """
+    from manifold_lora.conversion.importing import import_adapter
+
+    import_adapter(config)
+
+
+def convert(config: Any) -> None:
+    """Turn an adapter into one of another method, with the same update of the weights.
+
+    The new factors are on the manifolds of the method, and `train --adapter` continues
+    from them. Reads adapters of this library, PEFT and StelLA.
+    """
+    from manifold_lora.conversion.convert import convert_adapter
+
+    convert_adapter(config)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "compare": compare,
@@ -140,6 +175,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "methods": methods,
     "inspect": inspect,
     "export": export,
+    "merge": merge,
+    "import": import_,
+    "convert": convert,
 }
 # The class, in manifold_lora, whose settings are the flags of a command.
 CONFIGURATIONS = {
@@ -149,6 +187,9 @@ CONFIGURATIONS = {
     generate: "generation.command.GenerateConfig",
     export: "conversion.export_config.ExportConfig",
     evaluate: "evaluation.config.EvaluateConfig",
+    merge: "conversion.config.MergeConfig",
+    import_: "conversion.config.ImportConfig",
+    convert: "conversion.config.ConvertConfig",
 }
 
 

@@ -101,12 +101,12 @@ class CountingFile:
 @pytest.mark.parametrize("tied", CONFIGS)
 def test_every_entry_is_read_once(text, tied, directories, monkeypatch):
     reads: dict[str, np.ndarray] = {}
-    open_tensors = huggingface._open_tensors
+    open_tensors = huggingface.open_tensors
 
     def counted(path: Path) -> dict[str, Any]:
         return {k: CountingFile(v, reads) for k, v in open_tensors(path).items()}
 
-    monkeypatch.setattr(huggingface, "_open_tensors", counted)
+    monkeypatch.setattr(huggingface, "open_tensors", counted)
     path = directories[tied, 1]
     if text is None:
         load_llama(path)
