@@ -73,6 +73,18 @@ class AdapterFile(NamedTuple):
     peft: Mapping[str, Any] = {}  # adapter_config.json
 
 
+def adapter_directory(path: Path) -> Path:
+    """The directory of an adapter, given that or the run that wrote it.
+
+    Raises:
+        InputError: there is no such directory.
+    """
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}: pass the directory of an adapter or a run.")
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
 def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
     """Read the directory of an adapter of this library, of PEFT's LoRA or of StelLA.
 

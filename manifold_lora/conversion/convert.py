@@ -14,13 +14,13 @@ from manifold_lora.adapters.options import adapter_class
 from manifold_lora.checkpoints.adapter_file import (
     AdapterFile,
     ModuleFactors,
+    adapter_directory,
     read_adapter,
 )
 from manifold_lora.console import make_console, print_text
 from manifold_lora.conversion.base import Base
 from manifold_lora.conversion.combine import factorised, fitting
 from manifold_lora.conversion.config import ConvertConfig
-from manifold_lora.conversion.export import adapter_directory
 from manifold_lora.conversion.probe import compare_logits
 from manifold_lora.conversion.updates import (
     MAGNITUDE,

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from manifold_lora.checkpoints.adapter_file import read_adapter
+from manifold_lora.checkpoints.adapter_file import adapter_directory, read_adapter
 from manifold_lora.checkpoints.atomic import atomic_directory, atomic_file
 from manifold_lora.checkpoints.card import CARD, Run, model_card, serving
 from manifold_lora.checkpoints.huggingface import load_llama, read_llama_config
@@ -143,14 +143,6 @@ def _show(console: Console, result: dict[str, Any], source: Source) -> None:
         )
     for line in [*lines, hint(format, out, rank, source)]:
         print_text(console, line)
-
-
-def adapter_directory(path: Path) -> Path:
-    """The adapter of a run, or the directory itself."""
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise InputError(f"{path} {what}: pass the directory of an adapter or a run.")
-    return path / "adapter" if (path / "adapter").is_dir() else path
 
 
 def _source(config: ExportConfig, path: Path) -> Source:

@@ -13,6 +13,7 @@ from manifold_lora.checkpoints.adapter_file import (
     AdapterFile,
     ModuleFactors,
     Sizes,
+    adapter_directory,
     read_adapter,
 )
 from manifold_lora.checkpoints.adapter_writer import CONFIG
@@ -22,7 +23,6 @@ from manifold_lora.console import make_console
 from manifold_lora.conversion.base import Base
 from manifold_lora.conversion.config import ImportConfig
 from manifold_lora.conversion.convert import report
-from manifold_lora.conversion.export import adapter_directory
 from manifold_lora.conversion.write import check_output, write_adapter
 from manifold_lora.decoding import read_json
 from manifold_lora.distributed.mesh import all_devices

@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from manifold_lora.checkpoints.adapter_file import AdapterFile, read_adapter
+from manifold_lora.checkpoints.adapter_file import (
+    AdapterFile,
+    adapter_directory,
+    read_adapter,
+)
 from manifold_lora.checkpoints.atomic import atomic_directory
 from manifold_lora.checkpoints.companions import copy_companions
 from manifold_lora.checkpoints.model_files import INDEX, WEIGHTS, model_files
@@ -23,7 +27,6 @@ from manifold_lora.conversion.combine import (
 )
 from manifold_lora.conversion.config import MergeConfig
 from manifold_lora.conversion.convert import converted
-from manifold_lora.conversion.export import adapter_directory
 from manifold_lora.conversion.probe import Difference, compare_logits
 from manifold_lora.conversion.shards import Rows, rewrite
 from manifold_lora.conversion.updates import Update, Updates, as_adapter

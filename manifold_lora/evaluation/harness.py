@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import jax
 
+from manifold_lora.checkpoints.adapter_file import adapter_directory
 from manifold_lora.checkpoints.peft import load_adapter
 from manifold_lora.configuration.parts import BaseConfig
 from manifold_lora.data.tokens import load_tokenizer
@@ -26,7 +27,7 @@ from manifold_lora.distributed.mesh import make_mesh, read_mesh
 from manifold_lora.errors import InputError
 from manifold_lora.evaluation.likelihood import Likelihoods
 from manifold_lora.evaluation.systems import System
-from manifold_lora.generation.model import adapter_directory, load_base
+from manifold_lora.generation.model import load_base
 
 try:
     from lm_eval import utils

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from manifold_lora.adapters import axes, split
-from manifold_lora.checkpoints.adapter_file import CONFIG, EXTRA, FACTORS, WEIGHTS
+from manifold_lora.checkpoints.adapter_file import (
+    CONFIG,
+    EXTRA,
+    FACTORS,
+    WEIGHTS,
+    adapter_directory,
+)
 from manifold_lora.checkpoints.companions import stop_tokens
 from manifold_lora.generation.batched import generate_batches
 from manifold_lora.generation.config import GenerationConfig
-from manifold_lora.generation.model import adapter_directory
 from manifold_lora.models import Llama
 
 

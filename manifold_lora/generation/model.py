@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from manifold_lora.adapters.attach import projections
+from manifold_lora.checkpoints.adapter_file import adapter_directory
 from manifold_lora.checkpoints.huggingface import load_llama
 from manifold_lora.checkpoints.peft import load_adapter
 from manifold_lora.configuration.parts import BaseConfig
@@ -48,8 +49,3 @@ def adapted(model: Llama, adapter: Path | None) -> Iterator[None]:
     finally:
         for parent, attribute, linear in sites:
             setattr(parent, attribute, linear)
-
-
-def adapter_directory(path: Path) -> Path:
-    """The directory of an adapter, given that or the run that wrote it."""
-    return path / "adapter" if (path / "adapter").is_dir() else path
