@@ -136,7 +136,9 @@ def open_llama(
 def load_layer(
     config: LlamaConfig, layer: int, read: Callable[[str], np.ndarray]
 ) -> Llama:
-    """One layer and the final norm as a float32 model, without embedding and head.
+    """One layer and the final norm as a model, without embedding and head.
+
+    The weights have the types of the file. Of float32 inputs it computes in float32.
 
     Args:
         config: of the whole model.
@@ -148,7 +150,7 @@ def load_layer(
     for row in _rows(one):
         stacked = "{}" in row.name
         if stacked or row.name == _NORM:
-            x = read(row.name.format(layer)).astype(np.float32)
+            x = read(row.name.format(layer))
             x = x.T if row.transposed else x
             row.variable(model).set_value(jnp.asarray(x[None] if stacked else x))
     return model

@@ -179,5 +179,6 @@ def _show(console: Console, result: dict[str, Any], config: MergeConfig) -> None
             console,
             f"Read back, logits of a probe batch differ by at most {difference:.1e} "
             f"from those of the base with its adapter (largest logit "
-            f"{result['largest_logit']:.1f}).",
+            f"{result['largest_logit']:.1f}); weights are rounded to "
+            f"{config.dtype or 'the types of the base'}.",
         )

@@ -1,6 +1,7 @@
 """The logits of model directories on a few random tokens, one layer in memory."""
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,17 +71,24 @@ def _hidden_states(model: Model, ids: np.ndarray) -> np.ndarray:
     embedding = model.tensors["model.embed_tokens.weight"]
     rows = [embedding.read((i, i + 1)) for i in ids.ravel().tolist()]
     x = jnp.asarray(np.concatenate(rows).astype(np.float32)).reshape(*ids.shape, -1)
-    one = None
     for layer in range(model.config.num_hidden_layers):
-        one = load_layer(model.config, layer, read)
-        if model.adapter is not None:
-            own = _of_layer(model.adapter, layer)
-            if own.modules:
-                install_adapter(one, own)
-        graph, state = nnx.split(one.layers)
-        x = jax.block_until_ready(_run((one.config, graph), state, x))
-    assert one is not None  # there is a layer
-    return np.asarray(one.norm(x)).reshape(ids.size, -1)
+        x = _layer_output(model, layer, read, x)
+        gc.collect()  # Flax' modules refer to themselves, and would pile up
+    norm = load_layer(model.config, 0, read).norm
+    return np.asarray(norm(x)).reshape(ids.size, -1)
+
+
+def _layer_output(
+    model: Model, layer: int, read: Callable[[str], np.ndarray], x: jax.Array
+) -> jax.Array:
+    """One layer applied, (b, t, d)."""
+    one = load_layer(model.config, layer, read)
+    if model.adapter is not None:
+        own = _of_layer(model.adapter, layer)
+        if own.modules:
+            install_adapter(one, own)
+    graph, state = nnx.split(one.layers)
+    return jax.block_until_ready(_run((one.config, graph), state, x))
 
 
 def _of_layer(adapter: AdapterFile, layer: int) -> AdapterFile:

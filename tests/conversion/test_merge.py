@@ -110,6 +110,7 @@ def test_shards_index_and_head_stay(count: int, tied: bool, tmp_path: Path):
         del stored["lm_head.weight"]
     config = tiny.CONFIG | {"tie_word_embeddings": tied, "use_cache": False}
     base = reference.write_checkpoint(tmp_path / "base", config, stored, count)
+    index = {}
     if count > 1:
         index = read(base / "model.safetensors.index.json")
         index["metadata"] = {"total_size": 1, "total_parameters": 7}
