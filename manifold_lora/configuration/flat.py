@@ -19,7 +19,7 @@ from manifold_lora.adapters.options import (
     fields_by_option,
     options_class,
 )
-from manifold_lora.errors import InputError, nearest
+from manifold_lora.errors import InputError, nearest, shortened
 from manifold_lora.settings import RENAMED, decode, raise_all, read_path, type_hints
 
 Config = TypeVar("Config")
@@ -133,7 +133,8 @@ def compose(kind: Callable[..., Config], *sources: Source) -> Config:
         problems += source.problems
         for name, value in source.values.items():
             if name not in known:
-                problems.append(f"{source.label(name)}: {_unknown(name, known)}")
+                where = source.label(shortened(name))
+                problems.append(f"{where}: {_unknown(name, known)}")
                 continue
             entry = known[name]
             try:
@@ -173,7 +174,7 @@ def compose(kind: Callable[..., Config], *sources: Source) -> Config:
 def _unknown(name: str, known: Mapping[str, Any]) -> str:
     if name in RENAMED:
         return f"{name!r} is now called {RENAMED[name]!r}."
-    return f"unknown key {name!r}. {nearest(name, known)}"
+    return f"unknown key {shortened(repr(name))}. {nearest(name, known)}"
 
 
 def read_toml(path: Path, kind: type) -> Source:

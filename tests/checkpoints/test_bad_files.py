@@ -160,7 +160,7 @@ def test_targets_of_our_own_file(tmp_path, targets):
 def test_a_regular_expression_that_backtracks_for_ever():
     started = time.perf_counter()
     refused(lambda: is_target("(a|aa)+c", "a" * 60), "takes more than 1 seconds")
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 30  # not for ever, on a busy machine too
 
 
 def test_weights_of_a_model_that_are_not_finite(model):

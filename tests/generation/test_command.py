@@ -95,7 +95,7 @@ def test_a_chat(monkeypatch, capsys, tmp_path):
         (("--prompt", " "), "--prompt is empty"),
         (("--prompt", "a", "--stop", ""), "--stop has an empty string"),
         (("--prompt", "a", "--stop", "b", "--num-beams", 2), "--num-beams has its"),
-        (("--prompt", "a", "--adapter", "nowhere"), "nowhere has no adapter_config"),
+        (("--prompt", "a", "--adapter", "nowhere"), "nowhere does not exist"),
         (("--prompt", "a", "--model", "nowhere"), "nowhere has no tokenizer"),
         (("--prompt", "a" * 9000), "more than the model's context"),
         (("--chat", "--raw"), "--raw has no chat"),
