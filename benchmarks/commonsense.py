@@ -28,7 +28,7 @@ def command(options: argparse.Namespace, tasks: Path, out: Path) -> list[str]:
     words += ["--tasks", str(tasks), "--protocol", options.protocol]
     words += ["--examples", str(options.examples), "--out", str(out)]
     words += ["--batch-size", str(options.batch_size)]
-    words += ["--num-beams", str(options.num_beams)]
+    words += ["--beams", str(options.beams)]
     if options.adapter:
         words += ["--adapter", *map(str, options.adapter)]
     return words
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--protocol", default="stella")
     parser.add_argument("--examples", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--num-beams", type=int, default=4)
+    parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--kills", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -97,7 +97,9 @@ class EvaluateConfig:
     examples: PositiveInt | None = setting(
         None, "records of a task or file at most, from its start", default_text="all"
     )
-    num_beams: Beams = setting(4, "beams of the search of a protocol; 1: greedy")
+    num_beams: Beams = setting(
+        4, "of the search of a protocol; 1: greedy", name="beams"
+    )
     max_new_tokens: PositiveInt = setting(
         UNSET, "tokens to generate at most", default_text="32; for e2e 64"
     )

@@ -110,7 +110,7 @@ class GenerateConfig:
             problems.append("--stop has an empty string, which ends every text")
         if self.generation.num_beams > 1 and (self.chat or self.stop):
             problems.append(
-                "--num-beams has its tokens at the end: leave out --chat and --stop, "
+                "--beams has its tokens at the end: leave out --chat and --stop, "
                 "or set it to 1"
             )
         if self.chat and self.raw:

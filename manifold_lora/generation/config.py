@@ -49,7 +49,7 @@ class GenerationConfig(Part):
     repetition_penalty: PositiveFloat = setting(
         1.0, "divides positive, multiplies negative logits of earlier tokens"
     )
-    num_beams: Beams = setting(1, "beams of a beam search; 1: none (1 to 64)")
+    num_beams: Beams = setting(1, "of a beam search; 1: none", name="beams")
     length_penalty: LengthPenalty = setting(
         1.0, "a finished beam scores log-likelihood / length^penalty"
     )

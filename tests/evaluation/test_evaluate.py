@@ -188,7 +188,7 @@ def test_a_killed_evaluation_resumes_with_the_same_numbers(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_beams": 2}, "num_beams was 1, is 2"),
+        ({"num_beams": 2}, "beams was 1, is 2"),
         ({"protocol": "llm-adapters"}, "protocol was stella, is llm-adapters"),
         ({"records": True}, "the records changed"),
         ({"weights": True}, "the weights of .* changed"),

@@ -94,7 +94,7 @@ def test_a_chat(monkeypatch, capsys, tmp_path):
         (("--prompt", "a", "--chat"), "got --prompt and --chat"),
         (("--prompt", " "), "--prompt is empty"),
         (("--prompt", "a", "--stop", ""), "--stop has an empty string"),
-        (("--prompt", "a", "--stop", "b", "--num-beams", 2), "--num-beams has its"),
+        (("--prompt", "a", "--stop", "b", "--beams", 2), "--beams has its"),
         (("--prompt", "a", "--adapter", "nowhere"), "nowhere does not exist"),
         (("--prompt", "a", "--model", "nowhere"), "nowhere has no tokenizer"),
         (("--prompt", "a" * 9000), "more than the model's context"),
