@@ -42,7 +42,7 @@ def config(**settings: Any) -> EvaluateConfig:
 
 
 # The same in all tests, so that their programs are compiled once.
-GENERATED = {"protocol": "stella", "num_beams": 1, "max_new_tokens": 2, "batch_size": 2}
+GENERATED = {"protocol": "stella", "beams": 1, "max_new_tokens": 2, "batch_size": 2}
 
 
 def read(out: Path) -> list[dict[str, Any]]:
@@ -188,7 +188,7 @@ def test_a_killed_evaluation_resumes_with_the_same_numbers(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_beams": 2}, "beams was 1, is 2"),
+        ({"beams": 2}, "beams was 1, is 2"),
         ({"protocol": "llm-adapters"}, "protocol was stella, is llm-adapters"),
         ({"records": True}, "the records changed"),
         ({"weights": True}, "the weights of .* changed"),
@@ -210,7 +210,7 @@ def test_other_settings_do_not_continue(
         os.remove(adapter / "manifold_lora.json")
     with pytest.raises(ml.InputError, match=message):
         ml.evaluate(config(**given | change))
-    if "num_beams" not in change:  # nor is a search compiled for it
+    if "beams" not in change:  # nor is a search compiled for it
         ml.evaluate(config(**given | change, overwrite=True))
 
 
