@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from manifold_lora.distributed.sharding import gather_for_compute
+from manifold_lora.models.attention import causal_attention
 from manifold_lora.models.cache import Cache, LayerCache
 from manifold_lora.models.config import LlamaConfig
 from manifold_lora.models.layers import (
@@ -20,6 +21,7 @@ from manifold_lora.models.layers import (
     rope_angles,
     rope_frequencies,
 )
+from manifold_lora.models.precision import matmul
 
 Dtype = jnp.dtype | type
 Rope = tuple[jax.Array, jax.Array]
@@ -70,14 +72,14 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         rope: Rope,
-        mask: jax.Array,
+        mask: jax.Array | None,
         key: jax.Array | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """(b, t, d) to (b, t, d), and the cache with the keys and values of x.
 
-        The mask is (b, 1, t, s), True where attended, where s is t or, with a cache,
-        the number of its slots.
+        Without a cache, the mask is the segment ids of x, (b, t), or None; with one it
+        is (b, 1, t, slots), True where attended.
         """
         b, t, _ = x.shape
         heads = (b, t, -1, self.head_dim)
@@ -85,9 +87,11 @@ class Attention(nnx.Module):
         k = self.k_proj(x, _fold(key, 1)).reshape(heads)  # (b, t, kv, head_dim)
         v = self.v_proj(x, _fold(key, 2)).reshape(heads)  # (b, t, kv, head_dim)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache is not None:
+        if cache is None:
+            y = causal_attention(q, k, v, mask)  # (b, t, h, head_dim)
+        else:
             k, v, cache = cache.extend(k, v)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # (b, t, h, head_dim)
+            y = jax.nn.dot_product_attention(q, k, v, mask=mask)
         return self.o_proj(y.reshape(b, t, -1), _fold(key, 3)), cache
 
 
@@ -140,7 +144,7 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         rope: Rope,
-        mask: jax.Array,
+        mask: jax.Array | None,
         key: jax.Array | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -228,10 +232,10 @@ class Llama(nnx.Module):
             key: dropout key, one for all rows or one per row, (b,); None disables
                 dropout.
         """
-        mask = _attention_mask(input_ids, attention_mask, segment_ids)
         if positions is None:
             positions = _positions(input_ids, attention_mask)
-        return self._run_layers(input_ids, positions, mask, key)[0]
+        segment_ids = _segments(attention_mask, segment_ids)
+        return self._run_layers(input_ids, positions, segment_ids, key)[0]
 
     def extend(
         self,
@@ -263,7 +267,7 @@ class Llama(nnx.Module):
         self,
         input_ids: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        mask: jax.Array | None,
         key: jax.Array | None,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -306,9 +310,7 @@ class Llama(nnx.Module):
         A caller that unembeds in chunks passes `head()`, computed once, so that the
         kernel is not all-gathered for every chunk.
         """
-        kernel = self.head() if head is None else head
-        with self._precision():
-            return jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
+        return matmul(h, self.head() if head is None else head)
 
     def _precision(self) -> AbstractContextManager[object]:
         """Full precision for float32 models; accelerators use less by default."""
@@ -317,19 +319,14 @@ class Llama(nnx.Module):
         return nullcontext()
 
 
-def _attention_mask(
-    input_ids: jax.Array,
-    attention_mask: jax.Array | None,
-    segment_ids: jax.Array | None,
-) -> jax.Array:
-    """True where a query may attend: causal, not padding, and the same segment."""
-    time = jnp.arange(input_ids.shape[1])
-    mask = (time[:, None] >= time[None, :])[None]  # (1, t, t)
-    if attention_mask is not None:
-        mask = mask & attention_mask.astype(bool)[:, None, :]  # (b, t, t)
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return mask[:, None]  # (b or 1, 1, t, t)
+def _segments(
+    attention_mask: jax.Array | None, segment_ids: jax.Array | None
+) -> jax.Array | None:
+    """The segments of a row, of which padding is one, 0; None if there is only one."""
+    if attention_mask is None:
+        return segment_ids
+    real = attention_mask.astype(bool)
+    return jnp.where(real, 1 if segment_ids is None else segment_ids, 0)
 
 
 def _positions(input_ids: jax.Array, attention_mask: jax.Array | None) -> jax.Array:

@@ -8,6 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from manifold_lora.models.precision import matmul
+
+# Bytes of the logits that exist at a time; accelerators need products of more rows.
+_CPU_LOGITS, _LOGITS = 2**25, 2**28
+
 
 class TokenLoss(NamedTuple):
     """The loss of each target token of a batch, predicted from the tokens before it."""
@@ -23,10 +28,10 @@ def token_loss(
     """Negative log-likelihood of every target token of a batch.
 
     Reduction is left to the caller: a batch's loss is the sum over all micro-batches,
-    divided once by the number of targets.
+    divided once by the number of targets. The head is frozen: it gets no gradient.
 
     Args:
-        model: with `hidden_states`, `head` and `unembed`, such as `Llama`.
+        model: with `hidden_states` and `head`, such as `Llama`.
         batch: `input_ids`, `loss_mask`, `positions` and `segment_ids`, each (b, t).
         key: dropout key, one for all rows or one per row, (b,); None disables dropout.
     """
@@ -38,18 +43,84 @@ def token_loss(
         segment_ids=batch["segment_ids"],
         key=key,
     )[:, :-1]  # (b, t − 1, d)
+    head = jax.lax.stop_gradient(model.head())  # all-gathered once for all chunks
+    nll, correct = _target_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        targets.reshape(-1),
+        mask.reshape(-1) > 0,
+        head,
+    )
+    return TokenLoss(nll.reshape(mask.shape), mask, correct.reshape(mask.shape))
 
-    head = model.head()  # all-gathered once for all rows
 
-    # One row at a time, rematerialised in the backward pass: the logits of a batch
-    # would be the largest array (4 GiB for 16 rows of 512 tokens, vocabulary 128k).
-    @jax.checkpoint
-    def row(hidden_and_targets):
-        h, target = hidden_and_targets  # (t − 1, d), (t − 1,)
-        logits = model.unembed(h, head)  # (t − 1, vocab)
-        target_logit = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - target_logit
-        return nll, target_logit >= logits.max(axis=-1)
+@jax.custom_vjp
+def _target_loss(h: Array, targets: Array, mask: Array, head: Array):
+    """−log p(target) and whether it is the most likely token, 0 and False elsewhere.
 
-    nll, correct = jax.lax.map(row, (hidden, targets))
-    return TokenLoss(jnp.where(mask > 0, nll, 0), mask, correct)
+    Only targets are multiplied with the head, in chunks, of which there are as many as
+    the batch needs. With z = h W and p = softmax(z), the gradient of −log p_y is
+    (p − e_y) Wᵀ. It is computed in the same pass, so that no logits are kept or
+    computed twice.
+
+    Args:
+        h: (n, d).
+        targets: (n,).
+        mask: (n,) bool.
+        head: W, (d, vocab).
+
+    Returns:
+        Two of (n,), float32 and bool.
+    """
+    nll, correct, _ = _over_targets(h, targets, mask, head, gradient=False)
+    return nll, correct
+
+
+def _forward(h: Array, targets: Array, mask: Array, head: Array):
+    nll, correct, dh = _over_targets(h, targets, mask, head, gradient=True)
+    return (nll, correct), dh
+
+
+def _backward(dh: Array, cotangents: Any):
+    return (cotangents[0][:, None] * dh).astype(dh.dtype), None, None, None
+
+
+_target_loss.defvjp(_forward, _backward)
+
+
+def _over_targets(h: Array, targets: Array, mask: Array, head: Array, gradient: bool):
+    """−log p, whether the target is the most likely, and d(−log p)/dh or None."""
+    n = len(h)
+    size = _chunk_size(n, head.shape[1])
+    (rows,) = jnp.nonzero(mask, size=-(-n // size) * size, fill_value=n)
+
+    def chunk(i: Array, carry: Any):
+        nll, correct, dh = carry
+        at = jax.lax.dynamic_slice_in_dim(rows, i * size, size)  # n beyond the last
+        x = h.at[at].get(mode="fill", fill_value=0)
+        y = targets.at[at].get(mode="fill", fill_value=0)
+        z = matmul(x, head)  # (size, vocab) float32
+        target = jnp.take_along_axis(z, y[:, None], axis=-1)
+        largest = z.max(-1, keepdims=True)
+        exp = jnp.exp(z - largest)
+        total = exp.sum(-1, keepdims=True)
+        loss = jnp.log(total) + largest - target
+        nll = nll.at[at].set(loss[:, 0], mode="drop")
+        correct = correct.at[at].set((target >= largest)[:, 0], mode="drop")
+        if gradient:
+            one_hot = jnp.arange(z.shape[-1]) == y[:, None]
+            dz = (exp / total - one_hot).astype(head.dtype)
+            dx = matmul(dz, head.T).astype(h.dtype)
+            dh = dh.at[at].set(dx, mode="drop")
+        return nll, correct, dh
+
+    start = (jnp.zeros(n), jnp.zeros(n, bool), jnp.zeros_like(h) if gradient else None)
+    chunks = (mask.sum() + size - 1) // size
+    with jax.named_scope(f"at_most_{len(rows) // size}_trips"):  # read by `planning.hlo`
+        return jax.lax.fori_loop(0, chunks, chunk, start)
+
+
+def _chunk_size(n: int, vocabulary: int) -> int:
+    """Rows whose logits take what they may: a power of two from 64 to 512."""
+    limit = _CPU_LOGITS if jax.default_backend() == "cpu" else _LOGITS
+    rows = min(max(64, limit // (4 * vocabulary)), 512)
+    return min(n, 1 << (rows.bit_length() - 1))

@@ -67,13 +67,16 @@ class Module:
     entry: str
 
     def trip_count(self, loop: Instruction) -> int:
-        """The trip count of a loop; 1 if it depends on data.
+        """The trip count of a loop; if it depends on data, its bound or 1.
 
-        Either annotated by the compiler, or the constant with which the condition
-        compares a counter that starts at 0.
+        Either annotated by the compiler, or in the name of the scope around it, such as
+        `at_most_8_trips`, or the constant with which the condition compares a counter
+        that starts at 0.
         """
         if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest):
             return int(known[1])
+        if bound := re.search(r"at_most_(\d+)_trips/while\"", loop.rest):
+            return int(bound[1])
         condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
         assert condition is not None
         body = self.computations[condition[1]]
