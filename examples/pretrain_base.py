@@ -157,7 +157,7 @@ def main(out: Path, steps: int = 2000, seed: int = 0) -> None:
     train, held_out = encode(texts, tokenizer), encode(held_out_texts, tokenizer)
 
     model = Llama(CONFIG, rngs=nnx.Rngs(seed))
-    model.remat = False  # small enough to keep its activations
+    model.remat = "none"  # small enough to keep its activations
     graph, params = nnx.split(model)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     tokens = sum(len(example.input_ids) for example in train)

@@ -165,7 +165,7 @@ def pretrain(texts: list[str], tokenizer: Tokenizer, out: Path, seed: int) -> No
         for mask in (~is_held_out, is_held_out)
     )
     model = Llama(CONFIG, rngs=nnx.Rngs(seed))
-    model.remat = False  # small enough to keep its activations
+    model.remat = "none"  # small enough to keep its activations
     graph, params = nnx.split(model)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     tokens = sum(len(example.input_ids) for example in train)

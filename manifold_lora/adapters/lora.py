@@ -25,6 +25,7 @@ from manifold_lora.adapters.options import (
     WrapperOptions,
     initialisation,
 )
+from manifold_lora.adapters.products import tall_product, wide_product
 from manifold_lora.optimizers import FactorSpec, lora_plus
 from manifold_lora.settings import PositiveFloat, setting
 
@@ -161,7 +162,7 @@ class LoRALinear(LowRankLinear):
 
     def _times(self, x: jax.Array, a: str, b: str) -> jax.Array:
         scaled = self.scale[...][..., None, None] * self.factor(b)
-        return (x @ self.factor(a).astype(x.dtype)) @ scaled.astype(x.dtype).mT
+        return wide_product(tall_product(x, self.factor(a)), scaled)
 
 
 def a_factor(config: AdapterConfig) -> Factor:

@@ -12,6 +12,7 @@ from manifold_lora.adapters.initialisers import orthonormal, tall_shapes
 from manifold_lora.adapters.loram_fr import LoRAMOptions
 from manifold_lora.adapters.low_rank import Arrays, LowRankLinear
 from manifold_lora.adapters.options import LearningRates, initialisation
+from manifold_lora.adapters.products import tall_product, wide_product
 from manifold_lora.manifolds import BoundedRank, Euclidean, Stiefel
 from manifold_lora.settings import NonNegativeFloat, setting
 
@@ -77,8 +78,8 @@ class LoRAMBoundedLinear(LowRankLinear):
 
     def delta(self, x: jax.Array) -> jax.Array:
         """The update s A (Vᵀ x)."""
-        a = (self.scale[...][..., None, None] * self.factor("a")).astype(x.dtype)
-        return (x @ self.factor("v").astype(x.dtype)) @ a.mT
+        a = self.scale[...][..., None, None] * self.factor("a")
+        return wide_product(tall_product(x, self.factor("v")), a)
 
     @staticmethod
     def product(arrays: Arrays) -> tuple[jax.Array, jax.Array]:

@@ -18,6 +18,11 @@ from manifold_lora.adapters.options import (
     OptimizerInputs,
     initialisation,
 )
+from manifold_lora.adapters.products import (
+    sum_over_tokens,
+    tall_product,
+    wide_product,
+)
 from manifold_lora.adapters.three_factors import ThreeFactorLinear
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Euclidean, FixedRank, Stiefel
@@ -152,9 +157,7 @@ def fixed_rank_product(
 
 
 def _product(x: Any, scale: Any, u: Any, s: Any, v: Any) -> jax.Array:
-    dtype = x.dtype
-    y = (x @ v.astype(dtype)) @ s.astype(dtype).mT
-    return y @ (scale * u).astype(dtype).mT
+    return wide_product(wide_product(tall_product(x, v), s), scale * u)
 
 
 def _forward(*arguments: jax.Array) -> tuple[jax.Array, tuple]:
@@ -163,26 +166,11 @@ def _forward(*arguments: jax.Array) -> tuple[jax.Array, tuple]:
 
 def _backward(arguments: tuple, dy: jax.Array) -> tuple:
     x, scale, u, s, v = arguments
-    # The context of the forward pass, which set the precision, is gone here.
-    precision = "highest" if x.dtype == jnp.float32 else None
-
-    def times(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.matmul(a, b.astype(a.dtype), precision=precision)
-
-    def summed(a: jax.Array, b: jax.Array) -> jax.Array:
-        """AᵀB over all tokens, in at least float32."""
-        return jnp.einsum(
-            "...m,...r->mr",
-            a,
-            b,
-            precision=precision,
-            preferred_element_type=jnp.promote_types(jnp.float32, a.dtype),
-        )
-
-    xv, dyu = times(x, v), times(dy, scale * u)
-    dx = times(times(dyu, s), v.mT)
-    gv = scale * summed(dy, xv)
-    return dx, jnp.zeros_like(scale), gv, summed(dyu, xv), summed(x, dyu)
+    xv, dyu = tall_product(x, v), tall_product(dy, scale * u)
+    dx = wide_product(tall_product(dyu, s), v)
+    gv = scale * sum_over_tokens(dy, xv)
+    gs, gu = sum_over_tokens(dyu, xv), sum_over_tokens(x, dyu)
+    return dx, jnp.zeros_like(scale), gv, gs, gu
 
 
 fixed_rank_product.defvjp(_forward, _backward)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from manifold_lora.adapters.low_rank import Arrays, LowRankLinear
+from manifold_lora.adapters.products import tall_product, wide_product
 
 
 class ThreeFactorLinear(LowRankLinear):
@@ -19,9 +20,9 @@ class ThreeFactorLinear(LowRankLinear):
         """The update s U S (Vᵀ x)."""
         scale = self.scale[...][..., None, None]
         u, s, v = map(self.factor, "usv")
-        u, s, v = (w.astype(x.dtype) for w in (scale * u, s, v))
-        y = x @ v
-        return (y * s if s.ndim < u.ndim else y @ s.mT) @ u.mT
+        y = tall_product(x, v)
+        y = y * s.astype(x.dtype) if s.ndim < u.ndim else wide_product(y, s)
+        return wide_product(y, scale * u)
 
     @staticmethod
     def product(arrays: Arrays) -> tuple[jax.Array, jax.Array]:

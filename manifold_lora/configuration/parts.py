@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from manifold_lora.distributed.launch import launch_problems
+from manifold_lora.models.remat import Remat
 from manifold_lora.settings import (
     UNSET,
     BatchSize,
@@ -55,7 +56,11 @@ class BaseConfig(Part):
 class ModelConfig(BaseConfig):
     """The base model, to train adapters of."""
 
-    remat: bool = setting(True, "recompute layers in the backward pass to save memory")
+    remat: Remat = setting(
+        "block",
+        "what layers compute again in the backward pass: none, all but matrix products "
+        "(dots), all (block), or all, with their inputs in host memory (offload)",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,19 +5,20 @@
                     segment ids; in float32 as elsewhere
     elsewhere       blocks of queries and keys with a running softmax
 
-`blockwise_attention` is the one that runs everywhere; the kernels of `attention_kernels`
-compute the same.
+`blockwise_attention` runs everywhere; the kernels of `attention_kernels` compute the
+same.
 """
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from manifold_lora.models import attention_kernels
 from manifold_lora.models.precision import matmul
+from manifold_lora.models.remat import attention_output
 
 _BLOCK = 128  # queries and keys of one block; fastest on CPUs from 64 to 256
 _MASKED = -1e30  # finite, so that a block without any key gives no NaN
@@ -76,7 +77,7 @@ def blockwise_attention(
     """`causal_attention` in blocks, for any backend, dtype and length.
 
     A block of queries visits the blocks of keys up to its own with a running maximum m
-    and sum l of its softmax, in float32. Saved for the backward pass are O and the
+    and total of its softmax, in float32. Saved for the backward pass are O and the
     log-sum-exp L of each query; the weights P are computed again. Memory is
     O(b h B²) beside the arguments.
 
@@ -89,9 +90,12 @@ def blockwise_attention(
     count = -(-t // _BLOCK)
     size = -(-t // count)
     if padding := count * size - t:  # after all queries, which do not attend to it
-        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+        q, k, v = (
+            jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v)
+        )
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    return _blockwise(size, q, k, v, segment_ids)[:, :t]
+    y: Any = _blockwise(size, q, k, v, segment_ids)
+    return y[:, :t]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -107,19 +111,20 @@ def _forward(size: int, q, k, v, segment_ids):
         q_i = blocks.q[i]
 
         def keys(j, carry):
-            m, l, o = carry
+            m, total, o = carry
             s = _scores(blocks, i, j, q_i, group)
             m_next = jnp.maximum(m, s.max(-1, keepdims=True))
             p, shrink = jnp.exp(s - m_next), jnp.exp(m - m_next)
             o = shrink * o + matmul(p.astype(q.dtype), blocks.v[j])
-            return m_next, shrink * l + p.sum(-1, keepdims=True), o
+            return m_next, shrink * total + p.sum(-1, keepdims=True), o
 
         zero = jnp.zeros((*q_i.shape[:-1], 1), jnp.float32)
         o = jnp.zeros(q_i.shape, jnp.float32)
-        m, l, o = jax.lax.fori_loop(0, i + 1, keys, (zero + _MASKED, zero, o))
-        return (o / l).astype(q.dtype), m + jnp.log(l)
+        m, total, o = jax.lax.fori_loop(0, i + 1, keys, (zero + _MASKED, zero, o))
+        return (o / total).astype(q.dtype), m + jnp.log(total)
 
     o, log_sum_exp = jax.lax.map(queries, jnp.arange(len(blocks.q)))
+    o, log_sum_exp = attention_output(o), attention_output(log_sum_exp)
     return _join(o, group), (q, k, v, segment_ids, o, log_sum_exp)
 
 
@@ -198,4 +203,3 @@ def _scores(blocks: _Blocks, i, j, q_i: jax.Array, group: int) -> jax.Array:
 def _row_sums(x: jax.Array, y: jax.Array) -> jax.Array:
     product = x.astype(jnp.float32) * y.astype(jnp.float32)
     return product.sum(-1, keepdims=True)
-

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,8 @@ def splash(
     Heads are sharded over the mesh's tensor axis where it divides the key heads. Rows
     are padded to a multiple of 128 tokens.
     """
-    b, t, _, d = q.shape
-    if segment_ids is None:
-        segment_ids = jnp.zeros((b, t), jnp.int32)
-    padding = -t % _LANES
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+    t, d = q.shape[1], q.shape[-1]
+    q, k, v, segment_ids = _padded(q, k, v, segment_ids)
     q = q * jnp.asarray(1 / math.sqrt(d), q.dtype)
     attend = partial(_splash, interpret=interpret)
     if (mesh := ambient_mesh()) is not None:
@@ -66,14 +63,15 @@ def _splash(q, k, v, segment_ids, interpret: bool):
     )
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (b, heads, t, d)
     ids = library.SegmentIds(segment_ids, segment_ids)
-    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+    y: Any = jax.vmap(kernel)(q, k, v, ids)
+    return y.swapaxes(1, 2)
 
 
 def triton(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segment_ids: jax.Array,
+    segment_ids: jax.Array | None,
     interpret: bool = False,
 ) -> jax.Array:
     """A Pallas kernel on an NVIDIA GPU; shapes as in `causal_attention`.
@@ -86,10 +84,8 @@ def triton(
     t, d = q.shape[1], q.shape[-1]
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
-    padding = -t % _LANES
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    y = library.mha(
+    q, k, v, segment_ids = _padded(q, k, v, segment_ids)
+    y: Any = library.mha(
         q,
         k,
         v,
@@ -99,3 +95,13 @@ def triton(
         interpret=interpret,
     )
     return y[:, :t]
+
+
+def _padded(q, k, v, segment_ids):
+    """Rows padded to a multiple of 128 tokens, after those that attend."""
+    b, t = q.shape[:2]
+    if segment_ids is None:
+        segment_ids = jnp.zeros((b, t), jnp.int32)
+    padding = -t % _LANES
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+    return q, k, v, jnp.pad(segment_ids, ((0, 0), (0, padding)))

@@ -22,6 +22,7 @@ from manifold_lora.models.layers import (
     rope_frequencies,
 )
 from manifold_lora.models.precision import matmul
+from manifold_lora.models.remat import Remat, layer_input, rematerialised
 
 Dtype = jnp.dtype | type
 Rope = tuple[jax.Array, jax.Array]
@@ -159,9 +160,8 @@ class Llama(nnx.Module):
 
     `layers` is one `Block` in which every variable has a leading layer axis. A
     projection in it may be replaced by any module that is called the same way,
-    `(x, key)`, and whose variables have that axis too. With `remat`, which may be set
-    at any time, each layer is recomputed in the backward pass instead of storing its
-    activations.
+    `(x, key)`, and whose variables have that axis too. `remat`, which may be set at any
+    time, says what a layer keeps for its backward pass; see `remat.rematerialised`.
 
     >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
     ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -175,7 +175,7 @@ class Llama(nnx.Module):
         self, config: LlamaConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs
     ):
         self.config = config
-        self.remat = True
+        self.remat: Remat = "block"
         shape = (config.vocab_size, config.hidden_size)
         embedding = 0.02 * jax.random.normal(rngs.params(), shape, dtype)
         self.embed_tokens = nnx.Param(embedding, axes=("vocab", "embed"))
@@ -284,14 +284,13 @@ class Llama(nnx.Module):
         def layer(carry, scanned):
             (x, cache), (layer_state, layer_key) = carry, scanned
             block = nnx.merge(graph, layer_state)
-            x, cache = block(x, rope, mask, layer_key, cache)
+            x, cache = block(layer_input(x), rope, mask, layer_key, cache)
             if cache is not None:
                 cache = cache._replace(layer=cache.layer + 1)
             return (x, cache), None
 
-        if self.remat and cache is None:
-            # inside a scan, XLA cannot undo the recomputation by CSE
-            layer = jax.checkpoint(layer, prevent_cse=False)
+        if cache is None:
+            layer = rematerialised(layer, self.remat)
         with self._precision():
             embedding = gather_for_compute(self.embed_tokens[...], ("vocab", "embed"))
             x = jnp.take(embedding, input_ids, axis=0, mode="fill")  # (b, t, d)

@@ -115,7 +115,9 @@ def _over_targets(h: Array, targets: Array, mask: Array, head: Array, gradient: 
 
     start = (jnp.zeros(n), jnp.zeros(n, bool), jnp.zeros_like(h) if gradient else None)
     chunks = (mask.sum() + size - 1) // size
-    with jax.named_scope(f"at_most_{len(rows) // size}_trips"):  # read by `planning.hlo`
+    with jax.named_scope(
+        f"at_most_{len(rows) // size}_trips"
+    ):  # read by `planning.hlo`
         return jax.lax.fori_loop(0, chunks, chunk, start)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x y accumulated in float32, at full precision if x is float32.
+    """Product x y, accumulated in at least float32, at full precision if x is float32.
 
     Accelerators use fewer bits by default. The precision is set here rather than by
     `jax.default_matmul_precision`, since the rule of a `custom_vjp` is traced outside
@@ -15,4 +15,5 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     dtype('float32')
     """
     precision = "highest" if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, y, precision=precision, preferred_element_type=jnp.float32)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x, y, precision=precision, preferred_element_type=dtype)

@@ -1,6 +1,7 @@
 """Floating-point operations of a traced program."""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,9 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr, passes: bool = False) -> int:
 
     XLA's cost analysis counts the body of a loop once. Here a scan is multiplied by its
     length, and recomputation in the backward pass is included. A loop of data-dependent
-    length counts once, and a conditional as its most expensive branch.
+    length counts as often as the scope around it says, such as `at_most_8_trips`, or
+    once; a conditional as its most expensive branch; a kernel once for each point of
+    its grid.
 
     Args:
         jaxpr: the traced program.
@@ -43,6 +46,13 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr, passes: bool = False) -> int:
                 total += eqn.params["length"] * sum(inner)
             case "cond":
                 total += max(inner, default=0)
+            case "while":
+                bound = re.search(
+                    r"at_most_(\d+)_trips", str(eqn.source_info.name_stack)
+                )
+                total += (int(bound[1]) if bound else 1) * sum(inner)
+            case "pallas_call":
+                total += math.prod(eqn.params["grid_mapping"].grid) * sum(inner)
             case "shard_map":  # the inner shapes are those of one device
                 sizes = dict(eqn.params["mesh"].shape)
                 manual = eqn.params["newly_manual_axes"]

@@ -19,7 +19,7 @@ from manifold_lora.training.config import TrainConfig
 Sizes = dict[str, int]
 # Bytes/s along axes of a mesh of these sizes.
 Bandwidth = Callable[[Sizes, tuple[str, ...]], float]
-# Attention weights of a layer and logits of a row exist in float32 and in bfloat16.
+# The logits of a row exist in float32 and in bfloat16.
 _COPIES = 1.5
 
 
@@ -53,9 +53,8 @@ def estimate(
 
     Memory: the base sharded over fsdp × tensor; the factors and their gradients
     gathered for compute, and the stored shards of factors and optimiser state; two
-    gathered layers and the embeddings; the input of each layer (without remat all its
-    activations); the activations and gradients of one layer; attention weights and the
-    logits of one row.
+    gathered layers and the embeddings; what each layer keeps, by --remat; the
+    activations and gradients of one layer; the logits of one row.
 
     Time: the maximum of computation and all-gathers of the base (two per micro-batch,
     forward and backward, which overlap with it), plus exposed communication: over
@@ -72,7 +71,7 @@ def estimate(
     activation = rows * time * shape.hidden_size * item
 
     inner = activation * (4 + _inner_width(shape) / tensor)  # activations of a layer
-    attention = 4 * rows * shape.num_attention_heads / tensor * time**2
+    kept = {"block": activation, "offload": 0.0}.get(run.model.remat, inner)
     logits = 4 * time * shape.vocab_size / tensor
     fixed = (
         base / (fsdp * tensor)
@@ -80,12 +79,7 @@ def estimate(
         + (2 * layer + embedding) / tensor
         + _COPIES * logits
     )
-    memory = (
-        fixed
-        + (activation if run.model.remat else inner) * shape.num_hidden_layers
-        + 2 * inner
-        + _COPIES * attention
-    )
+    memory = fixed + kept * shape.num_hidden_layers + 2 * inner
     if topology is None:
         return Estimate(memory, fixed, 0.0)
 
@@ -180,8 +174,8 @@ def remedies(
             changes.append(f"{text} (about {memory / 2**30:.1f} GiB)")
         return memory <= limit
 
-    if not workload.run.model.remat:
-        offer("enable --remat", _with(workload, "model", remat=True), sizes)
+    if workload.run.model.remat in ("none", "dots"):
+        offer("--remat block", _with(workload, "model", remat="block"), sizes)
     groups, run = group_count(sizes), workload.run
     for count in divisors(run.batch.batch_size):
         rows = run.batch.batch_size // count

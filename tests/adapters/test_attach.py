@@ -215,7 +215,7 @@ def test_factors_of_another_model_are_refused():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_split_model_is_its_factors_and_its_frozen_rest(method: str):
     model = tiny.base()
-    model.remat = False
+    model.remat = "none"
     attach(model, AdapterConfig(method, rank=2, alpha=5, targets=FEW))
     rebuild, factors, frozen = split(tiny.randomize(model))
     variables = jax.tree.leaves(frozen, is_leaf=lambda x: isinstance(x, nnx.Variable))

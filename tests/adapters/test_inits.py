@@ -11,6 +11,7 @@ from manifold_lora.adapters import AdapterConfig, adapters, attach, factors
 from manifold_lora.adapters.loram_fr import S0
 from manifold_lora.adapters.options import inits
 from manifold_lora.methods import METHODS
+from manifold_lora.models.remat import Remat
 from tests import adapters as tiny
 from tests.adapters.cases import (
     ALPHA,
@@ -39,13 +40,13 @@ OTHERWISE = ["lora-orthogonal", "stella-random", "loram_fr-identity"]
 
 @pytest.mark.parametrize(
     ("case", "dtype", "remat"),
-    [(case, "float32", False) for case in [*FORMS, *OTHERWISE]]
-    + [(case, "bfloat16", True) for case in FORMS]
-    + [(case, "bfloat16", False) for case in ("lora-kaiming", "dora-kaiming")]
-    + [(case, "float32", True) for case in ("lora-kaiming", "dora-kaiming")],
+    [(case, "float32", "none") for case in [*FORMS, *OTHERWISE]]
+    + [(case, "bfloat16", "block") for case in FORMS]
+    + [(case, "bfloat16", "none") for case in ("lora-kaiming", "dora-kaiming")]
+    + [(case, "float32", "block") for case in ("lora-kaiming", "dora-kaiming")],
 )
 def test_the_model_equals_its_base_bit_for_bit_or_is_listed(
-    case: str, dtype: str, remat: bool
+    case: str, dtype: str, remat: Remat
 ):
     plain, model = tiny.base(BOTH[dtype]), tiny.base(BOTH[dtype])
     plain.remat = model.remat = remat

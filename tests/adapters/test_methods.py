@@ -34,7 +34,7 @@ FORMS += ["lora-pissa", "lora-diagonal_scaling=True", "stella-diagonal_s=True"]
 def test_logits_are_those_of_the_formula(case: str, tmp_path: Path):
     targets = "all-linear" if case in ("lora-kaiming", "stiefel-random") else FEW
     model = tiny.base()
-    model.remat = False  # compiles faster; it is compared below
+    model.remat = "none"  # compiles faster; it is compared below
     attach(model, config(case, targets=targets))
     found = tiny.arrays(tiny.randomize(model))
     assert len(found) == tiny.LAYERS * (7 if targets == "all-linear" else 3)
@@ -48,7 +48,7 @@ def test_logits_are_those_of_the_formula(case: str, tmp_path: Path):
 
     ml.merge(model)
     plain = tiny.base()
-    plain.remat = False
+    plain.remat = "none"
     assert str(nnx.graphdef(model)) == str(nnx.graphdef(plain))
     assert tiny.error(tiny.logits(model), got) < LOGITS
     for name, tensor in hf_tensors(model).items():

@@ -78,7 +78,7 @@ def test_peft_reads_every_method(name: str, format: Format, base: Path, tmp_path
     from peft import PeftModel
 
     model = load_llama(base)
-    model.remat = False
+    model.remat = "none"
     attach(model, EXPORTED[name])
     got = tiny.logits(tiny.randomize(model))
     assert tiny.error(got, tiny.logits(load_llama(base))) > 0.1
@@ -153,7 +153,7 @@ MERGED += [case for case in CASES if case.endswith("diagonal_scaling=True")]
 @pytest.mark.parametrize("case", MERGED)
 def test_transformers_reads_the_merged_model(case: str, base: Path, tmp_path: Path):
     model = load_llama(base)
-    model.remat = False
+    model.remat = "none"
     attach(model, config(case, targets=FEW))
     got = tiny.logits(tiny.randomize(model))
     ml.merge(model)
@@ -202,7 +202,7 @@ def test_gradients_of_dora_are_those_of_peft(base: Path, tmp_path: Path):
     from peft import PeftModel
 
     model = load_llama(base)
-    model.remat = False
+    model.remat = "none"
     attach(model, config("dora-kaiming", targets=FEW))
     # of B itself, which does not contain the scale
     save_adapter(tiny.randomize(model), tmp_path / "a", format="peft")

@@ -71,7 +71,11 @@ def test_help_is_grouped_and_shows_resolved_defaults(capsys, name):
     assert code == 0 and "None" not in shown
     for group in ("model", "adapter", "method", "optimizer", "batch"):
         assert f"{group} options" in shown
-    words = ["(default: 2·rank)", "--remat, --no-remat", "S is a diagonal (stella)"]
+    words = [
+        "(default: 2·rank)",
+        "--remat {none,dots,block,offload}",
+        "S is a diagonal (stella)",
+    ]
     if name != "plan":
         words += ["--packing, --no-packing", "for the built-in data 8"]
     if name == "train":

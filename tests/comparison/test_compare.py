@@ -47,7 +47,7 @@ def settings(tmp_path_factory):
         "batch_size": 8,
         "eval_every": 3,
         "warmup_steps": 2,
-        "remat": False,
+        "remat": "none",
     }
 
 
@@ -118,7 +118,7 @@ def test_the_numbers_of_a_cell_are_those_of_its_adapter(settings, finished):
     folder = settings["out"] / "adapters" / "stiefel-seed1"
     cell = final(content, "stiefel")[1]
     model = ml.load_llama(settings["model"])
-    model.remat = False
+    model.remat = "none"
     ml.load_adapter(model, folder)
     rebuild, factors, frozen = split(model)
     splits = splits_of(settings)

@@ -125,7 +125,7 @@ def test_it_loads_and_takes_a_step(method: str, layered: Path, tmp_path: Path):
     )
     assert convert_adapter(config)["largest_logit_difference"] < LOGITS
     model = load_llama(base)
-    model.remat = False
+    model.remat = "none"
     ml.load_adapter(model, tmp_path / "b")
     rebuild, factors, frozen = ml.split(model)
     constant = optax.constant_schedule(1e-3)

@@ -111,7 +111,7 @@ ACCUMULATE = 7
 )
 def test_gradients_are_summed_once_per_step(method, text, explicit):
     model = build_model(method, WIDER)
-    model.remat = True
+    model.remat = "block"
     with use_mesh(text, explicit) as mesh:
         assert mesh is not None
         run = Run(model, ACCUMULATE)

@@ -42,7 +42,7 @@ class Case:
     def __init__(self, folder: Path):
         tensors = random_tensors(CONFIG)
         self.model = ml.load_llama(write_checkpoint(folder / "model", CONFIG, tensors))
-        self.model.remat = False
+        self.model.remat = "none"
         ml.attach(self.model, ml.AdapterConfig("lora", rank=2, targets=["q_proj"]))
         self.rebuild, self.factors, self.frozen = split(self.model)
         self.examples, self.logits = [], []

@@ -12,6 +12,7 @@ from flax import nnx
 from manifold_lora.checkpoints.huggingface import load_llama
 from manifold_lora.models import Linear, Llama, LlamaConfig
 from manifold_lora.models.layers import apply_rope, rope_angles, rope_frequencies
+from manifold_lora.models.remat import Remat
 from tests.models import reference
 from tests.tolerances import FLOAT32, LOGITS
 
@@ -131,19 +132,20 @@ def test_rope_angles_at_position_100_000():
     assert max_error(actual, np.concatenate([z.real, z.imag], -1)) < 2 * 2**-8
 
 
-def test_remat_does_not_change_loss_and_gradient():
+@pytest.mark.parametrize("remat", ["dots", "block", "offload"])
+def test_remat_does_not_change_loss_and_gradient(remat: Remat):
     model = Llama(SMALL, rngs=nnx.Rngs(0))
     tokens = jnp.asarray(ids(2, 8))
 
-    def loss_and_grad(remat: bool):
-        model.remat = remat
+    def loss_and_grad(policy: Remat):
+        model.remat = policy
         graph, state = nnx.split(model)
         return jax.jit(
             jax.value_and_grad(lambda s: jnp.mean(nnx.merge(graph, s)(tokens) ** 2))
         )(state)
 
-    loss, gradient = loss_and_grad(remat=True)
-    other_loss, other_gradient = loss_and_grad(remat=False)
+    loss, gradient = loss_and_grad(remat)
+    other_loss, other_gradient = loss_and_grad("none")
     assert abs(float(loss) - float(other_loss)) < FLOAT32
     other = dict(nnx.to_flat_state(other_gradient))
     for path, leaf in nnx.to_flat_state(gradient):

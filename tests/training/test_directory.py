@@ -34,7 +34,7 @@ def settings(tmp_path: Path) -> Settings:
         "targets": "q_proj",
         "steps": 2,
         "batch_size": 4,
-        "remat": False,
+        "remat": "none",
     }
 
 

@@ -58,7 +58,7 @@ def same(one: Any, other: Any) -> None:
 def test_a_saved_adapter_continues_bit_for_bit(method: str, tmp_path: Path):
     given = AdapterConfig(method, rank=4, targets=TARGETS, rank_pattern=PATTERN)
     model = tiny.base(jnp.bfloat16)
-    model.remat = False
+    model.remat = "none"
     attach(model, given)
     config = train_config(method=method, warmup_steps=2)
     tags = ml.manifold_tree(model)
@@ -85,7 +85,7 @@ def test_a_saved_adapter_continues_bit_for_bit(method: str, tmp_path: Path):
 
     save_adapter(model, tmp_path / "a")
     again = tiny.base(jnp.bfloat16)
-    again.remat = False
+    again.remat = "none"
     load_adapter(again, tmp_path / "a")
     assert program(again) == program(model)
     same(tiny.arrays(again), tiny.arrays(model))

@@ -51,7 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def settings(files: dict[str, Path], tmp_path: Path) -> Settings:
-    return {**files, **SETTINGS, "out": tmp_path / "run", "remat": False}
+    return {**files, **SETTINGS, "out": tmp_path / "run", "remat": "none"}
 
 
 def run(settings: Settings) -> tuple[dict[str, Any], str]:

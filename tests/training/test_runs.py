@@ -50,7 +50,7 @@ def settings(files: tuple[Path, Path], tmp_path: Path) -> Settings:
         "eval_every": 3,
         "learning_rate": 2e-2,
         "warmup_steps": 1,
-        "remat": False,
+        "remat": "none",
     }
 
 
@@ -69,7 +69,7 @@ def loss_of(settings: Settings, model: ml.Llama) -> float:
 
 def saved_model(settings: Settings, name: str = "adapter") -> ml.Llama:
     model = ml.load_llama(settings["model"])
-    model.remat = False
+    model.remat = "none"
     ml.load_adapter(model, settings["out"] / name)
     return model
 
@@ -156,7 +156,7 @@ def test_diagonal_scaling_writes_the_merged_model(settings: Settings):
     ]
     assert summary["loss_after"] < summary["loss_before"]
     model = ml.load_llama(settings["out"] / "merged")
-    model.remat = False
+    model.remat = "none"
     assert loss_of(scaled, model) == pytest.approx(summary["loss_after"], rel=LOGITS)
     ids = load_tokenizer(settings["model"])("yes")["input_ids"]
     assert load_tokenizer(settings["out"] / "merged")("yes")["input_ids"] == ids

@@ -21,7 +21,7 @@ from tests.tolerances import FLOAT32, RESIDUAL
 
 def adapted(method="stiefel", dropout=0.0, seed=0):
     model = ml.Llama(CONFIG, rngs=nnx.Rngs(0))
-    model.remat = False  # compiles faster; tests/models compares both
+    model.remat = "none"  # compiles faster; tests/models compares both
     config = ml.AdapterConfig(method, rank=4, targets=["q_proj"], dropout=dropout)
     ml.attach(model, config, seed)
     noise = jax.random.split(jax.random.key(9))
@@ -177,7 +177,7 @@ def test_base_is_frozen_and_factors_stay_on_their_manifold():
 
 def test_bfloat16_base_keeps_float32_factors():
     model = ml.Llama(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    model.remat = False
+    model.remat = "none"
     ml.attach(model, ml.AdapterConfig("stiefel", rank=4, targets="q_proj"))
     tx = ml.stiefel_lora(0.2, ml.manifold_tree(model), free_learning_rate=1e-2)
     state, metrics = run(model, batch_of(examples()), tx, steps=20)

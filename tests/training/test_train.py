@@ -44,7 +44,7 @@ def settings_of(files, folder):
         "learning_rate": 0.2,
         "free_learning_rate": 2e-2,
         "warmup_steps": 2,
-        "remat": False,
+        "remat": "none",
     }
 
 
