@@ -87,7 +87,10 @@ def mesh_axes(rest: str, mesh: Any) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("text", slow_but([MESHES[2]], [MESHES[0], MESHES[2]]))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    slow_but(["dora", "stella", "loram_fr", "landing_stiefel", "lora"], METHODS),
+)
 def test_the_optimizer_all_reduces_r_by_r_matrices_only(method, text):
     model = build_model(method, WIDER)
     with use_mesh(text) as mesh:

@@ -139,10 +139,8 @@ CASES = [
     ("stella", MESHES[1], 1),
 ]
 QUICK = [
-    ("stella", MESHES[0], 1),
-    ("loram_fr", MESHES[1], 2),
+    ("landing_oblique", MESHES[0], 1),
     ("loram_br", MESHES[1], 2),
-    ("landing_oblique", MESHES[2], 2),
     ("stiefel_dora", MESHES[2], 2),
 ]
 SMOKE = pytest.param("stella", MESHES[2], 1, marks=pytest.mark.smoke)
@@ -172,7 +170,12 @@ def test_steps_with_explicit_axes(method, text):
     "method, text, options",
     [
         pytest.param("stiefel", "fsdp=8", "unequal", marks=pytest.mark.slow),
-        ("landing_oblique", "data=2,fsdp=2,tensor=2", "unequal"),
+        pytest.param(
+            "landing_oblique",
+            "data=2,fsdp=2,tensor=2",
+            "unequal",
+            marks=pytest.mark.slow,
+        ),
         ("lora", "data=2,fsdp=2,tensor=2", "scaled"),
     ],
 )
