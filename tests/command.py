@@ -37,7 +37,7 @@ def start(*arguments: Any, devices: int = 1, **env: str) -> subprocess.Popen[str
     return process
 
 
-def end(process: subprocess.Popen[str], seconds: float = 100) -> tuple[int, str]:
+def end(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:
     """Its exit code and what it printed."""
     try:
         output, _ = process.communicate(timeout=seconds)
@@ -53,7 +53,7 @@ def kill_all() -> None:
             process.kill()
 
 
-def wait(condition: Callable[[], bool], seconds: float = 100) -> None:
+def wait(condition: Callable[[], bool], seconds: float = 200) -> None:
     """Until the condition holds."""
     until = time.monotonic() + seconds
     while not condition():

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import hashlib
+import itertools
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import P
+from jax.sharding import Mesh
 
 from manifold_lora.distributed.launch import launch_problems
 from manifold_lora.distributed.mesh import all_devices
@@ -101,6 +104,43 @@ def wait_for_all(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def connect_devices(mesh: Mesh) -> None:
+    """Connect the CPU devices of different processes along all axes of the mesh.
+
+    Call it right after `initialise`, when all processes get there at the same time.
+    Without it a group of CPU devices connects in its first collective, for which no
+    process waits longer than 30 seconds, although another may still be reading data or
+    compiling; in later collectives they wait for each other for half an hour. Other
+    devices and a single process need no connection.
+
+    Args:
+        mesh: of all devices of all processes.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
+    wait_for_all("connected")  # the groups of `multihost_utils`
+    jax.block_until_ready(_sum_over_all_axes(mesh)())
+
+
+def _sum_over_all_axes(mesh: Mesh) -> Any:
+    """A program with a collective over every sequence of mesh axes.
+
+    The sequences ("data", "tensor") and ("tensor", "data") connect the same devices in
+    different orders, which are different groups.
+    """
+    names = [axis for axis, size in mesh.shape.items() if size > 1]
+    counts = range(1, len(names) + 1)
+    sequences = [s for count in counts for s in itertools.permutations(names, count)]
+
+    def program() -> jax.Array:
+        total = jax.numpy.int32(0)
+        for axes in sequences:
+            total = jax.lax.psum(total + jax.lax.axis_index(names), axes)
+        return total
+
+    return jax.jit(jax.shard_map(program, mesh=mesh, in_specs=(), out_specs=P()))
 
 
 def check_identical(contents: Mapping[str, bytes]) -> None:

@@ -85,10 +85,11 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
     started = time.perf_counter()
     launch = config.launch
     processes.initialise(launch.coordinator, launch.processes, launch.process_id)
-    console = console or make_console(quiet=not processes.is_main())
-    check_trackers(config)
     mesh = make_mesh(read_mesh(launch.mesh))
     with jax.set_mesh(mesh), processes.report_lost_process():
+        processes.connect_devices(mesh)
+        console = console or make_console(quiet=not processes.is_main())
+        check_trackers(config)
         if config.show_batch:
             _show_batch(config, console)
             return {}

@@ -19,6 +19,7 @@ from manifold_lora.methods import METHODS
 from tests import adapters as tiny
 from tests.adapters import formulas
 from tests.adapters.cases import ALPHA, CASES, FEW, RANK, config
+from tests.cases import slow_but
 from tests.checkpoints.peft_files import (
     CONFIG,
     EXTRA,
@@ -49,8 +50,13 @@ SAVED |= {
 SAVED["lora-pissa-layers"] = AdapterConfig("lora", {"init": "pissa"}, **LAYERS)
 
 
-@pytest.mark.parametrize("name", SAVED)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("format", "name"),
+    slow_but(
+        [(f, n) for f in FORMATS for n in SAVED if f == "portable" or "-layers" in n],
+        [(format, name) for format in FORMATS for name in SAVED],
+    ),
+)
 def test_every_method_survives_saving_and_loading(
     name: str, format: Format, tmp_path: Path
 ):

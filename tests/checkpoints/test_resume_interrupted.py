@@ -167,6 +167,7 @@ def start(*arguments: str | Path, devices: int = 1) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(tmp_path: Path):
     newest = 0
     for seed in range(3):

@@ -241,6 +241,7 @@ def test_unknown_command(capsys):
     assert code == 2 and "train" in error
 
 
+@pytest.mark.slow
 def test_an_interruption_while_it_compiles_is_exit_code_130(files, tmp_path):
     model, data = files
     # A shell that runs the tests in the background has its children ignore SIGINT.

@@ -57,6 +57,7 @@ def test_help_states_the_range(capsys):
     assert "dropout (0 to 4294967295) (default: 0)" in shown
 
 
+@pytest.mark.slow
 def test_a_run_on_the_poorest_terminal_writes_all_files(tmp_path):
     """ASCII, 20 columns, no colour, and a reader that leaves before the training."""
     model = model_directory(tmp_path / "model")

@@ -118,6 +118,7 @@ def test_the_size_that_vllm_needs(rank: int, needed: str):
     assert "up to 512" in serving(513, False, "a")
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_its_export(tmp_path: Path):
     out = tmp_path / "run"
     config = train_config(

@@ -20,6 +20,7 @@ from manifold_lora.configuration.parts import ModelConfig
 from manifold_lora.methods import METHODS
 from tests import adapters as tiny
 from tests.adapters import formulas
+from tests.cases import slow_but
 from tests.checkpoints.peft_files import pairs, write
 from tests.conversion.cases import HELD, adapter, command, model_directory
 from tests.tiny import data_file
@@ -117,7 +118,9 @@ def test_s_of_stella(diagonal: bool, tmp_path: Path):
     assert after.config.options.diagonal_s is diagonal
 
 
-@pytest.mark.parametrize("method", ["loram_fr", "landing_oblique"])
+@pytest.mark.parametrize(
+    "method", slow_but(["landing_oblique"], ["loram_fr", "landing_oblique"])
+)
 def test_it_loads_and_takes_a_step(method: str, layered: Path, tmp_path: Path):
     base = model_directory(tmp_path / "base")
     config = ConvertConfig(
@@ -144,6 +147,7 @@ def test_it_loads_and_takes_a_step(method: str, layered: Path, tmp_path: Path):
     assert after < before
 
 
+@pytest.mark.slow
 def test_train_continues_from_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     base = with_tokenizer(tmp_path / "base")
     data = data_file(tmp_path / "data.jsonl")

@@ -14,6 +14,7 @@ from manifold_lora.checkpoints.adapter_file import read_adapter
 from manifold_lora.checkpoints.huggingface import load_llama
 from tests import adapters as tiny
 from tests.adapters import formulas
+from tests.cases import slow_but
 from tests.checkpoints import test_stella as stella
 from tests.checkpoints.peft_files import pairs, write
 from tests.conversion.cases import command, model_directory
@@ -58,7 +59,7 @@ def imported(source: Path, out: Path, base: Path | None = None) -> dict[str, Any
     return import_adapter(ImportConfig(adapter=source, out=out, model=base))
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", slow_but([False], [False, True]))
 def test_mlx(dora: bool, base: Path, tmp_path: Path):
     matrices = pairs({"self_attn.q_proj": 2, "mlp.down_proj": 2}, layers=(1, 2))
     source = write_mlx(tmp_path / "mlx", matrices, dora)

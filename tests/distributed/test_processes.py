@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from manifold_lora.distributed import processes
 from manifold_lora.errors import InputError
 from tests import command
+from tests.cases import slow_but
 from tests.tiny import data_file, model_directory
 from tests.tolerances import FLOAT32
 
@@ -105,12 +106,41 @@ def test_two_processes_equal_one(files: dict[str, Path], tmp_path: Path):
     assert files_of_two == {p.name for p in (tmp_path / "one").iterdir()}
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+# One process reads its data and begins its first evaluation later than CPU devices wait
+# for each other to connect, which is 30 seconds.
+LATE = """
+import os, sys, time
+sys.path.insert(0, os.getcwd())
+from manifold_lora.training import train
+def late(part):
+    function, seconds = getattr(train, part), [40]
+    def waits(*arguments):
+        while seconds:
+            time.sleep(seconds.pop())
+        return function(*arguments)
+    setattr(train, part, waits)
+late("load_data")
+late("report_evaluation")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_may_be_late(files: dict[str, Path], tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text(LATE)
+    settings = {**SETTINGS, **files, "out": tmp_path / "run", "steps": 2}
+    started = time.monotonic()
+    two = start_two({**settings, "mesh": "data=2,fsdp=2"}, PYTHONPATH=str(tmp_path))
+    for code, output in map(command.end, two):
+        assert code == 0, output
+    assert time.monotonic() - started > 80
+
+
+@pytest.mark.parametrize("victim", slow_but([0], [0, 1]))
 def test_a_dead_process_ends_the_other_and_the_run_resumes(
     files: dict[str, Path], tmp_path: Path, victim: int
 ):
     out = tmp_path / "run"
-    settings = {**SETTINGS, **files, "out": out, "steps": 2000, "eval_every": 2000}
+    settings = {**SETTINGS, **files, "out": out, "steps": 2000, "eval_every": 0}
     two = start_two(settings)
     manifest = out / "checkpoints" / "2" / "manifest.json"
     command.wait(lambda: manifest.exists() or two[victim].poll() is not None)
@@ -157,11 +187,12 @@ def test_processes_with_different_configuration_data_or_code(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_after_the_same_step(
     files: dict[str, Path], tmp_path: Path
 ):
     out = tmp_path / "run"
-    settings = {**SETTINGS, **files, "out": out, "steps": 2000, "eval_every": 2000}
+    settings = {**SETTINGS, **files, "out": out, "steps": 2000, "eval_every": 0}
     two = start_two(settings)
     manifest = out / "checkpoints" / "2" / "manifest.json"
     command.wait(lambda: manifest.exists() or two[1].poll() is not None)
@@ -198,7 +229,7 @@ processes.wait_for_all("end")
 """
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", slow_but(["slurm"], LAUNCHERS))
 def test_processes_of_a_launcher_connect(launcher: str):
     # Both launchers make port 61440 + n % 4096 out of the job's number n.
     port = free_port(random.sample(range(61440, 65536), 20))

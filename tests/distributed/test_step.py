@@ -15,6 +15,7 @@ from manifold_lora.distributed.sharding import specs_like, storage_spec
 from manifold_lora.generation.batched import generate_batches
 from manifold_lora.generation.config import GenerationConfig
 from manifold_lora.methods import METHODS
+from tests.cases import slow_but
 from tests.distributed.cases import (
     CONFIG,
     MESHES,
@@ -136,22 +137,30 @@ CASES = [
     *((method, MESHES[2], 2) for method in METHODS),
     ("stella", MESHES[0], 2),
     ("stella", MESHES[1], 1),
-    pytest.param("stella", MESHES[2], 1, marks=pytest.mark.smoke),
 ]
+QUICK = [
+    ("landing_oblique", MESHES[0], 1),
+    ("loram_br", MESHES[1], 2),
+    ("stiefel_dora", MESHES[2], 2),
+]
+SMOKE = pytest.param("stella", MESHES[2], 1, marks=pytest.mark.smoke)
 
 
-@pytest.mark.parametrize("method, text, accumulate", CASES)
+@pytest.mark.parametrize("method, text, accumulate", [SMOKE, *slow_but(QUICK, CASES)])
 def test_steps_on_a_mesh_equal_one_device(method, text, accumulate):
     check_steps(method, text, accumulate)
 
 
 @pytest.mark.parametrize(
     "method, text",
-    [
-        *(("stella", text) for text in MESHES),
-        ("stiefel_dora", MESHES[2]),
-        ("loram_br", MESHES[2]),
-    ],
+    slow_but(
+        [("stella", MESHES[2])],
+        [
+            *(("stella", text) for text in MESHES),
+            ("stiefel_dora", MESHES[2]),
+            ("loram_br", MESHES[2]),
+        ],
+    ),
 )
 def test_steps_with_explicit_axes(method, text):
     check_steps(method, text, 2, explicit=True)
@@ -160,8 +169,13 @@ def test_steps_with_explicit_axes(method, text):
 @pytest.mark.parametrize(
     "method, text, options",
     [
-        ("stiefel", "fsdp=8", "unequal"),
-        ("landing_oblique", "data=2,fsdp=2,tensor=2", "unequal"),
+        pytest.param("stiefel", "fsdp=8", "unequal", marks=pytest.mark.slow),
+        pytest.param(
+            "landing_oblique",
+            "data=2,fsdp=2,tensor=2",
+            "unequal",
+            marks=pytest.mark.slow,
+        ),
         ("lora", "data=2,fsdp=2,tensor=2", "scaled"),
     ],
 )
@@ -170,7 +184,7 @@ def test_steps_of_uncommon_adapters(method, text, options):
 
 
 @pytest.mark.parametrize("text", MESHES)
-@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("explicit", slow_but([False], [False, True]))
 def test_evaluation_on_a_mesh_equals_one_device(text, explicit, quick_compilation):
     model, batch = build_model("stella"), partly_answered()
     one = Run(model)
@@ -198,7 +212,9 @@ def partly_answered() -> dict[str, np.ndarray]:
 
 
 # The number of rows is not a multiple of the number of groups.
-@pytest.mark.parametrize("text, count", [(MESHES[0], 1), (MESHES[2], 5)])
+@pytest.mark.parametrize(
+    "text, count", slow_but([(MESHES[0], 1)], [(MESHES[0], 1), (MESHES[2], 5)])
+)
 def test_completions_on_a_mesh_equal_one_device(text, count, quick_compilation, capfd):
     rng = np.random.default_rng(1)
     lengths = rng.integers(1, 6, count)

@@ -28,6 +28,7 @@ from manifold_lora.models import Llama
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.step import initial_state, make_step
+from tests.cases import slow_but
 from tests.models.reference import CONFIGS, logits, random_tensors, write_checkpoint
 from tests.tiny import model_directory
 from tests.tolerances import FLOAT32
@@ -175,7 +176,7 @@ def test_two_batches_at_most_are_on_the_devices(case: Case):
     assert len(alive) == 21 and most <= 2
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", slow_but([4], [1, 4]))
 def test_evaluation_takes_no_more_memory_than_a_training_step(accumulate: int):
     config = ml.LlamaConfig(
         vocab_size=2048,

@@ -23,6 +23,7 @@ from manifold_lora.inspection.measure import measure
 from manifold_lora.manifolds import Euclidean, Oblique, Stiefel
 from manifold_lora.methods import METHODS
 from tests.adapters.test_factor import OtherNames
+from tests.cases import slow_but
 from tests.inspection.runs import run_directory
 from tests.tolerances import FLOAT32, FLOAT64, RESIDUAL
 
@@ -56,7 +57,7 @@ def update_of(model, name):
     return float(adapter.scale[...][int(layer)]) * b @ a.T
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["dora", "stella", "loram_fr"], METHODS))
 def test_update_of_every_method(tmp_path, method):
     model = run_directory(tmp_path / "run", method)
     report, _ = inspect(tmp_path / "run")
@@ -80,7 +81,7 @@ def test_update_of_every_method(tmp_path, method):
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["dora", "stella", "loram_fr"], METHODS))
 def test_factors_of_every_method(tmp_path, method):
     run_directory(tmp_path / "run", method)
     report, _ = inspect(tmp_path / "run")

@@ -51,6 +51,7 @@ def test_gram_maps_are_divided_by_their_mean_diagonal(figures, tmp_path):
     assert r"costs \$ and \$" in figures[0].get_suptitle()
 
 
+@pytest.mark.slow
 def test_a_large_adapter_makes_a_readable_plot(figures, tmp_path):
     rows = {f"row {i}": dict.fromkeys(range(80), np.eye(2)) for i in range(40)}
     plots.plot_gram(tmp_path / "gram.png", rows, "")

@@ -243,16 +243,32 @@ GEOMETRIES = [
 ]
 
 
-def over(names):
-    """Parametrise by rows."""
-    rows = [pytest.param(ROWS[name], id=name) for name in names]
+def slow_if(condition):
+    return [pytest.mark.slow] if condition else []
+
+
+def over(names, quick=None):
+    """Parametrise by rows, of which only the quick ones are in the default run."""
+    rows = [
+        pytest.param(ROWS[name], id=name, marks=slow_if(quick and name not in quick))
+        for name in names
+    ]
     return pytest.mark.parametrize("row", rows)
 
 
 def over_shapes(names):
-    """Parametrise by rows × shapes, in float64, and once in float32."""
+    """Parametrise by rows × shapes, in float64, and once in float32.
+
+    Shapes without leading axes are not in the default run.
+    """
     rows = [
-        pytest.param(ROWS[name], shape, dtype, id=f"{name}-{shape}-{dtype}")
+        pytest.param(
+            ROWS[name],
+            shape,
+            dtype,
+            id=f"{name}-{shape}-{dtype}",
+            marks=slow_if(shape != ROWS[name].stacked),
+        )
         for name in names
         for shape in ROWS[name].shapes
         for dtype in ("float64", "float32")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.cases import slow_but
 from tests.manifolds.reference import each, qr
 from tests.manifolds.table import PRODUCTS_ONLY, RETRACTIONS, ROWS, cast, float64
 from tests.tolerances import ANY_STEP, BFLOAT16, FLOAT32
@@ -136,7 +137,10 @@ STEP = 1e-6  # of central differences in float64
 SMOOTH = [n for n in CONSTRAINED if n in PRODUCTS_ONLY]
 
 
-@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(["stiefel-cayley-canonical", "oblique-exp", "bounded_rank-1"], SMOOTH),
+)
 def test_derivatives_at_zero_are_finite_and_transposes(name):
     row, rng = ROWS[name], np.random.default_rng(3)
     shape = row.shapes[-1]
@@ -175,7 +179,11 @@ def test_derivatives_at_zero_are_finite_and_transposes(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in SMOOTH if n.startswith(("stiefel", "obl"))]
+    "name",
+    slow_but(
+        ["stiefel-polar-canonical", "oblique-exp"],
+        [n for n in SMOOTH if n.startswith(("stiefel", "obl"))],
+    ),
 )
 def test_transports_at_zero_have_derivatives(name):
     row, rng = ROWS[name], np.random.default_rng(4)

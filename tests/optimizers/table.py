@@ -108,13 +108,36 @@ OPTIMIZERS = {
 }
 
 
-def over(*names):
-    rows = [pytest.param(OPTIMIZERS[name], id=name) for name in names]
+def over(*names, quick=None):
+    """Parametrise by rows, of which only the quick ones are in the default run."""
+    rows = [
+        pytest.param(
+            OPTIMIZERS[name],
+            id=name,
+            marks=[pytest.mark.slow] if quick and name not in quick else [],
+        )
+        for name in names
+    ]
     return pytest.mark.parametrize("row", rows)
 
 
-each = over(*OPTIMIZERS)
-each_on_manifolds = over(*(name for name, row in OPTIMIZERS.items() if row.free))
+# Every optimiser and every manifold; the others are variants of these.
+QUICK = (
+    "adam",
+    "adam-oblique",
+    "momentum-fixed",
+    "stiefel_lora",
+    "stella",
+    "loram",
+    "landing",
+    "landing_adamw",
+    "scaled_gd",
+    "lora_plus",
+)
+each = over(*OPTIMIZERS, quick=QUICK)
+each_on_manifolds = over(
+    *(name for name, row in OPTIMIZERS.items() if row.free), quick=QUICK
+)
 
 
 @functools.cache

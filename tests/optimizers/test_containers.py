@@ -18,7 +18,7 @@ from tests.optimizers.table import (
 )
 
 
-@over("adam", "stiefel_lora")
+@over("adam", "stiefel_lora", quick=["stiefel_lora"])
 def test_prefix_trees_and_functions(row):
     params, gradients = row.problem()
     free = ml.Euclidean()

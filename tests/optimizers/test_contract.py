@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType
 
 import manifold_lora as ml
+from tests.cases import slow_but
 from tests.optimizers.table import (
     OPTIMIZERS,
     RATE,
@@ -255,9 +256,18 @@ def sharded_update(row, axis, axis_type):
     return str(update.as_text())
 
 
-SHARDED = over("adam", "stiefel_lora", "momentum-fixed", "loram", "landing")
+SHARDED = over(
+    "adam",
+    "stiefel_lora",
+    "momentum-fixed",
+    "loram",
+    "landing",
+    quick=("stiefel_lora", "momentum-fixed"),
+)
 EACH_MODE = pytest.mark.parametrize(
-    "axis_type", [AxisType.Explicit, AxisType.Auto], ids=str
+    "axis_type",
+    slow_but([AxisType.Explicit], [AxisType.Explicit, AxisType.Auto]),
+    ids=str,
 )
 
 

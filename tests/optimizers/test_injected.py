@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import manifold_lora as ml
+from tests.cases import slow_but
 from tests.tolerances import HYPERPARAMETER
 
 RATE = 0.1
@@ -49,7 +50,11 @@ def problem(options) -> Any:
     return params, grads
 
 
-@pytest.mark.parametrize(("recipe", "options"), RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    slow_but([RECIPES["riemannian"], RECIPES["stella"]], RECIPES.values()),
+    ids=RECIPES,
+)
 def test_plain_trees_need_no_static_arguments(recipe, options):
     params, grads = problem(options)
     results = []

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import manifold_lora as ml
+from tests.cases import slow_but
 from tests.manifolds import reference
 from tests.optimizers.numpy_reference import STEPS, TRAJECTORY
 from tests.tolerances import CONVERGENCE, FLOAT64
@@ -199,7 +200,7 @@ def dense(x):
     return middle @ x["v"].swapaxes(-1, -2)
 
 
-@pytest.mark.parametrize("manifold", REFERENCES, ids=str)
+@pytest.mark.parametrize("manifold", slow_but([BOUNDED], REFERENCES), ids=str)
 def test_only_coordinates_depend_on_the_gauge(manifold):
     q = reference.qr(np.random.default_rng(5).normal(size=(RANK, RANK)))
     with jax.enable_x64(True):

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import manifold_lora as ml
+from tests.cases import slow_but
 from tests.tiny import CONFIG
 from tests.tolerances import FLOAT32
 
@@ -24,7 +25,10 @@ RECIPES = {
     "scaled_gd": ("lora", lambda _: ml.scaled_gd(0.01, ml.FactorSpec())),
     "lora_plus": ("lora", lambda _: ml.lora_plus(0.01, ml.FactorSpec())),
 }
-recipes = pytest.mark.parametrize(("method", "make"), RECIPES.values(), ids=RECIPES)
+QUICK = [RECIPES[name] for name in ("riemannian", "landing", "scaled_gd")]
+recipes = pytest.mark.parametrize(
+    ("method", "make"), slow_but(QUICK, RECIPES.values()), ids=RECIPES
+)
 
 
 def adapted(method):
@@ -67,7 +71,7 @@ def gradient(model, ids):
     return nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
 
 
-@pytest.mark.parametrize("name", ["stella", "loram_br"])
+@pytest.mark.parametrize("name", slow_but(["stella"], ["stella", "loram_br"]))
 def test_steps_with_nnx_grad_and_nnx_optimizer(name):
     method, make = RECIPES[name]
     model = adapted(method)

@@ -12,6 +12,7 @@ import pytest
 
 import manifold_lora as ml
 from manifold_lora.optimizers import moments
+from tests.cases import slow_but
 from tests.manifolds import reference
 from tests.optimizers.numpy_reference import (
     STEPS,
@@ -82,7 +83,7 @@ def of_b(moment):
     return moment["b"] if isinstance(moment, dict) else moment.b
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", slow_but(["momentum", "chain", "injected"], INNER))
 def test_first_moments_are_projected_in_any_inner_state(name):
     make, field = INNER[name]
     rng = np.random.default_rng(0)

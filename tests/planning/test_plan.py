@@ -34,6 +34,7 @@ from manifold_lora.planning.meshes import (
 from manifold_lora.planning.plan import CompilerError, plan
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.step import TrainState
+from tests.cases import slow_but
 from tests.configs import plan_config
 from tests.tiny import CONFIG
 
@@ -90,6 +91,7 @@ def test_a_plan_agrees_with_counted_bytes(model, tmp_path, quick_compilation):
     assert "data=2,fsdp=2,tensor=2" in shown.getvalue()
 
 
+@pytest.mark.slow
 def test_collectives_of_gradients_do_not_grow_with_the_micro_batches(
     model, quick_compilation
 ):
@@ -101,7 +103,7 @@ def test_collectives_of_gradients_do_not_grow_with_the_micro_batches(
     assert summed(2) == pytest.approx(summed(1), rel=0.01)  # and of the losses
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["dora", "stella", "loram_fr"], METHODS))
 def test_arrays_are_placed_as_in_training(model, method):
     target = resolve_plan(config_of(model, method=method, mesh="fsdp=4,tensor=2"))
     assert target.mesh
@@ -185,6 +187,7 @@ def test_format_mesh():
     assert format_mesh(sizes(1, 1, 1)) == "fsdp=1"
 
 
+@pytest.mark.slow
 def test_auto_selects_a_mesh_that_divides(model, quick_compilation):
     few = {"method": "lora", "mesh": "auto"}
     config = config_of(model, batch_size=4, **few)

@@ -20,6 +20,7 @@ from manifold_lora.methods import METHODS
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.step import TrainState, largest_residual, make_step
 from tests import adapters as tiny
+from tests.cases import slow_but
 from tests.configs import train_config
 from tests.tolerances import RESIDUAL
 
@@ -54,7 +55,9 @@ def same(one: Any, other: Any) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", slow_but(["lora", "stiefel_dora", "loram_br", "landing_stiefel"], METHODS)
+)
 def test_a_saved_adapter_continues_bit_for_bit(method: str, tmp_path: Path):
     given = AdapterConfig(method, rank=4, targets=TARGETS, rank_pattern=PATTERN)
     model = tiny.base(jnp.bfloat16)

@@ -68,11 +68,20 @@ def without_costs(summary: dict[str, Any]) -> dict[str, Any]:
     return {**summary, "seconds": 0, "peak_memory_bytes": 0}
 
 
-def same_outcome(settings: Settings, summary: dict[str, Any]) -> None:
+@pytest.fixture
+def uninterrupted(files: dict[str, Path]) -> Settings:
+    """The settings of a run to its end, which the first of these tests makes."""
+    out = files["model"].with_name("uninterrupted")
+    settings = {**files, **SETTINGS, "out": out, "remat": "none"}
+    run(settings)
+    return settings
+
+
+def same_outcome(settings: Settings, uninterrupted: Settings) -> None:
     """The run ended as one that was never interrupted, to the last bit."""
-    uninterrupted, _ = run(elsewhere(settings))
-    assert without_costs(summary) == without_costs(uninterrupted)
-    one, other = settings["out"], elsewhere(settings)["out"]
+    one, other = settings["out"], uninterrupted["out"]
+    summaries = [json.loads((x / "summary.json").read_text()) for x in (one, other)]
+    assert without_costs(summaries[0]) == without_costs(summaries[1])
     assert (one / ADAPTER).read_bytes() == (other / ADAPTER).read_bytes()
     assert (one / "start" / Path(ADAPTER).name).read_bytes() != (
         one / ADAPTER
@@ -116,9 +125,14 @@ def fail() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "stiefel"},
-        {"method": "loram_fr", "packing": True, "sequence_length": 40},
-        {"method": "dora", "dropout": 0.1, "accumulate": 2},
+        {"method": "stiefel", "dropout": 0.1, "packing": True, "sequence_length": 40},
+        pytest.param(
+            {"method": "loram_fr", "packing": True, "sequence_length": 40},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"method": "dora", "dropout": 0.1, "accumulate": 2}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda changes: changes["method"],
 )
@@ -131,18 +145,21 @@ def test_an_interrupted_run_resumes_bit_for_bit(settings, monkeypatch, changes):
     summary, text = run(settings)
     assert "Resuming from the checkpoint of step 4." in text
     assert summary["steps"] == 8
-    same_outcome(settings, summary)
+    run(elsewhere(settings))
+    same_outcome(settings, elsewhere(settings))
 
 
 @pytest.mark.smoke
-def test_sigterm_writes_a_checkpoint_and_the_run_resumes(settings, monkeypatch):
+def test_sigterm_writes_a_checkpoint_and_the_run_resumes(
+    settings, uninterrupted, monkeypatch
+):
     interrupt(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(training.Preempted, match="checkpoints/5 is written"):
         run(settings)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    summary, text = run(settings)
+    _, text = run(settings)
     assert "Resuming from the checkpoint of step 5." in text
-    same_outcome(settings, summary)
+    same_outcome(settings, uninterrupted)
 
 
 def test_patience_survives_an_interruption(settings, monkeypatch):
@@ -167,13 +184,13 @@ def test_a_finished_run_says_so_and_changes_nothing(settings):
     assert {p: p.stat().st_mtime_ns for p in settings["out"].rglob("*")} == before
 
 
-def test_overwrite_restarts(settings, monkeypatch):
+def test_overwrite_restarts(settings, uninterrupted, monkeypatch):
     interrupt(monkeypatch, 6, fail)
     with pytest.raises(Interrupted):
         run(settings)
-    summary, text = run(settings | {"overwrite": True})
+    _, text = run(settings | {"overwrite": True})
     assert "Resuming" not in text
-    same_outcome(settings, summary)
+    same_outcome(settings, uninterrupted)
 
 
 def interrupted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -195,13 +212,15 @@ def flip(directory: Path) -> str:
     return str(file.relative_to(directory))
 
 
-def test_a_corrupt_checkpoint_is_named_and_skipped(settings, monkeypatch):
+def test_a_corrupt_checkpoint_is_named_and_skipped(
+    settings, uninterrupted, monkeypatch
+):
     checkpoints = interrupted(settings, monkeypatch)
     name = flip(checkpoints / "6")
-    summary, text = run(settings)
+    _, text = run(settings)
     assert f"{checkpoints / '6'}: {name} was changed" in text
     assert "Resuming from the checkpoint of step 4." in text
-    same_outcome(settings, summary)
+    same_outcome(settings, uninterrupted)
 
 
 def test_no_intact_checkpoint(settings, monkeypatch):
@@ -260,6 +279,7 @@ def test_another_base_is_refused(settings, files, monkeypatch, tmp_path):
         run(settings)
 
 
+@pytest.mark.slow
 @pytest.mark.mesh
 def test_a_run_resumes_on_another_mesh(settings, monkeypatch):
     first = settings | {"method": "stella", "mesh": "fsdp=8"}
@@ -294,7 +314,8 @@ def test_meshes_that_do_not_fit(settings, mesh, message):
     assert not settings["out"].exists()
 
 
-@pytest.mark.timeout(300)  # five starts of the command
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # five starts of the command
 def test_kill_at_any_moment(settings, files):
     """Three times, at random moments, and then to the end."""
     rng = random.Random(0)

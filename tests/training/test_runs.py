@@ -113,6 +113,7 @@ def test_a_run_continues_from_an_adapter(settings: Settings, tmp_path: Path):
         assert not (tmp_path / name).exists()
 
 
+@pytest.mark.slow
 def test_a_continued_run_inherits_the_settings_of_its_adapter(
     settings: Settings, tmp_path: Path
 ):
@@ -192,6 +193,7 @@ def test_a_merged_model_is_saved_when_the_loss_is_nan(
     assert np.isfinite(kernel).all()
 
 
+@pytest.mark.slow
 def test_landing_is_reported_and_saved_as_exported(settings: Settings):
     given = settings | {"method": "landing_stiefel", "project_on_export": True}
     summary = run(given)
@@ -204,6 +206,7 @@ def test_landing_is_reported_and_saved_as_exported(settings: Settings):
     assert summary["energy_discarded"] == 0 and summary["ranks_exported"] == [4]
 
 
+@pytest.mark.slow
 def test_truncation_is_reported_and_saved_as_exported(settings: Settings):
     given = settings | {
         "method": "loram_br",

@@ -151,6 +151,7 @@ def test_the_adapter_is_the_best_one_and_gives_the_reported_loss(finished):
     assert evaluation.accuracy == summary["accuracy_after"]
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_and_other_seed_another(settings, tmp_path):
     losses = []
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
@@ -193,6 +194,7 @@ def test_finished_run_is_not_run_again(finished):
     assert (settings["out"] / "metrics.jsonl").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_another_configuration_needs_overwrite(settings):
     run(settings)
     with pytest.raises(ml.InputError, match="rank was 4, is 2.*--overwrite"):
