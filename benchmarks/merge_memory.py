@@ -6,8 +6,7 @@ MODEL is a Hugging Face directory, such as that of SmolLM2-135M. A random adapte
 linear layers is merged into it, in a process of its own: the peak of its resident
 memory, above what it has after all imports and the start of JAX, over the size of the
 model's files. The second row includes reading the written model back and comparing
-logits, for which XLA compiles a layer and holds a few copies of one. Linux only. Takes
-a minute on two cores.
+logits, in blocks of rows. Linux only. Takes half a minute on two cores.
 """
 
 import argparse

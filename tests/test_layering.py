@@ -18,7 +18,7 @@ BELOW = {
     "adapters": {"manifolds", "optimizers", "distributed", "models"},
     "data": set(),
     "checkpoints": {"manifolds", "distributed", "models", "adapters"},
-    "configuration": {"adapters", "distributed"},
+    "configuration": {"adapters", "distributed", "models"},
 }
 # A command is a subpackage: it may use all of the above and the commands named here.
 COMMANDS = {

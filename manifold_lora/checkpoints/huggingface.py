@@ -133,29 +133,6 @@ def open_llama(
     return model, tensors
 
 
-def load_layer(
-    config: LlamaConfig, layer: int, read: Callable[[str], np.ndarray]
-) -> Llama:
-    """One layer and the final norm as a model, without embedding and head.
-
-    The weights have the types of the file. Of float32 inputs it computes in float32.
-
-    Args:
-        config: of the whole model.
-        layer: which, from 0.
-        read: a tensor of the file by its name.
-    """
-    one = dataclasses.replace(config, num_hidden_layers=1)
-    model = nnx.eval_shape(lambda: Llama(one, rngs=nnx.Rngs(0)))
-    for row in _rows(one):
-        stacked = "{}" in row.name
-        if stacked or row.name == _NORM:
-            x = read(row.name.format(layer))
-            x = x.T if row.transposed else x
-            row.variable(model).set_value(jnp.asarray(x[None] if stacked else x))
-    return model
-
-
 def _leaf(
     row: _Row, variable: Any, tensors: Mapping[str, Any], config: LlamaConfig
 ) -> jax.Array:

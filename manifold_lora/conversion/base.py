@@ -13,6 +13,7 @@ from manifold_lora.checkpoints.model_files import model_files
 from manifold_lora.checkpoints.peft import fingerprint_of, linear_sizes
 from manifold_lora.conversion.probe import Model
 from manifold_lora.conversion.shards import Stored, stored_tensors
+from manifold_lora.conversion.updates import updates
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama
 
@@ -76,4 +77,5 @@ class Base(NamedTuple):
 
     def with_adapter(self, adapter: AdapterFile | None = None) -> Model:
         """What `compare_logits` needs of it."""
-        return Model(self.model.config, self.tensors, adapter)
+        added = {} if adapter is None else updates(adapter)
+        return Model(self.model.config, self.tensors, added)

@@ -1,31 +1,30 @@
-"""The logits of model directories on a few random tokens, one layer in memory."""
+"""The logits of model directories on a few random tokens, in NumPy.
 
-import gc
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+The forward pass is written again here, for files of which a few megabytes are read at
+a time: compiling that of `models` takes more memory than a small model has, and holds
+a whole layer.
+"""
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import numpy as np
-from flax import nnx
+from scipy.special import expit, softmax
 
-from manifold_lora.checkpoints.adapter_file import AdapterFile
-from manifold_lora.checkpoints.huggingface import load_layer
-from manifold_lora.checkpoints.peft import install_adapter
-from manifold_lora.conversion.shards import BLOCK, Stored
+from manifold_lora.conversion.shards import Stored
+from manifold_lora.conversion.updates import Update, Updates
 from manifold_lora.models import LlamaConfig
-from manifold_lora.models.layers import rope_angles, rope_frequencies
+from manifold_lora.models.layers import rope_frequencies
 
 _TOKENS = (2, 32)
 
 
 class Model(NamedTuple):
-    """A model in files, with an adapter or without one."""
+    """A model in files, with the updates of an adapter or without any."""
 
     config: LlamaConfig
     tensors: Mapping[str, Stored]
-    adapter: AdapterFile | None = None
+    updates: Updates = {}
 
 
 class Difference(NamedTuple):
@@ -38,16 +37,15 @@ class Difference(NamedTuple):
 def compare_logits(one: Model, other: Model) -> Difference:
     """The largest difference of the logits of two models of one vocabulary.
 
-    In float32, on a fixed batch of random tokens. The layers are loaded one at a time,
-    and the head in blocks, so that neither model is ever in memory.
+    In float32, on a fixed batch of random tokens. The weights are read in blocks of
+    rows, so that not even a layer is ever in memory. An update is added to what the
+    weight gives, x Wᵀ + s (x Aᵀ) Bᵀ, and not to the weight.
     """
     ids = np.random.default_rng(0).integers(0, one.config.vocab_size, _TOKENS)
     hidden = [_hidden_states(model, ids) for model in (one, other)]
     heads = [_head(model) for model in (one, other)]
     difference = size = 0.0
-    rows = max(1, BLOCK // one.config.hidden_size)
-    for first in range(0, one.config.vocab_size, rows):
-        block = first, min(first + rows, one.config.vocab_size)
+    for block in heads[0].blocks():
         x, y = (
             h @ head.read(block).astype(np.float32).T
             for h, head in zip(hidden, heads, strict=True)
@@ -64,51 +62,77 @@ def _head(model: Model) -> Stored:
 
 def _hidden_states(model: Model, ids: np.ndarray) -> np.ndarray:
     """What the head is applied to, (tokens, d)."""
-
-    def read(name: str) -> np.ndarray:
-        return model.tensors[name].read()
-
     embedding = model.tensors["model.embed_tokens.weight"]
     rows = [embedding.read((i, i + 1)) for i in ids.ravel().tolist()]
-    x = jnp.asarray(np.concatenate(rows).astype(np.float32)).reshape(*ids.shape, -1)
+    x = np.concatenate(rows).astype(np.float32).reshape(*ids.shape, -1)
     for layer in range(model.config.num_hidden_layers):
-        x = _layer_output(model, layer, read, x)
-        gc.collect()  # Flax' modules refer to themselves, and would pile up
-    norm = load_layer(model.config, 0, read).norm
-    return np.asarray(norm(x)).reshape(ids.size, -1)
+        x = _layer(model, f"model.layers.{layer}", x)
+    return _norm(model, "model.norm", x).reshape(ids.size, -1)
 
 
-def _layer_output(
-    model: Model, layer: int, read: Callable[[str], np.ndarray], x: jax.Array
-) -> jax.Array:
-    """One layer applied, (b, t, d)."""
-    one = load_layer(model.config, layer, read)
-    if model.adapter is not None:
-        own = _of_layer(model.adapter, layer)
-        if own.modules:
-            install_adapter(one, own)
-    graph, state = nnx.split(one.layers)
-    return jax.block_until_ready(_run((one.config, graph), state, x))
+def _layer(model: Model, name: str, x: np.ndarray) -> np.ndarray:
+    """One block: x + attention(norm(x)), then x + mlp(norm(x)), of (b, t, d)."""
+
+    def linear(part: str, x: np.ndarray) -> np.ndarray:
+        return _linear(model, f"{name}.{part}_proj", x)
+
+    h = _norm(model, f"{name}.input_layernorm", x)
+    heads = (*x.shape[:2], -1, model.config.head_dim)
+    q, k, v = (linear(f"self_attn.{part}", h).reshape(heads) for part in "qkv")
+    y = _attention(_rotated(model, q), _rotated(model, k), v)
+    x = x + linear("self_attn.o", y.reshape(*x.shape[:2], -1))
+    h = _norm(model, f"{name}.post_attention_layernorm", x)
+    gate = linear("mlp.gate", h)
+    return x + linear("mlp.down", gate * expit(gate) * linear("mlp.up", h))
 
 
-def _of_layer(adapter: AdapterFile, layer: int) -> AdapterFile:
-    """The adapter of one layer, as of the first."""
-    prefix = f"model.layers.{layer}."
-    modules = {
-        "model.layers.0." + full.removeprefix(prefix): module
-        for full, module in adapter.modules.items()
-        if full.startswith(prefix)
-    }
-    return adapter._replace(modules=modules)
+def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Causal, with fewer heads in k and v, (b, t, h, head_dim)."""
+    _, t, heads, size = q.shape
+    k, v = (x.repeat(heads // x.shape[2], axis=2) for x in (k, v))
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.float32(np.sqrt(size))
+    scores[..., ~np.tri(t, dtype=bool)] = -np.inf
+    return np.einsum("bhqk,bkhd->bqhd", softmax(scores, axis=-1), v)
 
 
-@partial(jax.jit, static_argnums=0)
-def _run(static: Any, state: Any, x: jax.Array) -> jax.Array:
-    """One layer, of which `state` has a stack of one; compiled once for all."""
-    config, graph = static
-    time = jnp.arange(x.shape[1])
-    rope = rope_angles(rope_frequencies(config), time[None])
-    mask = (time[:, None] >= time)[None, None]
-    block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
-    with jax.default_matmul_precision("highest"):
-        return block(x, rope, mask)[0]
+def _rotated(model: Model, x: np.ndarray) -> np.ndarray:
+    """RoPE, (b, t, h, head_dim)."""
+    positions = np.arange(x.shape[1], dtype=np.float32)[:, None, None]
+    angles = positions * rope_frequencies(model.config)  # (t, 1, head_dim / 2)
+    cos, sin = np.cos(angles), np.sin(angles)
+    left, right = np.split(x, 2, axis=-1)
+    return np.concatenate((left * cos - right * sin, right * cos + left * sin), axis=-1)
+
+
+def _norm(model: Model, name: str, x: np.ndarray) -> np.ndarray:
+    """RMSNorm, w · x / sqrt(mean(x²) + ε)."""
+    mean_square = np.mean(x * x, axis=-1, keepdims=True)
+    scale = model.tensors[f"{name}.weight"].read().astype(np.float32)
+    return scale * x / np.sqrt(mean_square + np.float32(model.config.rms_norm_eps))
+
+
+def _linear(model: Model, name: str, x: np.ndarray) -> np.ndarray:
+    """A projection with its update, (b, t, in) to (b, t, out)."""
+    weight = model.tensors[f"{name}.weight"]
+    update = model.updates.get(name)
+    flat = x.reshape(-1, x.shape[-1])  # one product, not one a sequence
+    parts = []
+    for rows in weight.blocks():
+        w = weight.read(rows).astype(np.float32)
+        y = flat @ w.T
+        if update is not None:
+            part = _rows_of(update, slice(*rows))
+            y += (flat @ part.a.T) @ part.b.T
+            if part.magnitude is not None:
+                y *= part.magnitude / np.linalg.norm(w + part.b @ part.a, axis=1)
+        parts.append(y)
+    y = np.concatenate(parts, axis=-1).reshape(*x.shape[:-1], -1)
+    bias = model.tensors.get(f"{name}.bias")
+    return y if bias is None else y + bias.read().astype(np.float32)
+
+
+def _rows_of(update: Update, rows: slice) -> Update:
+    """Some outputs of an update, in float32, its scale in B."""
+    b = np.float32(update.scale) * update.b[rows].astype(np.float32)
+    a, magnitude = update.a.astype(np.float32, copy=False), update.magnitude
+    return Update(a, b, 1.0, None if magnitude is None else magnitude[rows])
