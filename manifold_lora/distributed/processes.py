@@ -137,7 +137,7 @@ def _sum_over_all_axes(mesh: Mesh) -> Any:
     def program() -> jax.Array:
         total = jax.numpy.int32(0)
         for axes in sequences:
-            total = jax.lax.psum(total + jax.lax.axis_index(names), axes)
+            total = jax.lax.psum(total + jax.lax.axis_index(tuple(names)), axes)
         return total
 
     return jax.jit(jax.shard_map(program, mesh=mesh, in_specs=(), out_specs=P()))
