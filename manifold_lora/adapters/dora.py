@@ -53,7 +53,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base: Linear, config: AdapterConfig, **options: Any):
         super().__init__(base, config, **options)
-        m0 = row_norms(base.kernel[...])
+        m0 = base.map_kernel(row_norms)
         self.m0 = nnx.Variable(m0, axes=self._mesh_axes(MAGNITUDE))
 
     @classmethod
@@ -83,15 +83,23 @@ class DoRALinear(LoRALinear):
 
     def weight(self) -> jax.Array:
         """The change of the whole layer, float32 ((layers,) in, out)."""
-        kernel = self.base.kernel[...].astype(jnp.float32)
-        return self._gain()[..., None, :] * (kernel + super().weight()) - kernel
+
+        def change(kernel: jax.Array, total: jax.Array) -> jax.Array:
+            return total - kernel.astype(jnp.float32)
+
+        return self.base.map_kernel(change, self._total())
 
     def merge(self) -> Linear:
         """The plain layer m ⊙ (W + sBAᵀ)/‖·‖, in float32 and rounded once."""
-        kernel = self.base.kernel
-        total = kernel[...].astype(jnp.float32) + super().weight()
-        kernel.set_value((self._gain()[..., None, :] * total).astype(kernel.dtype))
-        return self.base
+        return self.base.with_kernel(self._total())
+
+    def _total(self) -> jax.Array:
+        """The weight m ⊙ (W + sBAᵀ)/‖·‖ of the whole layer, in float32."""
+
+        def total(kernel: jax.Array, gain: jax.Array, delta: jax.Array) -> jax.Array:
+            return gain[..., None, :] * (kernel.astype(jnp.float32) + delta)
+
+        return self.base.map_kernel(total, self._gain(), super().weight())
 
     def _gain(self) -> jax.Array:
         """The gain m/‖W + sBAᵀ‖ of every output, ((layers,) out)."""

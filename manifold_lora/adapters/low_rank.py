@@ -65,7 +65,7 @@ class LowRankLinear(nnx.Module):
         alphas: Sequence[float] | None = None,
         arrays: Mapping[str, Sequence[np.ndarray]] | None = None,
     ):
-        batch = base.kernel.shape[:-2]
+        batch = base.shape[:-2]
         count = math.prod(batch)
         self.base = base
         self.config = config
@@ -160,10 +160,11 @@ class LowRankLinear(nnx.Module):
 
     def merge(self) -> Linear:
         """The plain layer with W + ΔW, summed in float32 and rounded once."""
-        kernel = self.base.kernel
-        merged = kernel[...].astype(jnp.float32) + self.weight()
-        kernel.set_value(merged.astype(kernel.dtype))
-        return self.base
+
+        def merged(kernel: jax.Array, delta: jax.Array) -> jax.Array:
+            return kernel.astype(jnp.float32) + delta
+
+        return self.base.with_kernel(self.base.map_kernel(merged, self.weight()))
 
     def export(self) -> list[dict[str, np.ndarray]]:
         """What PEFT's file holds of every layer, by the ends of the tensors' names.
@@ -213,16 +214,18 @@ class LowRankLinear(nnx.Module):
         ]
 
     def _initialised(self, key: jax.Array) -> Arrays:
-        kernel = self.base.kernel[...]
         if len({*zip(self.ranks, self.alphas, strict=True)}) == 1:
             config = dataclasses.replace(self.config, alpha=self.alphas[0])
-            return self.init(key, kernel, self.rank, config)
+            return self.base.map_kernel(
+                lambda kernel: self.init(key, kernel, self.rank, config)
+            )
         layers: list[Arrays] = []
         least = min(rank for rank in self.ranks if rank)
         for layer, rank in enumerate(self.ranks):
             own = jax.random.fold_in(key, layer)
             config = dataclasses.replace(self.config, alpha=self.alphas[layer])
-            layers.append(self.init(own, kernel[layer], rank or least, config))
+            init = partial(self.init, own, rank=rank or least, config=config)
+            layers.append(self.base.map_kernel(lambda kernel: init(kernel[layer])))  # noqa: B023
         return self._stacked({k: [arrays[k] for arrays in layers] for k in layers[0]})
 
     def _stacked(self, arrays: Mapping[str, Sequence[Any]]) -> Arrays:

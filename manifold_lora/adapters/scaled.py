@@ -1,5 +1,7 @@
 """The diagonal scaling D₁ W D₂ + ΔW around another adapter."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,7 +24,7 @@ class ScaledLinear(nnx.Module):
 
     def __init__(self, adapter: LowRankLinear):
         self.adapter = adapter
-        *batch, n, m = adapter.base.kernel.shape
+        *batch, n, m = adapter.base.shape
         layers = ("layers",) * len(batch)
         inputs, outputs = adapter.base.axes
         self.d1 = nnx.LoRAParam(
@@ -42,12 +44,13 @@ class ScaledLinear(nnx.Module):
 
     def merge(self) -> Linear:
         """The plain layer with D₁ W D₂ + ΔW, in float32 and rounded once."""
-        kernel = self.adapter.base.kernel
-        d1, d2 = self.diagonals()
-        scaled = d2[..., None] * kernel[...].astype(jnp.float32)
-        merged = scaled * d1[..., None, :] + self.adapter.weight()
-        kernel.set_value(merged.astype(kernel.dtype))
-        return self.adapter.base
+
+        def merged(kernel: jax.Array, delta: jax.Array, d1: Any, d2: Any) -> jax.Array:
+            scaled = d2[..., None] * kernel.astype(jnp.float32)
+            return scaled * d1[..., None, :] + delta
+
+        base, delta = self.adapter.base, self.adapter.weight()
+        return base.with_kernel(base.map_kernel(merged, delta, *self.diagonals()))
 
     def diagonals(self) -> tuple[jax.Array, jax.Array]:
         """D₁ and D₂, which are I in a layer that is not adapted."""

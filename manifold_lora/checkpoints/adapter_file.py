@@ -38,6 +38,7 @@ from manifold_lora.checkpoints.tensors import load_tensors
 from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.manifolds import Manifold
+from manifold_lora.models.quantised import BaseDtype
 
 _PICKLES = (".bin", ".pt", ".pth")
 Tensors = Mapping[str, np.ndarray]
@@ -49,6 +50,10 @@ _STELLA = {
     "stella_S.weight": ("r", "r"),
     "stella_Vt.weight": ("r", "in"),
 }
+
+
+# What manifold_lora.json holds beside the settings of the adapter.
+_NO_SETTINGS = {"base", "base_dtype", "format"}
 
 
 class ModuleFactors(NamedTuple):
@@ -71,6 +76,7 @@ class AdapterFile(NamedTuple):
     modules: dict[str, ModuleFactors]  # by full name
     base: str | None  # fingerprint of the base, in our own
     peft: Mapping[str, Any] = {}  # adapter_config.json
+    base_dtype: BaseDtype | None = None  # what the base was quantised to in training
 
 
 def adapter_directory(path: Path) -> Path:
@@ -108,6 +114,11 @@ def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
     extra = read_json(path / EXTRA) if (path / EXTRA).is_file() else {}
     if not isinstance(extra.get("base", ""), str):
         raise InputError(f"{path / EXTRA}: base must be text, got {extra['base']!r}.")
+    if extra.get("base_dtype") not in (None, *typing.get_args(BaseDtype)):
+        raise InputError(
+            f"{path / EXTRA}: base_dtype must be int8 or nf4, got "
+            f"{extra['base_dtype']!r}."
+        )
     format = extra.get("format", "peft")  # which earlier files do not name
     if format not in typing.get_args(Format):
         raise InputError(
@@ -124,7 +135,8 @@ def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
     if extra or stored:
         scales = {full: peft_scale(config, full) for full in modules}
         check_same(path, settings, declared, modules, by_module, scales, folded)
-    return AdapterFile(settings.method, settings, modules, extra.get("base"), config)
+    base, base_dtype = extra.get("base"), extra.get("base_dtype")
+    return AdapterFile(settings.method, settings, modules, base, config, base_dtype)
 
 
 def _remedy(path: Path) -> str:
@@ -242,7 +254,7 @@ def _settings(
     extra = {"init" if key == "start" else key: x for key, x in extra.items()}
     shared = {field.name for field in dataclasses.fields(AdapterConfig)} - {"options"}
     names = shared | fields_by_option().keys()
-    if unknown := sorted(extra.keys() - names - {"base", "format"}):
+    if unknown := sorted(extra.keys() - names - _NO_SETTINGS):
         raise InputError(
             f"{path / EXTRA}: unknown key {unknown[0]!r}. {nearest(unknown[0], names)} "
             "It may be of a newer version."
@@ -271,9 +283,7 @@ def _settings(
     options |= {
         key: value
         for key, value in extra.items()
-        if key not in {*shared, "base", "format"}
-        and value is not None
-        and value is not False
+        if key not in shared | _NO_SETTINGS and value is not None and value is not False
     }
     try:
         return AdapterConfig(**given, options=options)

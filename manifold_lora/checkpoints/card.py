@@ -17,6 +17,12 @@ _MEASURES = {
     "accuracy": "token accuracy",
     "exact_match": "exact match",
 }
+_EXACT = (
+    "It was trained on the base in {0}, in blocks of 64 inputs with a float32 scale "
+    "each, and is exact on that: load the base with `--base-dtype {0}`, or merge it "
+    "with `manifold-lora merge`, which adds ΔW to the de-quantised base. On the base "
+    "as it is in its files the outputs differ by what quantising takes away."
+)
 _SHOWN = ("steps", "epochs", "learning_rate", "batch_size", "sequence_length", "seed")
 
 
@@ -43,6 +49,7 @@ def model_card(
     base_id: str | None,
     rank: int,
     *,
+    base_dtype: str | None = None,
     library: str = "peft",
     license: str | None = None,
     run: Run | None = None,
@@ -53,6 +60,7 @@ def model_card(
         config: of the adapter.
         base_id: name or path of the base.
         rank: the largest in the files.
+        base_dtype: what the base was quantised to in training: int8, nf4 or None.
         library: that loads the files: peft, mlx or stella.
         license: of the adapter, as the Hub calls it, such as apache-2.0.
         run: that trained it, for settings, data and scores.
@@ -65,8 +73,10 @@ def model_card(
         f"A low-rank adapter, trained with manifold-lora by the method "
         f"`{config.method}` ({options.paper}), with ΔW = {options.update}.",
         "## Settings",
-        _table(("setting", "value"), _settings(config, base, run)),
+        _table(("setting", "value"), _settings(config, base, base_dtype, run)),
     ]
+    if base_dtype is not None:
+        lines.append(_EXACT.format(base_dtype))
     if run is not None:
         lines += ["## Data", _data(run.settings), "## Scores", _scores(run.summary)]
     lines += ["## How to load", _usage(base, rank, options.export == "DoRA", library)]
@@ -120,7 +130,7 @@ def _is_on_hub(base: str) -> bool:
 
 
 def _settings(
-    config: AdapterConfig, base: str, run: Run | None
+    config: AdapterConfig, base: str, base_dtype: str | None, run: Run | None
 ) -> list[tuple[str, Any]]:
     targets = config.targets
     if not isinstance(targets, str):
@@ -134,6 +144,8 @@ def _settings(
         ("targets", targets),
         ("dropout", config.dropout),
     ]
+    if base_dtype is not None:
+        rows.append(("base quantised to", base_dtype))
     rows += [
         (name.replace("_", " "), ", ".join(f"{k}: {v}" for k, v in pattern.items()))
         for name in ("rank_pattern", "alpha_pattern")

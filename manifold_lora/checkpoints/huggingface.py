@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +24,18 @@ from manifold_lora.checkpoints.model_files import WEIGHTS, open_tensors
 from manifold_lora.checkpoints.tensors import FLOATS, all_finite
 from manifold_lora.decoding import read_json
 from manifold_lora.distributed.arrays import to_host
+from manifold_lora.distributed.mesh import divisibility_errors
 from manifold_lora.distributed.processes import is_main
 from manifold_lora.distributed.sharding import logical_axes, storage_spec
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
+from manifold_lora.models.quantised import (
+    BLOCK,
+    BaseDtype,
+    QuantisedLinear,
+    quantise,
+    quantised_parts,
+)
 
 _NORM = "model.norm.weight"
 _ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
@@ -48,6 +56,13 @@ class _Row(NamedTuple):
     def variable(self, model: Llama) -> Any:
         """The leaf itself, an `nnx.Param`."""
         return attrgetter(self.leaf)(model)
+
+    def quantised(self, model: Llama) -> QuantisedLinear | None:
+        """The module that has the leaf in parts, None if it is a single variable."""
+        module = (
+            attrgetter(self.leaf.rpartition(".")[0])(model) if self.transposed else None
+        )
+        return module if isinstance(module, QuantisedLinear) else None
 
     def names(self, config: LlamaConfig) -> list[str]:
         """The names in the file: one per layer, or a single one."""
@@ -96,22 +111,44 @@ def _ignored(name: str, config: LlamaConfig) -> bool:
 
 
 def load_llama(
-    path: str | os.PathLike[str], dtype: jnp.dtype | type = jnp.float32
+    path: str | os.PathLike[str],
+    dtype: jnp.dtype | type = jnp.float32,
+    base_dtype: BaseDtype | None = None,
 ) -> Llama:
     """Read a Hugging Face LLaMA directory: config.json and safetensors.
 
-    Weights of any float dtype are rounded once to `dtype`. On the mesh of
-    `jax.set_mesh` the weights are sharded: a host reads only the shards of its devices,
-    each byte once, and holds one tensor of the file in memory at a time. A head that
-    differs from the embedding is loaded even if the config ties them, as transformers 5
-    does. Raises `InputError` for a directory, config or tensor that is not that of a
-    LLaMA, one message listing all bad tensors, and for NaN or infinite weights.
+    Weights of any float dtype are rounded once to `dtype`. With `base_dtype` "int8" or
+    "nf4" the projections of the layers become `QuantisedLinear`, one tensor of the file
+    after the other, quantised from their values in float32.
+
+    On the mesh of `jax.set_mesh` the weights are sharded: a host reads only the shards
+    of its devices, each byte once, and holds one tensor of the file in memory at a
+    time. A head that differs from the embedding is loaded even if the config ties them,
+    as transformers 5 does. Raises `InputError` for a directory, config or tensor that
+    is not that of a LLaMA, one message listing all bad tensors, for NaN or infinite
+    weights, and for a model or mesh that `base_dtype` does not fit.
     """
     model, tensors = open_llama(path, dtype)
+    if base_dtype is not None:
+        mesh = jax.sharding.get_mesh()
+        if errors := divisibility_errors(mesh.shape, model.config, block=BLOCK):
+            raise InputError("--mesh: " + "; ".join(errors) + ".")
+        model = nnx.eval_shape(
+            lambda: quantise(_random(model.config, dtype), base_dtype)
+        )
     for row in _rows(model.config):
-        variable = row.variable(model)
-        variable.set_value(_leaf(row, variable, tensors, model.config))
+        if linear := row.quantised(model):
+            variables, kind = linear.parts, linear.base_dtype
+        else:
+            variables, kind = (row.variable(model),), None
+        leaves = _leaves(row, variables, tensors, model.config, kind)
+        for variable, leaf in zip(variables, leaves, strict=True):
+            variable.set_value(leaf)
     return model
+
+
+def _random(config: LlamaConfig, dtype: jnp.dtype | type) -> Llama:
+    return Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
 
 
 def open_llama(
@@ -128,51 +165,75 @@ def open_llama(
     _check_layers(path, config, tensors)
     if config.tie_word_embeddings and _has_own_head(tensors):
         config = dataclasses.replace(config, tie_word_embeddings=False)
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: _random(config, dtype))
     _check(path, model, tensors)
     return model, tensors
 
 
-def _leaf(
-    row: _Row, variable: Any, tensors: Mapping[str, Any], config: LlamaConfig
-) -> jax.Array:
-    """The leaf of a row, from the shards of its tensors that the devices need."""
-    shape, dtype = variable.shape, variable.dtype
+def _leaves(
+    row: _Row,
+    variables: Sequence[Any],
+    tensors: Mapping[str, Any],
+    config: LlamaConfig,
+    base_dtype: BaseDtype | None,
+) -> tuple[jax.Array, ...]:
+    """The leaves of a row, from the shards of its tensors that the devices need.
+
+    Args:
+        row: of the table.
+        variables: the leaf, or the parts of `QuantisedLinear`, as shapes.
+        tensors: the files.
+        config: of the model.
+        base_dtype: None for a single leaf.
+    """
+    shape = variables[0].shape
+    dtype = variables[0].dtype if base_dtype is None else jnp.dtype(jnp.float32)
     mesh = jax.sharding.get_mesh()
-    spec = P() if mesh.empty else storage_spec(logical_axes(variable), shape, mesh)
 
     def sharding(spec: P) -> jax.NamedSharding | None:
         return None if mesh.empty else jax.NamedSharding(mesh, spec)
 
+    specs = [
+        P() if mesh.empty else storage_spec(logical_axes(v), v.shape, mesh)
+        for v in variables
+    ]
+    spec, shardings = specs[0], tuple(map(sharding, specs))
     stacked = "{}" in row.name
     # Loaded as in the file: devices transpose faster, and the host need not copy.
     axes = [*zip(shape, (*spec, *(None,) * len(shape)), strict=False)][stacked:]
     size, tensor_spec = zip(*(axes[::-1] if row.transposed else axes), strict=True)
-    insert = _make_insert(sharding(spec), row.transposed)
-    stack = None
+    insert = _make_insert(shardings, row.transposed, base_dtype)
+    stacks = None
     if stacked:
-        stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding(spec))()
+        shapes = [(v.shape, v.dtype) for v in variables]
+        stacks = jax.jit(
+            lambda: tuple(jnp.zeros(*each) for each in shapes), out_shardings=shardings
+        )()
     for index, name in enumerate(row.names(config)):
         x = _tensor(tensors[name], name, size, dtype, sharding(P(*tensor_spec)))
         # Wait, or the tensors of all layers would queue up in memory.
-        stack = jax.block_until_ready(insert(stack, x, index))
-    assert stack is not None
-    return stack
+        stacks = jax.block_until_ready(insert(stacks, x, index))
+    assert stacks is not None
+    return stacks
 
 
 @functools.cache
 def _make_insert(
-    sharding: jax.NamedSharding | None, transposed: bool
-) -> Callable[..., jax.Array]:
-    """A function that writes one tensor into the stack, in place if there is one."""
+    shardings: tuple[jax.NamedSharding | None, ...],
+    transposed: bool,
+    base_dtype: BaseDtype | None,
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """A function that writes one tensor into the stacks, in place if there are any."""
+    write = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
 
-    def insert(stack: jax.Array | None, x: jax.Array, index: Any) -> jax.Array:
+    def insert(stacks: Any, x: jax.Array, index: Any) -> tuple[jax.Array, ...]:
         x = x.T if transposed else x
-        if stack is None:
-            return x
-        return jax.lax.dynamic_update_index_in_dim(stack, x, index, axis=0)
+        parts = (x,) if base_dtype is None else quantised_parts(x, base_dtype)
+        if stacks is None:
+            return parts
+        return tuple(map(write, stacks, parts, [index] * len(parts)))
 
-    return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
+    return jax.jit(insert, donate_argnums=0, out_shardings=shardings)
 
 
 def _tensor(
@@ -203,10 +264,18 @@ def _tensor(
 
 
 def hf_tensors(model: Llama) -> dict[str, np.ndarray]:
-    """The model's weights under their Hugging Face names, in the model's dtype."""
+    """The model's weights under their Hugging Face names, in the model's dtype.
+
+    Of quantised projections the de-quantised ones.
+    """
     tensors = {}
     for row in _rows(model.config):
-        leaf = to_host(row.variable(model)[...])
+        linear = row.quantised(model)
+        leaf = to_host(
+            row.variable(model)[...]
+            if linear is None
+            else linear.map_kernel(lambda w: w)
+        )
         for name, matrix in row.matrices(leaf, model.config):
             tensors[name] = np.ascontiguousarray(matrix)
     return tensors

@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from manifold_lora.distributed.arrays import to_host
 from manifold_lora.distributed.processes import is_main
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama
+from manifold_lora.models.quantised import base_dtype_of
 
 
 def save_adapter(
@@ -102,13 +104,16 @@ def save_adapter(
         "use_dora": config.options.export == "DoRA",
         "use_rslora": config.rslora,
     }
+    base_dtype = base_dtype_of(model)
     settings = adapter_settings(config) | {"base": fingerprint(model)}
+    if base_dtype is not None:
+        settings["base_dtype"] = base_dtype
     if not is_main():
         return
     with atomic_directory(path) as partial:
         write_files(partial, modules, peft, settings, format)
         rank = max(module.rank for module in modules.values())
-        text = model_card(config, base_id, rank, license=license)
+        text = model_card(config, base_id, rank, base_dtype=base_dtype, license=license)
         (partial / CARD).write_text(text, encoding="utf-8")
         for stray in Path(path).glob(".*"):  # such as .DS_Store
             (shutil.copytree if stray.is_dir() else shutil.copy2)(
@@ -161,8 +166,9 @@ def fingerprint(model: Llama, version: int = 2) -> str:
     """Identify the weights of a base, by a hash of some of all of them.
 
     Of every projection eight rows, of the embedding the first 64, and the norms: not
-    all weights, which would take minutes. Rounded to bfloat16, so that it does not
-    depend on the dtype the model was loaded in.
+    all weights, which would take minutes. Rounded to bfloat16, of a quantised
+    projection before it was quantised, so that it does not depend on the dtypes the
+    model was loaded in.
 
     Args:
         model: with or without adapters.
@@ -177,8 +183,7 @@ def fingerprint(model: Llama, version: int = 2) -> str:
     ]
     if version > 1:
         for _, parent, attribute in projections(model):
-            kernel = _base(getattr(parent, attribute)).kernel[...]
-            parts.append(kernel[:, :: -(-kernel.shape[1] // 8)])
+            parts.append(_base(getattr(parent, attribute)).sample())
     return fingerprint_of(map(to_host, parts), version)
 
 
@@ -263,8 +268,8 @@ def _adapter(model: Llama, name: str, linear: Any, file: AdapterFile) -> LowRank
         if module is not None:
             layers.append(module.factors)
         else:  # no column of these is kept: only an array without columns matters
-            kernel = linear.kernel[...][layer].astype(np.float32)
-            initial = cls.init(jax.random.key(0), kernel, 1, plain)
+            init = partial(cls.init, jax.random.key(0), rank=1, config=plain)
+            initial = linear.map_kernel(lambda kernel: init(kernel[layer]))  # noqa: B023
             layers.append(present | {k: np.asarray(x) for k, x in initial.items()})
     return cls(
         linear,

@@ -48,7 +48,14 @@ class BaseConfig(Part):
         default_text="the small built-in base",
     )
     dtype: Literal["float32", "bfloat16"] | None = setting(
-        None, "of the base", default_text="bfloat16 on accelerators, float32 on CPU"
+        None,
+        "of the base and of its products",
+        default_text="bfloat16 on accelerators, float32 on CPU",
+    )
+    base_dtype: Literal["int8", "nf4"] | None = setting(
+        None,
+        "what the base's projections are stored in, in blocks of 64 inputs",
+        default_text="--dtype",
     )
 
 

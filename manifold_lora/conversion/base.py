@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,10 +12,26 @@ from manifold_lora.checkpoints.huggingface import open_llama
 from manifold_lora.checkpoints.model_files import model_files
 from manifold_lora.checkpoints.peft import fingerprint_of, linear_sizes
 from manifold_lora.conversion.probe import Model
-from manifold_lora.conversion.shards import Stored, stored_tensors
+from manifold_lora.conversion.shards import Rows, Stored, stored_tensors
 from manifold_lora.conversion.updates import updates
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama
+from manifold_lora.models.quantised import BaseDtype, rounded_rows
+
+
+class Rounded(NamedTuple):
+    """A weight in a file that is read as a quantised model has it."""
+
+    stored: Stored
+    base_dtype: BaseDtype
+
+    def blocks(self) -> Iterator[Rows]:
+        """The rows in blocks."""
+        return self.stored.blocks()
+
+    def read(self, rows: Rows | None = None) -> np.ndarray:
+        """The weight, or some of its rows, de-quantised."""
+        return rounded_rows(self.stored.read(rows), self.base_dtype)
 
 
 class Base(NamedTuple):
@@ -76,6 +92,16 @@ class Base(NamedTuple):
             )
 
     def with_adapter(self, adapter: AdapterFile | None = None) -> Model:
-        """What `compare_logits` needs of it."""
-        added = {} if adapter is None else updates(adapter)
-        return Model(self.model.config, self.tensors, added)
+        """What `compare_logits` needs of it, quantised as it was for the adapter."""
+        if adapter is None:
+            return Model(self.model.config, self.tensors)
+        tensors: dict[str, Any] = dict(self.tensors)
+        if adapter.base_dtype is not None:
+            for name in self.projections:
+                tensors[name] = Rounded(self.tensors[name], adapter.base_dtype)
+        return Model(self.model.config, tensors, updates(adapter))
+
+    @property
+    def projections(self) -> list[str]:
+        """The names of the weights that `base_dtype` quantises."""
+        return [f"{full}.weight" for full in linear_sizes(self.model)]

@@ -90,6 +90,13 @@ def check_same_base(sources: Sequence[Weighted]) -> None:
     bases = {s.adapter.base: s.path for s in sources if s.adapter.base is not None}
     if len({base.count(":") for base in bases}) < len(bases):  # two of one version
         errors += [f"{path}: fingerprint {base}" for base, path in bases.items()]
+    stored = {
+        s.adapter.base_dtype or "its own type": s.path
+        for s in sources
+        if s.adapter.base is not None
+    }
+    if len(stored) > 1:
+        errors += [f"{path}: trained on the base in {x}" for x, path in stored.items()]
     if errors:
         raise InputError(
             "The adapters are of different bases:\n  "

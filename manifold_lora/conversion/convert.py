@@ -154,7 +154,7 @@ def converted(
         full: _module(method, config, update, *settings[full])
         for full, update in pairs.items()
     }
-    return AdapterFile(method, config, modules, adapter.base, adapter.peft)
+    return adapter._replace(method=method, config=config, modules=modules)
 
 
 def _check_dora(adapter: AdapterFile, method: str) -> None:

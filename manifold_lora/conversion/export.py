@@ -101,6 +101,7 @@ def _card(config: ExportConfig, path: Path, source: Source) -> str:
         source.adapter.config,
         source.peft["base_model_name_or_path"],
         max(module.rank for module in source.modules().values()),
+        base_dtype=source.adapter.base_dtype,
         library=FORMATS[config.format].library,
         license=config.license,
         run=run,
@@ -118,7 +119,7 @@ class _Probe(NamedTuple):
         """None without the weights of a base."""
         if model is None or not any(model.glob("*.safetensors")):
             return None
-        base = load_llama(model, jnp.float32)
+        base = load_llama(model, jnp.float32, read_adapter(adapter).base_dtype)
         load_adapter(adapted := nnx.clone(base), adapter)
         return cls(base, probe_logits(adapted))
 

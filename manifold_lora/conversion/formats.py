@@ -90,6 +90,8 @@ def _write_peft(path: Path, source: Source, format: Format) -> None:
     settings = None
     if adapter.base is not None:  # of this library, which can train it further
         settings = adapter_settings(adapter.config) | {"base": adapter.base}
+        if adapter.base_dtype is not None:
+            settings["base_dtype"] = adapter.base_dtype
     write_files(path, source.modules(), source.peft, settings, format)
 
 

@@ -1,7 +1,6 @@
 """Merge adapters into a model file by file, or combine them into one adapter."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from manifold_lora.conversion.write import check_output, write_adapter
 from manifold_lora.data.builtin import BASE
 from manifold_lora.decoding import read_json
 from manifold_lora.distributed.mesh import all_devices
+from manifold_lora.models.quantised import BaseDtype, rounded_rows
 
 _CONFIG = "config.json"
 
@@ -42,6 +42,7 @@ def merge_files(config: MergeConfig, console: Console | None = None) -> dict[str
     """Merge adapters into a model directory, or combine them into one adapter.
 
     Every weight is W + Σ wᵢ ΔWᵢ in float32, rounded once to the type it is stored in.
+    W of adapters that were trained on a quantised base is that, de-quantised.
     The files are written in blocks of rows: neither the model nor one of its tensors is
     in memory at once. They are the base's: the same shards, index, tokenizer, chat
     template and generation files. The written model is read back and its logits are
@@ -54,8 +55,9 @@ def merge_files(config: MergeConfig, console: Console | None = None) -> dict[str
 
     Returns:
         `out`, `modules`, their number, `ranks`, `energy_discarded`, the share of Σσ²
-        that `rank` cuts off, `largest_logit_difference` on a batch of random tokens,
-        and `largest_logit`, for comparison; the last two are None for an adapter.
+        that `rank` cuts off, `base_dtype`, what W was rounded to before,
+        `largest_logit_difference` on a batch of random tokens, and `largest_logit`, for
+        comparison; the last two are None for an adapter.
 
     Raises:
         InputError: an adapter cannot be read, is of another base or cannot be added,
@@ -73,6 +75,7 @@ def merge_files(config: MergeConfig, console: Console | None = None) -> dict[str
     read = read_adapter if base is None else base.read_adapter
     sources = [Weighted(path, read(path), weight) for path, weight in paths]
     check_same_base(sources)
+    base_dtype = next((x for s in sources if (x := s.adapter.base_dtype)), None)
     sums, discarded = combined(sources), 0.0
     if config.rank is not None:
         sums, discarded = truncated(sums, config.rank)
@@ -81,13 +84,16 @@ def merge_files(config: MergeConfig, console: Console | None = None) -> dict[str
         "modules": len(sums),
         "ranks": ranks(sums),
         "energy_discarded": discarded,
+        "base_dtype": base_dtype,
         "largest_logit_difference": None,
         "largest_logit": None,
     }
     (first, *others) = sources
     adapter = first.adapter  # by the code of its own method, if it is merged as it is
     if others or first.weight != 1 or config.rank is not None:
-        adapter = as_adapter(sums)._replace(base=adapter.base, peft=adapter.peft)
+        adapter = as_adapter(sums)._replace(
+            base=adapter.base, peft=adapter.peft, base_dtype=base_dtype
+        )
         adapter = converted(adapter, adapter.method)  # with the patterns of its ranks
     if base is None:
         write_adapter(config.out, adapter)
@@ -105,15 +111,26 @@ def _merge(
 ) -> Difference:
     """Write the merged model, and compare it with the base with the adapter."""
     with atomic_directory(out) as partial:
-        _write_model(base, sums, partial, dtype)
+        _write_model(base, sums, partial, dtype, adapter.base_dtype)
         written = Base.open(partial)
         return compare_logits(base.with_adapter(adapter), written.with_adapter())
 
 
-def _write_model(base: Base, sums: Updates, target: Path, dtype: str | None) -> None:
+def _write_model(
+    base: Base,
+    sums: Updates,
+    target: Path,
+    dtype: str | None,
+    base_dtype: BaseDtype | None,
+) -> None:
     """The files of the merged model."""
     size = 0
-    change = partial(_merged, sums)
+    quantised = set() if base_dtype is None else {*base.projections}
+
+    def change(name: str, rows: Rows, x: np.ndarray) -> np.ndarray:
+        x = rounded_rows(x, base_dtype if name in quantised else None)
+        return _merged(sums, name, rows, x)
+
     for file in model_files(base.path):
         size += rewrite(file, target / file.name, change, dtype)
     if not (base.path / WEIGHTS).is_file():
@@ -173,6 +190,12 @@ def _show(console: Console, result: dict[str, Any], config: MergeConfig) -> None
             console,
             f"Truncation to rank {config.rank} discards "
             f"{result['energy_discarded']:.2e} of the energy Σσ².",
+        )
+    if not config.as_adapter and result["base_dtype"] is not None:
+        print_text(
+            console,
+            f"The adapter was trained on the base in {result['base_dtype']}: the model "
+            "is the de-quantised base with ΔW added, exact for that base.",
         )
     if (difference := result["largest_logit_difference"]) is not None:
         print_text(

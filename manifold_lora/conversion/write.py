@@ -79,6 +79,8 @@ def write_adapter(path: Path, adapter: AdapterFile) -> float:
     settings = adapter_settings(config)
     if adapter.base is not None:
         settings["base"] = adapter.base
+    if adapter.base_dtype is not None:
+        settings["base_dtype"] = adapter.base_dtype
     peft = {
         "target_modules": list(modules),
         "base_model_name_or_path": adapter.peft.get("base_model_name_or_path"),

@@ -124,29 +124,37 @@ def group_count(sizes: Any) -> int:
     return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
 
 
-def divisibility_errors(sizes: Any, config: Any, rows: int | None = None) -> list[str]:
+def divisibility_errors(
+    sizes: Any, config: Any, rows: int | None = None, block: int = 1
+) -> list[str]:
     """One message for each dimension that its mesh axis does not divide.
 
     Args:
         sizes: of the axes, such as `mesh.shape`.
         config: a `LlamaConfig`.
         rows: of a global micro-batch; None leaves the batch unchecked.
+        block: inputs of a layer that stay on one device, as those with one scale.
 
     Returns:
         Messages that name the sizes that would divide; empty if all do.
     """
     tensor, fsdp = sizes.get("tensor", 1), sizes.get("fsdp", 1)
+    heads = config.num_attention_heads
     sharded = [
-        ("tensor", tensor, "num_attention_heads", config.num_attention_heads),
-        ("tensor", tensor, "num_key_value_heads", config.num_key_value_heads),
-        ("tensor", tensor, "intermediate_size", config.intermediate_size),
-        ("fsdp", fsdp, "hidden_size", config.hidden_size),
+        ("tensor", tensor, "num_attention_heads", heads, 1),
+        ("tensor", tensor, "num_key_value_heads", config.num_key_value_heads, 1),
+        ("tensor", tensor, "intermediate_size", config.intermediate_size, block),
+        ("fsdp", fsdp, "hidden_size", config.hidden_size, block),
     ]
+    if block > 1:
+        width = heads * config.head_dim
+        sharded.append(("tensor", tensor, "the width of all heads", width, block))
+    into = {block: f" into whole blocks of {block}"} | {1: ""}
     errors = [
-        f"{axis}={size} does not divide {name} {dimension}: {axis} may be "
-        f"{_divisors(dimension)}"
-        for axis, size, name, dimension in sharded
-        if dimension % size
+        f"{axis}={size} does not divide {name} {dimension}{into[unit]}: {axis} may be "
+        f"{_divisors(dimension // unit)}"
+        for axis, size, name, dimension, unit in sharded
+        if dimension // unit % size
     ]
     groups = group_count(sizes)
     if rows is not None and rows % groups:

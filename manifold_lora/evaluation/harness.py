@@ -52,6 +52,7 @@ class ManifoldLoraLM(TemplateLM):
         pretrained: Hugging Face directory of the base.
         adapter: directory of an adapter or of a run.
         dtype: of the base; by default float32 on CPU, else bfloat16.
+        base_dtype: what its projections are stored in; by default that.
         batch_size: rows of a batch.
         max_length: tokens of the context; by default the model's.
         mesh: sizes of the mesh axes, as in fsdp=4,tensor=2.
@@ -66,6 +67,7 @@ class ManifoldLoraLM(TemplateLM):
         pretrained: str,
         adapter: str | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
+        base_dtype: Literal["int8", "nf4"] | None = None,
         batch_size: int | str = 8,
         max_length: int | None = None,
         mesh: str | None = None,
@@ -77,7 +79,7 @@ class ManifoldLoraLM(TemplateLM):
         source = Path(pretrained)
         self._mesh = make_mesh(read_mesh(mesh))
         with jax.set_mesh(self._mesh):
-            model = load_base(BaseConfig(source, dtype))
+            model = load_base(BaseConfig(source, dtype, base_dtype))
             if adapter is not None:
                 load_adapter(model, adapter_directory(Path(adapter)))
                 shard_module(model)

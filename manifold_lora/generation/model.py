@@ -21,7 +21,7 @@ def load_base(config: BaseConfig) -> Llama:
     """The base, sharded on the mesh of `jax.set_mesh`."""
     on_cpu = jax.default_backend() == "cpu"
     dtype = config.dtype or ("float32" if on_cpu else "bfloat16")
-    model = load_llama(config.path or BASE, jnp.dtype(dtype))
+    model = load_llama(config.path or BASE, jnp.dtype(dtype), config.base_dtype)
     shard_module(model)
     return model
 

@@ -4,6 +4,9 @@ A module built with `layers=L` holds the parameters of L identical layers, stack
 axis 0. It is never called in that form: the decoder scans over the slices.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +70,29 @@ class Linear(nnx.Module):
         """The kernel, ((layers,) in, out), all-gathered over fsdp for compute."""
         kernel = self.kernel[...]
         return gather_for_compute(kernel, (None,) * (kernel.ndim - 2) + self.axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the kernel, ((layers,) in, out)."""
+        return self.kernel.shape
+
+    def map_kernel(self, f: Callable[..., Any], *arrays: jax.Array) -> Any:
+        """f(kernel, *arrays), also where the kernel is not stored as one array."""
+        return f(self.kernel[...], *arrays)
+
+    def with_kernel(self, kernel: jax.Array) -> "Linear":
+        """This layer with another kernel, rounded to the dtype of its own."""
+        self.kernel.set_value(kernel.astype(self.kernel.dtype))
+        return self
+
+    def sample(self) -> jax.Array:
+        """Some rows of the kernel, by which its model is known again."""
+        return sampled_rows(self.kernel[...])
+
+
+def sampled_rows(kernel: jax.Array) -> jax.Array:
+    """Eight rows of a kernel (…, in, out), or as many as it has."""
+    return kernel[..., :: -(-kernel.shape[-2] // 8), :]
 
 
 class RMSNorm(nnx.Module):

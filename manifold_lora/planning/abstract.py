@@ -16,6 +16,7 @@ from manifold_lora.distributed.mesh import BATCH_AXES
 from manifold_lora.distributed.sharding import logical_axes, specs_like, storage_spec
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
+from manifold_lora.models.quantised import quantise
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.step import TrainState, make_step
@@ -60,6 +61,8 @@ def abstract_model(config: TrainConfig, shape: LlamaConfig) -> Llama:
     def build() -> Llama:
         model = Llama(shape, dtype=jnp.dtype(config.model.dtype), rngs=nnx.Rngs(0))
         model.remat = config.model.remat
+        if config.model.base_dtype is not None:
+            quantise(model, config.model.base_dtype)
         attach(model, config.adapter, config.optimizer.seed)
         return model
 
@@ -123,5 +126,5 @@ def bytes_per_device(tree: Any) -> int:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             continue  # a few bytes, without an itemsize
         shard = x.sharding.shard_shape(x.shape)
-        total += x.dtype.itemsize * math.prod(shard)
+        total += math.ceil(jax.dtypes.itemsize_bits(x.dtype) * math.prod(shard) / 8)
     return total

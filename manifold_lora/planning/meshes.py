@@ -12,6 +12,7 @@ from typing import Any
 
 from manifold_lora.distributed.mesh import BATCH_AXES, divisibility_errors, group_count
 from manifold_lora.models import LlamaConfig
+from manifold_lora.models.quantised import BLOCK
 from manifold_lora.models.shapes import parameter_count
 from manifold_lora.planning.chips import Topology
 from manifold_lora.training.config import TrainConfig
@@ -65,8 +66,8 @@ def estimate(
     tensor, fsdp, groups = sizes["tensor"], sizes["fsdp"], group_count(sizes)
     item = 4 if run.model.dtype == "float32" else 2
     rows, time = math.ceil(workload.rows / groups), run.batch.sequence_length
-    base = parameter_count(shape) * item
     embedding = shape.vocab_size * shape.hidden_size * item
+    base = _base_bytes(run.model.base_dtype, shape, item)
     layer = (base - embedding) / shape.num_hidden_layers
     activation = rows * time * shape.hidden_size * item
 
@@ -101,6 +102,22 @@ def estimate(
     return Estimate(memory, fixed, seconds)
 
 
+def _base_bytes(base_dtype: str | None, shape: LlamaConfig, item: int) -> float:
+    """Bytes of the base, of which only the projections may be quantised."""
+    parameters = parameter_count(shape)
+    if base_dtype is None:
+        return parameters * item
+    tables = 1 if shape.tie_word_embeddings else 2
+    embeddings = tables * shape.vocab_size * shape.hidden_size
+    bits = {"int8": 8, "nf4": 4}[base_dtype] + 32 / BLOCK
+    return embeddings * item + (parameters - embeddings) * bits / 8
+
+
+def block_of(run: TrainConfig) -> int:
+    """The inputs of a projection that must stay on one device."""
+    return 1 if run.model.base_dtype is None else BLOCK
+
+
 def _inner_width(shape: LlamaConfig) -> float:
     """Total width of the heads and the MLP of a layer, relative to the hidden size."""
     heads = shape.num_attention_heads + 2 * shape.num_key_value_heads
@@ -113,7 +130,8 @@ def candidates(workload: Workload, count: int) -> Iterator[Sizes]:
         for fsdp in divisors(count // tensor):
             data = count // tensor // fsdp
             sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-            if not divisibility_errors(sizes, workload.shape, workload.rows):
+            block = block_of(workload.run)
+            if not divisibility_errors(sizes, workload.shape, workload.rows, block):
                 yield sizes
 
 

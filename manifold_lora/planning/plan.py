@@ -28,6 +28,7 @@ from manifold_lora.planning.flops import matmul_flops
 from manifold_lora.planning.meshes import (
     Sizes,
     Workload,
+    block_of,
     format_mesh,
     rank_meshes,
     remedies,
@@ -114,7 +115,7 @@ class _Planner:
         count = self.target.count
         sizes = self.target.mesh or {"data": 1, "fsdp": count, "tensor": 1}
         shape, rows = self.workload.shape, self.workload.rows
-        errors = divisibility_errors(sizes, shape, rows)
+        errors = divisibility_errors(sizes, shape, rows, block_of(self.target.run))
         if self.target.search:
             meshes = rank_meshes(self.workload, count, self.topology, self._bandwidth)
             if not meshes:
@@ -165,6 +166,7 @@ class _Planner:
             "rank": run.adapter.rank,
             **dataclasses.asdict(run.batch),
             "dtype": run.model.dtype,
+            "base_dtype": run.model.base_dtype,
             "remat": run.model.remat,
             "devices": self.target.count,
             "topology": None if self.topology is None else str(self.topology),

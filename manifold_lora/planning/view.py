@@ -43,6 +43,7 @@ def _settings(plan: Mapping[str, Any]) -> dict[str, str]:
         batch += f" in {plan['accumulate']} micro-batches"
     return {
         "model": f"{plan['model']}: {plan['parameters']:,} parameters, {plan['dtype']}"
+        + (f", projections in {plan['base_dtype']}" if plan["base_dtype"] else "")
         + f", remat {plan['remat']}",
         "method": f"{plan['method']}, rank {plan['rank']}, {plan['trained']:,} trained",
         "devices": f"{plan['devices']} ({plan['topology'] or 'CPU'}{cost})",

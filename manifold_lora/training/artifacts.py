@@ -103,6 +103,7 @@ def write_card(config: TrainConfig, model: Any, summary: dict[str, Any]) -> None
         config.adapter,
         base_id(config),
         rank,
+        base_dtype=config.model.base_dtype,
         license=config.output.license,
         run=Run(flatten(config), summary),
     )

@@ -44,7 +44,7 @@ def show_plan(
     """What is about to run."""
     shape, adapter = model.config, config.adapter
     trainable = sum(x.size for x in jax.tree.leaves(factors(model)))
-    base = sum(module.base.kernel.size for module in adapters(model).values())
+    base = sum(math.prod(module.base.shape) for module in adapters(model).values())
     optimizer = getattr(adapter.options, "optimizer", "Riemannian Adam")
     rates = f"{config.learning_rate:g}"
     if config.free_learning_rate is not None:

@@ -21,6 +21,7 @@ from manifold_lora.distributed.mesh import divisibility_errors
 from manifold_lora.distributed.processes import check_identical, source_code
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
+from manifold_lora.models.quantised import BLOCK
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.data import Data
 
@@ -28,8 +29,9 @@ from manifold_lora.training.data import Data
 def load_base(config: TrainConfig) -> Llama:
     """The base in the dtype of the run, without an adapter."""
     on_cpu = jax.default_backend() == "cpu"
+    path, base_dtype = config.model.path or BASE, config.model.base_dtype
     dtype = config.model.dtype or ("float32" if on_cpu else "bfloat16")
-    model = load_llama(config.model.path or BASE, jnp.dtype(dtype))
+    model = load_llama(path, jnp.dtype(dtype), base_dtype)
     model.remat = config.model.remat
     return model
 
@@ -82,7 +84,8 @@ def effective_ranks(model: Llama) -> list[float]:
 def check_mesh(config: TrainConfig, mesh: Any, model: LlamaConfig) -> None:
     """Raise `InputError` where the mesh does not divide the model or the batch."""
     rows = config.batch.batch_size // config.batch.accumulate
-    if errors := divisibility_errors(mesh.shape, model, rows):
+    block = 1 if config.model.base_dtype is None else BLOCK
+    if errors := divisibility_errors(mesh.shape, model, rows, block):
         raise InputError("--mesh: " + "; ".join(errors) + ".")
 
 
