@@ -18,7 +18,7 @@ _MEASURES = {
     "exact_match": "exact match",
 }
 _EXACT = (
-    "It was trained on the base in {0}, in blocks of 64 inputs with a float32 scale "
+    "It was trained on the base in {0}, in blocks of 64 inputs with a bfloat16 scale "
     "each, and is exact on that: load the base with `--base-dtype {0}`, or merge it "
     "with `manifold-lora merge`, which adds ΔW to the de-quantised base. On the base "
     "as it is in its files the outputs differ by what quantising takes away."

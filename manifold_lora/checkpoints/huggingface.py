@@ -32,12 +32,14 @@ from manifold_lora.models import Llama, LlamaConfig
 from manifold_lora.models.quantised import (
     BLOCK,
     BaseDtype,
+    QuantisedEmbedding,
     QuantisedLinear,
     quantise,
     quantised_parts,
+    quantised_rows,
 )
 
-_NORM = "model.norm.weight"
+_EMBEDDING, _NORM = "model.embed_tokens.weight", "model.norm.weight"
 _ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
 _MLP = tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -57,12 +59,11 @@ class _Row(NamedTuple):
         """The leaf itself, an `nnx.Param`."""
         return attrgetter(self.leaf)(model)
 
-    def quantised(self, model: Llama) -> QuantisedLinear | None:
+    def quantised(self, model: Llama) -> QuantisedLinear | QuantisedEmbedding | None:
         """The module that has the leaf in parts, None if it is a single variable."""
-        module = (
-            attrgetter(self.leaf.rpartition(".")[0])(model) if self.transposed else None
-        )
-        return module if isinstance(module, QuantisedLinear) else None
+        module = attrgetter(self.leaf.rpartition(".")[0])(model)
+        kinds = QuantisedLinear | QuantisedEmbedding
+        return module if isinstance(module, kinds) else None
 
     def names(self, config: LlamaConfig) -> list[str]:
         """The names in the file: one per layer, or a single one."""
@@ -88,7 +89,7 @@ class _Row(NamedTuple):
 def _rows(config: LlamaConfig) -> list[_Row]:
     """The table: exactly the tensors that the file of such a model contains."""
     rows = [
-        _Row("model.embed_tokens.weight", "embed_tokens"),
+        _Row(_EMBEDDING, "embed_tokens.table"),
         _Row(_NORM, "norm.scale"),
     ]
     if not config.tie_word_embeddings:
@@ -118,8 +119,9 @@ def load_llama(
     """Read a Hugging Face LLaMA directory: config.json and safetensors.
 
     Weights of any float dtype are rounded once to `dtype`. With `base_dtype` "int8" or
-    "nf4" the projections of the layers become `QuantisedLinear`, one tensor of the file
-    after the other, quantised from their values in float32.
+    "nf4" the projections of the layers become `QuantisedLinear` and an untied embedding
+    `QuantisedEmbedding`, one tensor of the file after the other, quantised from their
+    values in float32.
 
     On the mesh of `jax.set_mesh` the weights are sharded: a host reads only the shards
     of its devices, each byte once, and holds one tensor of the file in memory at a
@@ -137,8 +139,8 @@ def load_llama(
             lambda: quantise(_random(model.config, dtype), base_dtype)
         )
     for row in _rows(model.config):
-        if linear := row.quantised(model):
-            variables, kind = linear.parts, linear.base_dtype
+        if module := row.quantised(model):
+            variables, kind = module.parts, module.base_dtype
         else:
             variables, kind = (row.variable(model),), None
         leaves = _leaves(row, variables, tensors, model.config, kind)
@@ -181,7 +183,7 @@ def _leaves(
 
     Args:
         row: of the table.
-        variables: the leaf, or the parts of `QuantisedLinear`, as shapes.
+        variables: the leaf, or the parts of a quantised module, as shapes.
         tensors: the files.
         config: of the model.
         base_dtype: None for a single leaf.
@@ -228,7 +230,12 @@ def _make_insert(
 
     def insert(stacks: Any, x: jax.Array, index: Any) -> tuple[jax.Array, ...]:
         x = x.T if transposed else x
-        parts = (x,) if base_dtype is None else quantised_parts(x, base_dtype)
+        if base_dtype is None:
+            parts = (x,)
+        elif transposed:
+            parts = quantised_parts(x, base_dtype)
+        else:
+            parts = quantised_rows(x)
         if stacks is None:
             return parts
         return tuple(map(write, stacks, parts, [index] * len(parts)))
@@ -266,16 +273,13 @@ def _tensor(
 def hf_tensors(model: Llama) -> dict[str, np.ndarray]:
     """The model's weights under their Hugging Face names, in the model's dtype.
 
-    Of quantised projections the de-quantised ones.
+    Of quantised ones the de-quantised values.
     """
     tensors = {}
     for row in _rows(model.config):
-        linear = row.quantised(model)
-        leaf = to_host(
-            row.variable(model)[...]
-            if linear is None
-            else linear.map_kernel(lambda w: w)
-        )
+        module = row.quantised(model)
+        leaf = row.variable(model)[...] if module is None else module.dequantised()
+        leaf = to_host(leaf)
         for name, matrix in row.matrices(leaf, model.config):
             tensors[name] = np.ascontiguousarray(matrix)
     return tensors

@@ -179,7 +179,7 @@ def fingerprint(model: Llama, version: int = 2) -> str:
         model.norm.scale[...],
         layers.input_layernorm.scale[...],
         layers.post_attention_layernorm.scale[...],
-        model.embed_tokens[...][:64],
+        model.embed_tokens.sample(),
     ]
     if version > 1:
         for _, parent, attribute in projections(model):
@@ -216,7 +216,7 @@ def load_adapter(
         model: a model without adapters.
         path: the directory.
         check_base: refuse an adapter of this library that was trained on other
-            weights than the model's.
+            weights than the model's, or on these stored otherwise (`base_dtype`).
 
     Raises:
         InputError: the model has adapters already, the adapter belongs to another
@@ -230,6 +230,15 @@ def load_adapter(
             f"The adapter in {path} was trained on another base: its fingerprint is "
             f"{file.base}, this model's is {needed}. Load it into the base it was "
             "trained on, or use it here all the same with check_base=False."
+        )
+    base_dtype = base_dtype_of(model)
+    if check_base and file.base is not None and file.base_dtype != base_dtype:
+        needed = file.base_dtype or "its own type, without --base-dtype"
+        raise InputError(
+            f"The adapter in {path} was trained on the base in {needed}, and this one "
+            f"is in {base_dtype or 'its own type'}. Load the base so (--base-dtype), "
+            "or merge the adapter (manifold-lora merge), which is exact, or use it "
+            "here all the same with check_base=False."
         )
     install_adapter(model, file)
 

@@ -83,7 +83,8 @@ def flags_class(kind: type) -> type[CommandFlags]:
         text = _OPTIONS if members[0].option else members[0].owner.__doc__ or ""
         made.__doc__ = inspect.cleandoc(text).split("\n\n")[0]
         made.__module__ = _NO_SOURCE
-        fields.append((group, made, made()))
+        title = tyro.conf.arg(name=group.removesuffix("_"))
+        fields.append((group, Annotated[made, title], made()))
     made = dataclasses.make_dataclass(
         kind.__name__, fields, bases=(CommandFlags,), frozen=True
     )

@@ -54,7 +54,7 @@ class BaseConfig(Part):
     )
     base_dtype: Literal["int8", "nf4"] | None = setting(
         None,
-        "what the base's projections are stored in, in blocks of 64 inputs",
+        "what the base is stored in: its projections, and in int8 its embedding",
         default_text="--dtype",
     )
 

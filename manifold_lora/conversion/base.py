@@ -18,6 +18,8 @@ from manifold_lora.errors import InputError
 from manifold_lora.models import Llama
 from manifold_lora.models.quantised import BaseDtype, rounded_rows
 
+_EMBEDDING = "model.embed_tokens.weight"
+
 
 class Rounded(NamedTuple):
     """A weight in a file that is read as a quantised model has it."""
@@ -80,7 +82,7 @@ class Base(NamedTuple):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             names = full_names(self.model, norm)
             yield np.stack([self.tensors[f"{name}.weight"].read() for name in names])
-        embedding = self.tensors["model.embed_tokens.weight"]
+        embedding = self.tensors[_EMBEDDING]
         yield embedding.read((0, min(64, embedding.shape[0])))
         for name, parent, attribute in projections(self.model) if version > 1 else ():
             step = -(-getattr(parent, attribute).in_features // 8)
@@ -96,12 +98,17 @@ class Base(NamedTuple):
         if adapter is None:
             return Model(self.model.config, self.tensors)
         tensors: dict[str, Any] = dict(self.tensors)
-        if adapter.base_dtype is not None:
-            for name in self.projections:
-                tensors[name] = Rounded(self.tensors[name], adapter.base_dtype)
+        for name, kind in self.quantised(adapter.base_dtype).items():
+            tensors[name] = Rounded(self.tensors[name], kind)
         return Model(self.model.config, tensors, updates(adapter))
 
-    @property
-    def projections(self) -> list[str]:
-        """The names of the weights that `base_dtype` quantises."""
-        return [f"{full}.weight" for full in linear_sizes(self.model)]
+    def quantised(self, base_dtype: BaseDtype | None) -> dict[str, BaseDtype]:
+        """The weights that `models.quantised.quantise` rounds, and to what."""
+        if base_dtype is None:
+            return {}
+        kinds: dict[str, BaseDtype] = dict.fromkeys(
+            (f"{full}.weight" for full in linear_sizes(self.model)), base_dtype
+        )
+        if not self.model.config.tie_word_embeddings:
+            kinds[_EMBEDDING] = "int8"
+        return kinds

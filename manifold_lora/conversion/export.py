@@ -20,6 +20,7 @@ from manifold_lora.checkpoints.peft import (
     load_adapter,
 )
 from manifold_lora.console import make_console, print_text
+from manifold_lora.conversion import gguf_lora
 from manifold_lora.conversion.export_config import ExportConfig
 from manifold_lora.conversion.formats import FORMATS, Source, check_holds
 from manifold_lora.conversion.updates import (
@@ -29,6 +30,7 @@ from manifold_lora.conversion.updates import (
     relative_difference,
     updates,
 )
+from manifold_lora.conversion.write import check_output, check_output_file
 from manifold_lora.decoding import read_json
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama
@@ -56,7 +58,7 @@ def export(config: ExportConfig, console: Console | None = None) -> dict[str, An
 
     Raises:
         InputError: there is no adapter, it is not of this base, the format cannot hold
-            it, or the output exists.
+            it, or the output exists and may not be replaced.
         OSError: a file cannot be written, or reads back as something else.
     """
     console = console or make_console()
@@ -65,8 +67,10 @@ def export(config: ExportConfig, console: Console | None = None) -> dict[str, An
     path = adapter_directory(config.adapter)
     source = _source(config, path)
     check_holds(config.format, source)
-    if out.exists() or out.is_symlink():
-        raise InputError(f"--out {out} exists: choose another, or remove it first.")
+    if format.is_file:
+        check_output_file(out, config.overwrite, gguf_lora.MAGIC)
+    else:
+        check_output(out, config.overwrite, [path])
     with console.status("Comparing logits", spinner="line"):  # ASCII
         probe = _Probe.of(config.model, path)
     out.parent.mkdir(parents=True, exist_ok=True)

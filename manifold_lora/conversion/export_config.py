@@ -15,12 +15,13 @@ class ExportConfig:
 
     Args:
         adapter: the directory of an adapter, or of a run with one.
-        out: the directory to write, or for gguf-lora the file; it must not exist.
+        out: the directory to write, or for gguf-lora the file.
         format: "portable", which PEFT, vLLM, SGLang and llama.cpp read alike, "peft",
             "mlx", "stella" or "gguf-lora".
         model: the base's directory, to compare logits; gguf-lora needs its config.json.
         base_id: name of the base in the files; by default as in the adapter.
         license: of the adapter, for its model card.
+        overwrite: replace an adapter in `out`.
 
     Raises:
         InputError: all problems, in one message.
@@ -34,9 +35,7 @@ class ExportConfig:
         "portable, for PEFT, vLLM, SGLang and llama.cpp alike; peft, with rsLoRA and "
         "patterns as they are; mlx; stella; gguf-lora",
     )
-    out: Path | None = setting(
-        None, "directory to write, or for gguf-lora the file; it must not exist"
-    )
+    out: Path | None = setting(None, "directory to write, or for gguf-lora the file")
     model: Path | None = setting(
         None, "Hugging Face directory of the base, to compare logits"
     )
@@ -46,6 +45,7 @@ class ExportConfig:
     license: str | None = setting(
         None, "of the adapter, for its model card", default_text="unknown"
     )
+    overwrite: bool = setting(False, "replace an adapter in --out")
 
     def __post_init__(self):
         problems = [

@@ -16,6 +16,7 @@ from manifold_lora.checkpoints.adapter_writer import Exported
 from manifold_lora.errors import InputError
 from manifold_lora.models import LlamaConfig
 
+MAGIC = b"GGUF"  # with which the files begin
 _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",

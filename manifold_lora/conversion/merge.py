@@ -125,10 +125,10 @@ def _write_model(
 ) -> None:
     """The files of the merged model."""
     size = 0
-    quantised = set() if base_dtype is None else {*base.projections}
+    quantised = base.quantised(base_dtype)
 
     def change(name: str, rows: Rows, x: np.ndarray) -> np.ndarray:
-        x = rounded_rows(x, base_dtype if name in quantised else None)
+        x = rounded_rows(x, quantised.get(name))
         return _merged(sums, name, rows, x)
 
     for file in model_files(base.path):

@@ -48,6 +48,28 @@ def check_output(out: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
         )
 
 
+def check_output_file(out: Path, overwrite: bool, magic: bytes) -> None:
+    """Raise `InputError` unless a file may be written.
+
+    Args:
+        out: the file.
+        overwrite: whether a file of its kind may be replaced.
+        magic: with which files of its kind begin.
+    """
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not out.is_file():
+        raise InputError(f"--out {out} is no file: choose another.")
+    if not overwrite:
+        raise InputError(f"--out {out} exists: choose another, or add --overwrite.")
+    with out.open("rb") as stream:
+        if stream.read(len(magic)) != magic:
+            raise InputError(
+                f"--out {out} is no {magic.decode()} file: --overwrite does not "
+                "replace it. Choose another."
+            )
+
+
 def write_adapter(path: Path, adapter: AdapterFile) -> float:
     """Write an adapter as `save_adapter` does, and read it back.
 

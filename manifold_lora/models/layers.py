@@ -95,6 +95,48 @@ def sampled_rows(kernel: jax.Array) -> jax.Array:
     return kernel[..., :: -(-kernel.shape[-2] // 8), :]
 
 
+class Embedding(nnx.Module):
+    """A row of a table for each token id.
+
+    `table` is (vocab, d), initialised from a normal distribution with standard
+    deviation 0.02.
+
+    >>> Embedding(5, 4, rngs=nnx.Rngs(0))(jnp.array([[1, 2, 3]])).shape
+    (1, 3, 4)
+    """
+
+    axes = ("vocab", "embed")
+
+    def __init__(
+        self,
+        vocab_size: int,
+        features: int,
+        *,
+        dtype: jnp.dtype | type = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        shape = (vocab_size, features)
+        table = 0.02 * jax.random.normal(rngs.params(), shape, dtype)
+        self.table = nnx.Param(table, axes=self.axes)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the rows."""
+        return self.table.dtype
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Integers (…) to rows (…, d), NaN where an id is outside the table."""
+        return jnp.take(self.gathered_table(), ids, axis=0, mode="fill")
+
+    def gathered_table(self) -> jax.Array:
+        """The table, (vocab, d), all-gathered over fsdp for compute."""
+        return gather_for_compute(self.table[...], self.axes)
+
+    def sample(self) -> jax.Array:
+        """Some rows of the table, by which its model is known again."""
+        return self.table[...][:64]
+
+
 class RMSNorm(nnx.Module):
     """y = w · x / sqrt(mean(x²) + ε), over the last axis.
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from manifold_lora.distributed.sharding import gather_for_compute
 from manifold_lora.models.attention import causal_attention
 from manifold_lora.models.cache import Cache, LayerCache
 from manifold_lora.models.config import LlamaConfig
 from manifold_lora.models.layers import (
+    Embedding,
     Linear,
     RMSNorm,
     apply_rope,
@@ -177,8 +177,7 @@ class Llama(nnx.Module):
         self.config = config
         self.remat: Remat = "block"
         shape = (config.vocab_size, config.hidden_size)
-        embedding = 0.02 * jax.random.normal(rngs.params(), shape, dtype)
-        self.embed_tokens = nnx.Param(embedding, axes=("vocab", "embed"))
+        self.embed_tokens = Embedding(*shape, dtype=dtype, rngs=rngs)
         self.layers = Block(config, dtype=dtype, rngs=rngs)
         self.norm = RMSNorm(
             config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype
@@ -292,15 +291,14 @@ class Llama(nnx.Module):
         if cache is None:
             layer = rematerialised(layer, self.remat)
         with self._precision():
-            embedding = gather_for_compute(self.embed_tokens[...], ("vocab", "embed"))
-            x = jnp.take(embedding, input_ids, axis=0, mode="fill")  # (b, t, d)
+            x = self.embed_tokens(input_ids)  # (b, t, d)
             (x, cache), _ = jax.lax.scan(layer, (x, cache), (state, keys))
             return self.norm(x), cache
 
     def head(self) -> jax.Array:
         """The kernel of `unembed`, (d, vocab), all-gathered over fsdp for compute."""
         if self.lm_head is None:
-            return gather_for_compute(self.embed_tokens[...], ("vocab", "embed")).T
+            return self.embed_tokens.gathered_table().T
         return self.lm_head.gathered_kernel()
 
     def unembed(self, h: jax.Array, head: jax.Array | None = None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Projections whose frozen kernel is stored in int8 or nf4."""
+"""Frozen projections and embeddings that are stored in int8 or nf4."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from flax import nnx
 
 from manifold_lora.distributed.sharding import gather_for_compute
 from manifold_lora.errors import InputError
-from manifold_lora.models.layers import Linear, sampled_rows
+from manifold_lora.models.layers import Embedding, Linear, sampled_rows
 
 BaseDtype = Literal["int8", "nf4"]
 BLOCK = 64  # inputs that share a scale, as in bitsandbytes
@@ -30,7 +30,7 @@ class QuantisedLinear(Linear):
     """y = x W̃ (+ b), where W̃ is a kernel rounded to int8 or nf4 in blocks.
 
     `values` ((layers,) in, out) are int8, or uint4 indices of `NF4_LEVELS`, and
-    `scales` ((layers,) in/64, out) float32: each output's inputs are in blocks of 64,
+    `scales` ((layers,) in/64, out) bfloat16: each output's inputs are in blocks of 64,
     W̃ = scale · value. Frozen: nothing differentiates them. They are de-quantised by
     the layer that is running, in float32, and rounded to the dtype of the model, and
     again in the backward pass instead of being kept for it.
@@ -96,6 +96,10 @@ class QuantisedLinear(Linear):
 
         return of_parts(self.values[...], self.scales[...], *arrays)
 
+    def dequantised(self) -> jax.Array:
+        """The kernel, ((layers,) in, out), compiled."""
+        return self.map_kernel(lambda kernel: kernel)
+
     def with_kernel(self, kernel: jax.Array) -> Linear:
         """A plain layer with that kernel."""
         layers = None if kernel.ndim == 2 else kernel.shape[0]
@@ -119,13 +123,74 @@ class QuantisedLinear(Linear):
         return dequantise(values, scales, self.base_dtype).astype(self.dtype)
 
 
+class QuantisedEmbedding(Embedding):
+    """The rows of a table that is stored in int8 in blocks.
+
+    `values` (vocab, d) are int8 and `scales` (vocab, d/64) bfloat16, see
+    `QuantisedLinear`. Only the rows that are looked up are de-quantised.
+
+    Args:
+        embedding: the one to replace.
+
+    Raises:
+        InputError: qwix is not installed, or 64 does not divide d.
+
+    Examples:
+        >>> embedding = Embedding(5, 64, rngs=nnx.Rngs(0))
+        >>> error = QuantisedEmbedding(embedding)(jnp.arange(5)) - embedding.table[...]
+        >>> bool(jnp.abs(error).max() < 0.01 * jnp.abs(embedding.table[...]).max())
+        True
+    """
+
+    base_dtype: BaseDtype = "int8"
+
+    def __init__(self, embedding: Embedding):
+        self.table_dtype = jnp.dtype(embedding.dtype)
+        values, scales, sample = quantised_rows(embedding.table[...])
+        self.values = nnx.Param(values, axes=self.axes)
+        self.scales = nnx.Param(scales, axes=self.axes)
+        self.sample_rows = nnx.Variable(sample, axes=(None, self.axes[1]))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the rows."""
+        return self.table_dtype
+
+    @property
+    def parts(self) -> tuple[nnx.Variable, ...]:
+        """The variables that hold what `quantised_rows` gives."""
+        return self.values, self.scales, self.sample_rows
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Integers (…) to rows (…, d), NaN where an id is outside the table."""
+        values, scales = (
+            gather_for_compute(x[...], self.axes) for x in (self.values, self.scales)
+        )
+        rows = jnp.take(values, ids, axis=0, mode="clip")
+        of_rows = jnp.take(scales, ids, axis=0, mode="fill")
+        return dequantise(rows.mT, of_rows.mT, "int8").mT.astype(self.dtype)
+
+    def gathered_table(self) -> jax.Array:
+        """The table, (vocab, d), de-quantised after the all-gather."""
+        return self(jnp.arange(self.values.shape[0]))
+
+    def dequantised(self) -> jax.Array:
+        """The table, (vocab, d), compiled."""
+        return jax.jit(self.gathered_table)()
+
+    def sample(self) -> jax.Array:
+        """The first rows of the table before it was rounded."""
+        return self.sample_rows[...]
+
+
 def quantised_parts(
     kernel: jax.Array, base_dtype: BaseDtype
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The values, scales and sampled rows of `QuantisedLinear`, of (…, in, out).
 
     The scale is the largest |w| of a block, of int8 that over 127.5, and the value the
-    nearest level to w over it. Zeros stay zeros.
+    nearest level to w over it. Zeros stay zeros. The scale is rounded to bfloat16 after
+    that, 2⁻⁹ of it at most, where the levels are 1/255 to 1/7 of it apart.
 
     Raises:
         InputError: qwix is not installed, or 64 does not divide the inputs.
@@ -144,19 +209,28 @@ def quantised_parts(
         tiled_axes={axis: BLOCK},
     )
     sample = sampled_rows(kernel).astype(jnp.bfloat16)
-    return array.qvalue, array.scale, sample
+    values = array.qvalue
+    if base_dtype == "int8":  # -127.5 may have been rounded to -128
+        values = jnp.maximum(values, -127)
+    return values, array.scale.astype(jnp.bfloat16), sample
+
+
+def quantised_rows(table: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The values, scales and sampled rows of `QuantisedEmbedding`, of (vocab, d)."""
+    values, scales, _ = quantised_parts(table.T, "int8")
+    return values.T, scales.T, table[:64].astype(jnp.bfloat16)
 
 
 def dequantise(
     values: jax.Array, scales: jax.Array, base_dtype: BaseDtype
 ) -> jax.Array:
-    """The kernel in float32, (…, in, out), from values and scales (…, in/64, out)."""
+    """The kernel in float32, (…, in, out), of values and scales (…, in/64, out)."""
     if base_dtype == "nf4":
         # `qwix.dequantize` flattens the array, which would gather it from all devices.
         values = jnp.asarray(NF4_LEVELS, jnp.float32)[values.astype(jnp.int32)]
     *batch, _, outputs = values.shape
     blocks = values.astype(jnp.float32).reshape(*batch, -1, BLOCK, outputs)
-    return (blocks * scales[..., None, :]).reshape(values.shape)
+    return (blocks * scales[..., None, :].astype(jnp.float32)).reshape(values.shape)
 
 
 @partial(jax.jit, static_argnames="base_dtype")
@@ -169,7 +243,9 @@ def rounded(kernel: jax.Array, base_dtype: BaseDtype) -> jax.Array:
 def quantise(model: Any, base_dtype: BaseDtype) -> Any:
     """The model with all plain projections of its layers quantised, in place.
 
-    The embedding, the head and the norms stay as they are.
+    An embedding that is not the head too is stored in int8, with nf4 as well: it is
+    looked up, and need not be de-quantised as a whole. The head, a tied embedding and
+    the norms stay as they are.
 
     Raises:
         InputError: as in `QuantisedLinear`, naming the projection.
@@ -182,6 +258,8 @@ def quantise(model: Any, base_dtype: BaseDtype) -> Any:
                 except InputError as error:
                     name = ".".join([*map(str, path), attribute])
                     raise InputError(f"{name}: {error}") from error
+    if not model.config.tie_word_embeddings:
+        model.embed_tokens = QuantisedEmbedding(model.embed_tokens)
     return model
 
 

@@ -103,14 +103,17 @@ def estimate(
 
 
 def _base_bytes(base_dtype: str | None, shape: LlamaConfig, item: int) -> float:
-    """Bytes of the base, of which only the projections may be quantised."""
+    """Bytes of the base; see `models.quantised.quantise`."""
     parameters = parameter_count(shape)
     if base_dtype is None:
         return parameters * item
-    tables = 1 if shape.tie_word_embeddings else 2
-    embeddings = tables * shape.vocab_size * shape.hidden_size
-    bits = {"int8": 8, "nf4": 4}[base_dtype] + 32 / BLOCK
-    return embeddings * item + (parameters - embeddings) * bits / 8
+    table = shape.vocab_size * shape.hidden_size
+    scale = 16 / BLOCK  # bits of each number
+    bits = {"int8": 8, "nf4": 4}[base_dtype] + scale
+    if shape.tie_word_embeddings:
+        return table * item + (parameters - table) * bits / 8
+    embeddings = table * (item + (8 + scale) / 8)
+    return embeddings + (parameters - 2 * table) * bits / 8
 
 
 def block_of(run: TrainConfig) -> int:

@@ -65,6 +65,11 @@ def test_classes_of_flags_have_no_source_to_parse(capsys, monkeypatch):
     assert code == 0 and "--rank" in shown and parsed == []
 
 
+def test_the_options_of_import_are_called_so(capsys):
+    code, shown, _ = call(capsys, "import", "--help")
+    assert code == 0 and "import options" in shown and "import_" not in shown
+
+
 @pytest.mark.parametrize("name", ["train", "compare", "plan"])
 def test_help_is_grouped_and_shows_resolved_defaults(capsys, name):
     code, shown, _ = call(capsys, name, "--help")

@@ -47,7 +47,7 @@ def refused(adapter: Path, format: Any, out: Path, *words: str, **options: Any) 
     with pytest.raises(InputError) as caught:
         exported(adapter, format, out, **options)
     assert [word for word in words if word not in str(caught.value)] == []
-    assert not (out.exists() and out.name != "there")
+    assert not (out.exists() and out.name == "out")
 
 
 @pytest.mark.parametrize("format", ["portable", "peft", "mlx", "gguf-lora"])
@@ -137,9 +137,32 @@ def test_formats_that_cannot_hold_it(base: Path, tmp_path: Path):
 
 
 def test_an_output_that_exists(tmp_path: Path):
-    adapter = saved(tmp_path / "a")
-    (tmp_path / "there").mkdir()
-    refused(adapter, "peft", tmp_path / "there", "exists: choose another")
+    adapter, there = saved(tmp_path / "a"), tmp_path / "there"
+    there.mkdir()
+    (there / "notes.txt").write_text("mine")
+    refused(adapter, "peft", there, "exists: choose another, or add --overwrite")
+    refused(adapter, "peft", there, "neither a model nor an adapter", overwrite=True)
+    assert (there / "notes.txt").read_text() == "mine"
+    refused(adapter, "peft", adapter, "would replace", overwrite=True)
+    exported(adapter, "peft", tmp_path / "out")
+    exported(adapter, "mlx", tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+    assert (tmp_path / "out" / "adapters.safetensors").exists()
+
+
+def test_a_file_that_exists(tmp_path: Path, base: Path):
+    adapter, there = saved(tmp_path / "a"), tmp_path / "there"
+    there.write_text("mine")
+    refused(adapter, "gguf-lora", there, "add --overwrite", model=base)
+    refused(adapter, "gguf-lora", there, "no GGUF file", overwrite=True, model=base)
+    assert there.read_text() == "mine"
+    out = tmp_path / "out.gguf"
+    exported(adapter, "gguf-lora", out, model=base)
+    written = out.read_bytes()
+    out.write_bytes(written[:100])
+    exported(adapter, "gguf-lora", out, model=base, overwrite=True)
+    assert out.read_bytes() == written
+    refused(adapter, "gguf-lora", tmp_path, "is no file", model=base)
 
 
 def test_what_is_no_adapter(tmp_path: Path):

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 
 import manifold_lora as ml
+from manifold_lora import MergeConfig, merge_files
+from manifold_lora.adapters import AdapterConfig, attach
+from manifold_lora.checkpoints.huggingface import load_llama
+from manifold_lora.checkpoints.peft import save_adapter
 from manifold_lora.data.tokens import load_tokenizer
 from tests import smollm2
 from tests.evaluation.cases import BOOLQ, log_probabilities, model_with_adapter
@@ -146,7 +150,8 @@ def test_settings_that_we_do_not_have_are_named(tmp_path: Path):
         make(str(tmp_path), peft="x")
 
 
-def compare(tasks: Path, path: Path) -> None:
+def compare(tasks: Path, path: Path) -> dict[str, Any]:
+    """Compare a model of ours with the harness' own; returns the answers of that."""
     pytest.importorskip("torch")
     ours = run(tasks, "manifold_lora", pretrained=str(path), dtype="float32")
     theirs = run(tasks, "hf", pretrained=str(path), dtype="float32", device="cpu")
@@ -164,6 +169,7 @@ def compare(tasks: Path, path: Path) -> None:
             if isinstance(score, float):
                 found = ours["scores"][task][measure]
                 assert found == pytest.approx(score, rel=1e-4), (task, measure)
+    return theirs["answers"]
 
 
 @pytest.mark.hf
@@ -176,5 +182,18 @@ def test_scores_are_those_of_hf(tasks: Path, tmp_path: Path):
 @pytest.mark.hf
 @pytest.mark.real
 @pytest.mark.timeout(1200)
-def test_scores_of_a_real_model_are_those_of_hf(tasks: Path):
-    compare(tasks, smollm2.directory())
+def test_scores_of_a_real_merged_model_are_those_of_hf(tasks: Path, tmp_path: Path):
+    base, adapter, merged = smollm2.directory(), tmp_path / "a", tmp_path / "merged"
+    attach(model := load_llama(base), AdapterConfig("stella", rank=4))
+    save_adapter(model, adapter)
+    del model
+    config = MergeConfig(
+        model=base, adapters=(str(adapter),), out=merged, dtype="float32"
+    )
+    merge_files(config)
+    theirs = compare(tasks, merged)
+    ours = run(tasks, "manifold_lora", pretrained=str(base), adapter=str(adapter))
+    for one, other in zip(ours["answers"]["text"], theirs["text"], strict=True):
+        assert one[0] == pytest.approx(other[0], rel=1e-4)
+    plain = run(tasks, "manifold_lora", pretrained=str(base))["answers"]["text"]
+    assert plain[0][0] != pytest.approx(theirs["text"][0][0], rel=1e-2)

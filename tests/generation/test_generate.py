@@ -22,7 +22,7 @@ from manifold_lora.generation.padding import bucket, pad_prompts
 from manifold_lora.models import Llama, LlamaConfig
 from manifold_lora.models.cache import Cache
 from tests.cases import slow_but
-from tests.tolerances import LOGITS
+from tests.tolerances import BFLOAT16, LOGITS
 
 CONFIG = LlamaConfig(
     vocab_size=48,
@@ -100,6 +100,28 @@ def test_greedy(model, side):
     got = generate(model, ids, attention_mask=mask, max_new_tokens=NEW, stop_tokens=())
     assert got.dtype == np.int32
     assert got.tolist() == [greedy(model, prompt, NEW) for prompt in PROMPTS]
+
+
+def test_greedy_in_bfloat16(model):
+    """Each token is the best of one pass, as far as its rounding tells."""
+    rounded = nnx.clone(model)
+    for _, variable in nnx.to_flat_state(nnx.state(rounded)):
+        variable.set_value(variable.get_value().astype(jnp.bfloat16))
+    nnx.update(rounded, nnx.state(rounded))
+    ids, mask = pad_prompts(PROMPTS)
+    got = generate(
+        rounded, ids, attention_mask=mask, max_new_tokens=NEW, stop_tokens=()
+    )
+    others = 0
+    for prompt, row in zip(PROMPTS, got.tolist(), strict=True):
+        whole = [*prompt, *row]
+        logits = forward(rounded, np.pad(whole, (0, LONGEST - len(whole))))
+        logits = logits[len(prompt) - 1 : len(whole) - 1].astype(np.float64)
+        tolerance = 4 * BFLOAT16 * np.abs(logits).max(-1)
+        behind = logits.max(-1) - logits[np.arange(NEW), row]
+        assert (behind <= tolerance).all()
+        others += int((logits < (logits.max(-1) - tolerance)[:, None]).sum())
+    assert others > 0.9 * NEW * len(PROMPTS) * (CONFIG.vocab_size - 1)
 
 
 def test_rows_that_have_stopped_are_padded(model):
