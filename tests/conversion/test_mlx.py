@@ -1,6 +1,6 @@
 """mlx-lm itself loads the export and generates the same tokens, where it is there."""
 
-# mlx-lm is in no extra: it has wheels for few platforms
+# mlx-lm is in the extra `hf`, where it has wheels
 # pyright: reportMissingImports=false
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from tests.tolerances import LOGITS
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
+pytestmark = pytest.mark.hf
 SOME_LAYERS = r"model\.layers\.[01]\..*_proj"
 
 
