@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ num_fewshot: 0
     return folder
 
 
-def run(tasks: Path, model: str, **arguments: Any) -> dict[str, Any]:
+def run(
+    tasks: Path, model: str, names: Sequence[str] = tuple(TASKS), **arguments: Any
+) -> dict[str, Any]:
     """The scores, and the answers of the model to every request, by task."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
@@ -78,7 +81,7 @@ def run(tasks: Path, model: str, **arguments: Any) -> dict[str, Any]:
         model=model,
         model_args=arguments,
         batch_size=2,
-        tasks=list(TASKS),
+        tasks=list(names),
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
     )
@@ -192,8 +195,11 @@ def test_scores_of_a_real_merged_model_are_those_of_hf(tasks: Path, tmp_path: Pa
     )
     merge_files(config)
     theirs = compare(tasks, merged)
-    ours = run(tasks, "manifold_lora", pretrained=str(base), adapter=str(adapter))
-    for one, other in zip(ours["answers"]["text"], theirs["text"], strict=True):
-        assert one[0] == pytest.approx(other[0], rel=1e-4)
-    plain = run(tasks, "manifold_lora", pretrained=str(base))["answers"]["text"]
-    assert plain[0][0] != pytest.approx(theirs["text"][0][0], rel=1e-2)
+    names, ours = ("choice", "answers"), {"pretrained": str(base)}
+    found = run(tasks, "manifold_lora", names, adapter=str(adapter), **ours)["answers"]
+    for one, other in zip(found["choice"], theirs["choice"], strict=True):
+        assert one[0][0] == pytest.approx(other[0][0], rel=1e-4)
+        assert one[0][1] == other[0][1]
+    assert found["answers"] == theirs["answers"]
+    plain = run(tasks, "manifold_lora", names[:1], **ours)["answers"]["choice"]
+    assert plain[0][0][0] != pytest.approx(theirs["choice"][0][0][0], rel=1e-2)
