@@ -17,13 +17,16 @@ from tests import adapters as tiny
 from tests.checkpoints.transformers_reference import load_transformers
 from tests.conversion.cases import adapter, model_directory
 from tests.tiny import model_directory as with_tokenizer
-from tests.tolerances import LOGITS
+from tests.tolerances import FLOAT32, LOGITS
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.hf,
-    pytest.mark.filterwarnings("ignore"),  # of torch, TRL and accelerate
+    # TRL 1.16 and peft 0.21 ask transformers 5 for these
+    pytest.mark.filterwarnings(
+        "ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning"
+    ),
 ]
 
 
@@ -38,7 +41,11 @@ def test_it_continues_from_an_adapter(method: str, format: Any, tmp_path: Path):
     base = model_directory(tmp_path / "base")
     model = adapter(tmp_path / "a", method)
     given = tmp_path / "given"
-    ml.export(ml.ExportConfig(adapter=tmp_path / "a", format=format, out=given))
+    ml.export(
+        ml.ExportConfig(
+            adapter=tmp_path / "a", format=format, out=given, base_id=str(base)
+        )
+    )
     theirs = PeftModel.from_pretrained(
         load_transformers(base), str(given), is_trainable=True
     )
@@ -71,12 +78,14 @@ def test_it_continues_from_an_adapter(method: str, format: Any, tmp_path: Path):
     losses = optax.softmax_cross_entropy_with_integer_labels(
         tiny.logits(model)[:, :-1], tiny.IDS[:, 1:]
     )
-    assert first == pytest.approx(float(losses.mean()), abs=1e-3)  # as it is logged
+    assert first == pytest.approx(float(losses.mean()), rel=FLOAT32)
 
     # What it saved is another adapter, and gives the same logits here.
     before, after = read_adapter(given), read_adapter(tmp_path / "out")
     for full, module in after.modules.items():
-        assert np.abs(module.b - before.modules[full].b).max() > 1e-3
+        for name in ("a", "b"):
+            old = getattr(before.modules[full], name)
+            assert np.abs(getattr(module, name) - old).max() > 1e-3
     ml.import_adapter(ml.ImportConfig(adapter=tmp_path / "out", out=tmp_path / "in"))
     ours = load_llama(base)
     ml.load_adapter(ours, tmp_path / "in")
