@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 from manifold_lora.checkpoints.huggingface import load_llama
 from manifold_lora.data.records import read_records
 from manifold_lora.data.tokens import encode, load_tokenizer
+from manifold_lora.generation.generate import generate
+from manifold_lora.generation.padding import pad_prompts
 from tests import smollm2
 from tests.tolerances import LOGITS
 
@@ -65,6 +68,28 @@ def test_chats_are_those_of_the_template(records):
         assert example.input_ids.tolist() == ids
         trained = tokenizer.decode(example.input_ids[example.loss_mask])
         assert trained == f"{record.completion}<|im_end|>"
+
+
+def test_it_answers_in_bfloat16():
+    """Greedy texts are text, and begin as those in float32."""
+    path = smollm2.directory()
+    tokenizer: Any = load_tokenizer(path)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for question in ("What is the capital of France?", "Name a primary colour.")
+    ]
+    ids, mask = pad_prompts(prompts)
+    first, whole = (
+        generate(load_llama(path, kind), ids, attention_mask=mask, max_new_tokens=n)
+        for kind, n in ((jnp.float32, 1), (jnp.bfloat16, 24))
+    )
+    assert whole[:, 0].tolist() == first[:, 0].tolist()
+    texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
+    assert "Paris" in texts[0] and "\ufffd" not in "".join(texts)
 
 
 @pytest.mark.parametrize("method", METHODS[:1])
