@@ -107,7 +107,7 @@ def _card(config: ExportConfig, path: Path, source: Source) -> str:
         max(module.rank for module in source.modules().values()),
         base_dtype=source.adapter.base_dtype,
         library=FORMATS[config.format].library,
-        license=config.license,
+        license=source.license,
         run=run,
     )
 
@@ -179,7 +179,7 @@ def _source(config: ExportConfig, path: Path) -> Source:
         "use_dora": adapter.config.options.export == "DoRA",
         "use_rslora": adapter.config.rslora,
     }
-    return Source(adapter, given, model)
+    return Source(adapter, given, model, config.license)
 
 
 def hint(format: str, out: str, rank: int, source: Source) -> str:

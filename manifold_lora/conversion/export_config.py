@@ -20,7 +20,7 @@ class ExportConfig:
             "mlx", "stella" or "gguf-lora".
         model: the base's directory, to compare logits; gguf-lora needs its config.json.
         base_id: name of the base in the files; by default as in the adapter.
-        license: of the adapter, for its model card.
+        license: of the adapter, for its model card or the metadata of gguf-lora.
         overwrite: replace an adapter in `out`.
 
     Raises:
@@ -43,7 +43,7 @@ class ExportConfig:
         None, "name of the base in the files", default_text="as in the adapter"
     )
     license: str | None = setting(
-        None, "of the adapter, for its model card", default_text="unknown"
+        None, "of the adapter, for its card or metadata", default_text="unknown"
     )
     overwrite: bool = setting(False, "replace an adapter in --out")
 

@@ -42,6 +42,7 @@ class Source(NamedTuple):
     adapter: AdapterFile
     peft: dict[str, Any]  # the keys of PEFT's file that do not follow from the modules
     model: LlamaConfig | None  # of the base, where it is known
+    license: str | None = None  # of the adapter
 
     @property
     def dora(self) -> bool:
@@ -216,7 +217,9 @@ def _read_stella(path: Path, source: Source) -> dict[str, Update]:
 
 def _write_gguf(path: Path, source: Source) -> None:
     assert source.model is not None  # _refuse_gguf
-    gguf_lora.write(path, folded(source.modules()), source.model)
+    base_id = source.peft["base_model_name_or_path"]
+    modules = folded(source.modules())
+    gguf_lora.write(path, modules, source.model, base_id, source.license)
 
 
 def _refuse_gguf(source: Source) -> str:

@@ -29,18 +29,31 @@ _NAMES = {
 _KINDS = {name: kind for kind, name in _NAMES.items()}
 
 
-def write(path: Path, modules: Mapping[str, Exported], model: LlamaConfig) -> None:
+def write(
+    path: Path,
+    modules: Mapping[str, Exported],
+    model: LlamaConfig,
+    base_id: str | None = None,
+    license: str | None = None,
+) -> None:
     """Write the file.
 
     Args:
         path: the file.
         modules: by full name, all of one rank and alpha.
         model: of the base, for its heads.
+        base_id: name or path of the base.
+        license: of the adapter.
     """
     gguf = _gguf()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    if license is not None:
+        writer.add_license(license)
+    if base_id is not None:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base_id)
     alpha = next(iter(modules.values())).alpha
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for full, module in modules.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader
 
 import manifold_lora as ml
 from manifold_lora.adapters import AdapterConfig, adapters
@@ -58,6 +59,21 @@ def test_logits_of_what_is_read_back(format: str, base: Path, tmp_path: Path):
     assert result["largest_update_difference"] < 1e-7
     assert result["largest_logit"] > 1
     assert result["largest_logit_difference"] < LOGITS
+
+
+def test_metadata_of_a_single_file(
+    heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A card beside it would be one of all that is in its directory."""
+    adapter, out = saved(tmp_path / "a"), tmp_path / "out" / "a.gguf"
+    exported(adapter, "gguf-lora", out, model=heads, license="mit")
+    assert os.listdir(out.parent) == ["a.gguf"]
+    fields = GGUFReader(out).fields
+    assert fields["general.license"].contents() == "mit"
+    assert fields["general.base_model.count"].contents() == 1
+    assert fields["general.base_model.0.name"].contents() == "org/base"
+    shown = "".join(capsys.readouterr().out.split())
+    assert shown.endswith(f"llama-cli-mBASE.gguf--lora{out}")
 
 
 @pytest.mark.parametrize("way", [("portable", "peft"), ("peft", "portable")])
