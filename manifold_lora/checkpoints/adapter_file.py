@@ -77,6 +77,7 @@ class AdapterFile(NamedTuple):
     base: str | None  # fingerprint of the base, in our own
     peft: Mapping[str, Any] = {}  # adapter_config.json
     base_dtype: BaseDtype | None = None  # what the base was quantised to in training
+    own: bool = False  # read from a directory of this library, with manifold_lora.json
 
 
 def adapter_directory(path: Path) -> Path:
@@ -136,7 +137,9 @@ def read_adapter(path: Any, sizes: Sizes | None = None) -> AdapterFile:
         scales = {full: peft_scale(config, full) for full in modules}
         check_same(path, settings, declared, modules, by_module, scales, folded)
     base, base_dtype = extra.get("base"), extra.get("base_dtype")
-    return AdapterFile(settings.method, settings, modules, base, config, base_dtype)
+    return AdapterFile(
+        settings.method, settings, modules, base, config, base_dtype, own=bool(extra)
+    )
 
 
 def _remedy(path: Path) -> str:
@@ -235,11 +238,15 @@ def peft_scale(config: Mapping[str, Any], full: str) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def adapter_settings(config: AdapterConfig) -> dict[str, Any]:
-    """The settings of an adapter as `manifold_lora.json` holds them."""
+def adapter_settings(
+    config: AdapterConfig, base: str | None, base_dtype: BaseDtype | None
+) -> dict[str, Any]:
+    """The settings of an adapter and its base as `manifold_lora.json` holds them."""
     settings = {"method": config.method} | dataclasses.asdict(config)
     del settings["options"]
-    return settings | config.options.values("adapter")
+    known = {"base": base, "base_dtype": base_dtype}
+    known = {name: value for name, value in known.items() if value is not None}
+    return settings | config.options.values("adapter") | known
 
 
 def _settings(

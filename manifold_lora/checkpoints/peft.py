@@ -105,9 +105,7 @@ def save_adapter(
         "use_rslora": config.rslora,
     }
     base_dtype = base_dtype_of(model)
-    settings = adapter_settings(config) | {"base": fingerprint(model)}
-    if base_dtype is not None:
-        settings["base_dtype"] = base_dtype
+    settings = adapter_settings(config, fingerprint(model), base_dtype)
     if not is_main():
         return
     with atomic_directory(path) as partial:

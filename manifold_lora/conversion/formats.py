@@ -63,7 +63,7 @@ class Source(NamedTuple):
                 tensors[MAGNITUDE] = u.magnitude
             times = u.a.shape[0] // own.rank  # 2 with a fixed correction
             alpha = own.alpha * (times**0.5 if config.rslora else times)
-            factors = own.factors if self.adapter.base is not None else {}
+            factors = own.factors if self.adapter.own else {}
             modules[full] = Exported(tensors, u.scale, alpha, factors)
         return modules
 
@@ -89,10 +89,8 @@ class ExportFormat(NamedTuple):
 def _write_peft(path: Path, source: Source, format: Format) -> None:
     adapter = source.adapter
     settings = None
-    if adapter.base is not None:  # of this library, which can train it further
-        settings = adapter_settings(adapter.config) | {"base": adapter.base}
-        if adapter.base_dtype is not None:
-            settings["base_dtype"] = adapter.base_dtype
+    if adapter.own:  # it can be trained further
+        settings = adapter_settings(adapter.config, adapter.base, adapter.base_dtype)
     write_files(path, source.modules(), source.peft, settings, format)
 
 

@@ -98,11 +98,7 @@ def write_adapter(path: Path, adapter: AdapterFile) -> float:
         # safetensors writes the bytes of a transposed array in their order in memory.
         factors = {name: np.ascontiguousarray(x) for name, x in own.items()}
         modules[full] = Exported(tensors, update.scale, alpha, factors)
-    settings = adapter_settings(config)
-    if adapter.base is not None:
-        settings["base"] = adapter.base
-    if adapter.base_dtype is not None:
-        settings["base_dtype"] = adapter.base_dtype
+    settings = adapter_settings(config, adapter.base, adapter.base_dtype)
     peft = {
         "target_modules": list(modules),
         "base_model_name_or_path": adapter.peft.get("base_model_name_or_path"),

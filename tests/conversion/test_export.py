@@ -108,6 +108,21 @@ def test_an_adapter_of_peft(tmp_path: Path):
     assert tiny.error(tiny.logits(one), tiny.logits(other)) < LOGITS
 
 
+@pytest.mark.parametrize("format", ["portable", "peft"])
+def test_an_adapter_of_ours_of_an_unknown_base(format: Any, tmp_path: Path):
+    """What another tool's became here stays what it is, and can be trained."""
+    path = write(tmp_path / "a", pairs({"self_attn.q_proj": 2}))
+    ml.convert_adapter(
+        ml.ConvertConfig(adapter=path, method="stella", out=tmp_path / "b")
+    )
+    exported(tmp_path / "b", format, tmp_path / "out")
+    assert "base" not in read(tmp_path / "out" / EXTRA)
+    ml.load_adapter(one := tiny.base(), tmp_path / "b")
+    ml.load_adapter(other := tiny.base(), tmp_path / "out")
+    assert {a.config.method for a in adapters(other).values()} == {"stella"}
+    same(ml.factors(other), ml.factors(one))
+
+
 def test_a_run_stands_for_its_adapter(tmp_path: Path):
     saved(tmp_path / "run" / "adapter")
     assert exported(tmp_path / "run", "portable", tmp_path / "out")["modules"] == 12
