@@ -1,7 +1,7 @@
 """What other loaders compute from the files, restated in NumPy float64 from theirs.
 
-Each function takes the directory or file and gives ΔW by full name, (out, in); with
-DoRA, W' itself is what they compute, from the weights in `bases`.
+Each function takes the directory or file and gives ΔW by full name, (out, in), or
+raises `Refused`. With DoRA that is what is added to W before its rows are rescaled.
 """
 
 import json
@@ -15,6 +15,10 @@ from safetensors.numpy import load_file
 
 Matrices = dict[str, np.ndarray]
 PREFIX = "base_model.model."
+
+
+class Refused(Exception):
+    """A loader does not take these files."""
 
 
 def adapter_config(path: Path) -> dict[str, Any]:
@@ -41,23 +45,59 @@ def _matched(pattern: dict[str, Any], name: str, default: Any) -> Any:
     return default
 
 
+def _scale(config: dict[str, Any], name: str, rank: int) -> float:
+    """PEFT's scale of a module, which must have the rank of the file."""
+    r = _matched(config.get("rank_pattern", {}), name, config["r"])
+    alpha = _matched(config.get("alpha_pattern", {}), name, config["lora_alpha"])
+    assert rank == r
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
 def peft(path: Path) -> Matrices:
-    """PEFT, and vLLM since it honours patterns: everything by module."""
+    """PEFT: everything by module."""
     config = adapter_config(path)
-    root = math.sqrt if config.get("use_rslora") else float
+    return {
+        name: _scale(config, name, len(a)) * b @ a
+        for name, (a, b) in _pairs(path).items()
+    }
+
+
+def stella(path: Path) -> Matrices:
+    """The authors' package, which is a copy of PEFT: s U S Vᵀ."""
+    config = adapter_config(path)
+    assert config["peft_type"] == "STELLA"
+    tensors = load_file(path / "adapter_model.safetensors")
     result = {}
-    for name, (a, b) in _pairs(path).items():
-        r = _matched(config.get("rank_pattern", {}), name, config["r"])
-        alpha = _matched(config.get("alpha_pattern", {}), name, config["lora_alpha"])
-        assert len(a) == r
-        result[name] = alpha / root(r) * b @ a
+    for key in tensors:
+        if not key.endswith(".stella_U.weight"):
+            continue
+        stem = key.removesuffix("U.weight")
+        u, s, vt = (
+            tensors[f"{stem}{x}.weight"].astype(np.float64) for x in ("U", "S", "Vt")
+        )
+        assert s.ndim == (1 if config["stella_diag_s"] else 2)
+        name = stem.removeprefix(PREFIX).removesuffix(".stella_")
+        middle = np.diag(s) if s.ndim == 1 else s
+        result[name] = _scale(config, name, len(vt)) * u @ middle @ vt
+    assert len(tensors) == 3 * len(result)
     return result
+
+
+def new_vllm(path: Path) -> Matrices:
+    """vLLM since it honours patterns, as PEFT."""
+    _no_dora(adapter_config(path))
+    return peft(path)
+
+
+def _no_dora(config: dict[str, Any]) -> None:
+    if config.get("use_dora"):
+        raise Refused("DoRA")
 
 
 def vllm(path: Path) -> Matrices:
     """vLLM's PEFTHelper: one scaling of the file, by rsLoRA if it says so."""
     config = adapter_config(path)
-    assert not config.get("use_dora"), "vLLM does not support DoRA"
+    _no_dora(config)
     assert config["bias"] == "none" and not config["modules_to_save"]
     root = math.sqrt if config.get("use_rslora") else float
     scale = config["lora_alpha"] / root(config["r"])
@@ -67,7 +107,7 @@ def vllm(path: Path) -> Matrices:
 def sglang(path: Path) -> Matrices:
     """SGLang's LoRAAdapter: `self.scaling = lora_alpha / r`, and one rank."""
     config = adapter_config(path)
-    assert not config.get("use_dora")
+    _no_dora(config)
     scale = config["lora_alpha"] / config["r"]
     return {name: scale * b @ a for name, (a, b) in _pairs(path).items()}
 
@@ -75,9 +115,8 @@ def sglang(path: Path) -> Matrices:
 def llama_cpp(path: Path) -> Matrices:
     """convert_lora_to_gguf.py and llama.cpp: alpha of the file over B's columns."""
     alpha = adapter_config(path)["lora_alpha"]
-    assert not any(
-        "magnitude" in k for k in load_file(path / "adapter_model.safetensors")
-    )
+    if any("magnitude" in k for k in load_file(path / "adapter_model.safetensors")):
+        raise Refused("tensors other than lora_A and lora_B")
     return {name: alpha / b.shape[1] * b @ a for name, (a, b) in _pairs(path).items()}
 
 
