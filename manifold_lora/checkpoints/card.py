@@ -70,8 +70,8 @@ def model_card(
     name = base if _is_on_hub(base) else Path(base).name
     lines = [
         f"# {config.method} adapter of {name}",
-        f"A low-rank adapter, trained with manifold-lora by the method "
-        f"`{config.method}` ({options.paper}), with ΔW = {options.update}.",
+        f"A low-rank adapter of the method `{config.method}` ({options.paper}), with "
+        f"ΔW = {options.update}, written by manifold-lora.",
         "## Settings",
         _table(("setting", "value"), _settings(config, base, base_dtype, run)),
     ]

@@ -12,6 +12,7 @@ from manifold_lora.checkpoints.adapter_file import (
 )
 from manifold_lora.checkpoints.adapter_writer import CONFIG, Exported, write_files
 from manifold_lora.checkpoints.atomic import atomic_directory
+from manifold_lora.checkpoints.card import CARD, model_card
 from manifold_lora.conversion.updates import MAGNITUDE, relative_difference, updates
 from manifold_lora.errors import InputError
 
@@ -108,6 +109,13 @@ def write_adapter(path: Path, adapter: AdapterFile) -> float:
     }
     with atomic_directory(path) as partial:
         write_files(partial, modules, peft, settings, "portable")
+        text = model_card(
+            config,
+            peft["base_model_name_or_path"],
+            max(module.rank for module in modules.values()),
+            base_dtype=adapter.base_dtype,
+        )
+        (partial / CARD).write_text(text, encoding="utf-8")
         read = updates(read_adapter(partial))
         difference = relative_difference(updates(adapter), read)
         if not difference < _TOLERANCE:

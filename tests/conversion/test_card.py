@@ -62,6 +62,17 @@ def test_an_adapter_has_one(tmp_path: Path):
     assert "License: apache-2.0" in got.text
 
 
+def test_what_is_converted_has_one(tmp_path: Path):
+    save_adapter(attached(PLAIN), tmp_path / "a", base_id="org/base")
+    out = tmp_path / "out"
+    ml.convert_adapter(
+        ml.ConvertConfig(adapter=tmp_path / "a", method="stella", out=out)
+    )
+    got = card(out)
+    assert got.data.base_model == "org/base" and "stella" in got.data.tags
+    assert rows(got.text)["rank"] == "2"
+
+
 @pytest.mark.parametrize("base", [None, "/home/me/llama", "llama", "a/b/c", "here/now"])
 def test_a_base_that_is_not_on_the_hub(
     base: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
