@@ -1,14 +1,14 @@
 """How the tests' programs are compiled: quickly, and once for all runs."""
 
-import hashlib
 import os
-import platform
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
+
+from manifold_lora.cli.compile_cache import processor
 
 # A fifth of the time to compile, for programs whose speed does not matter.
 QUICK: dict[str, Any] = {
@@ -33,19 +33,10 @@ def cache_directory() -> str:
     directory. It may be deleted at any time; JAX_COMPILATION_CACHE_DIR names another.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = f"jax-{version('jax')}-{_processor()}"
+    name = f"jax-{version('jax')}-{processor()}"
     directory = root / "manifold-lora-tests" / name
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that is missing or read-only
         return tempfile.mkdtemp(prefix="manifold-lora-tests-")
     return str(directory)
-
-
-def _processor() -> str:
-    """A short hash of the instruction set that programs are compiled for."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    flags = [line for line in lines if line.startswith(("flags", "Features"))]
-    text = flags[0] if flags else platform.processor()
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -63,6 +63,14 @@ class CommandFlags:
         bool,
         tyro.conf.arg(help="show tracebacks", help_behavior_hint="(default: no)"),
     ] = False
+    compile_cache: Annotated[
+        bool,
+        tyro.conf.arg(
+            help="keep compiled programs in the user's cache directory, or where "
+            "JAX_COMPILATION_CACHE_DIR says",
+            help_behavior_hint="(default: yes)",
+        ),
+    ] = True
 
 
 def flags_class(kind: type) -> type[CommandFlags]:

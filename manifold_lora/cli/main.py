@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from tyro.extras import SubcommandApp
 
+from manifold_lora.cli.compile_cache import use_compile_cache
 from manifold_lora.console import make_console, print_text, safe_terminal
 from manifold_lora.errors import InputError, nearest
 from manifold_lora.planning.chips import hide_accelerators
@@ -209,6 +210,8 @@ def _run(arguments: Sequence[str]) -> None:
     if chosen == plan.__name__:
         hide_accelerators()  # before JAX is imported
     check_renamed(arguments)
+    if "--no-compile-cache" not in arguments:
+        use_compile_cache()  # likewise
     command = COMMANDS.get(chosen)
     if command is not None and command in CONFIGURATIONS:
         from manifold_lora.cli.flags import join_repeated

@@ -73,6 +73,7 @@ class TrainConfig(RunConfig):
         keep: which adapter becomes adapter/: the best trained one or the last one.
         patience: evaluations without improvement before stopping early.
         report: trackers beside metrics.jsonl.
+        profile: directory for a trace of three steps and their costliest operations.
         show_batch: print one batch, trained tokens coloured, and stop.
 
     Raises:
@@ -107,6 +108,11 @@ class TrainConfig(RunConfig):
     )
     report: tuple[Literal["tensorboard", "wandb"], ...] = setting(
         (), "trackers beside metrics.jsonl: tensorboard, wandb", may_change=True
+    )
+    profile: Path | None = setting(
+        None,
+        "directory for a trace of three steps and their costliest operations",
+        saved=False,
     )
     show_batch: bool = setting(
         False, "print one batch, trained tokens coloured, and stop", saved=False

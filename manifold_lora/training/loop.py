@@ -21,6 +21,7 @@ from manifold_lora.training.artifacts import Diverged
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.display import StepBar
 from manifold_lora.training.memory import peak_memory
+from manifold_lora.training.profiling import Profiler
 from manifold_lora.training.resume import Preempted, save_checkpoint
 from manifold_lora.training.run import ADAPTER, Metrics
 from manifold_lora.training.state import RunState, all_finite
@@ -124,8 +125,10 @@ class Loop:
         eval_every = config.evaluation.eval_every
         eval_every = -(-self.steps // 4) if eval_every is None else eval_every
         checkpoint_every = config.checkpoints.checkpoint_every or 250
+        profiler = Profiler(config.profile, run.step, self.console)
         with StepBar(self.console, self.steps, run.step) as bar:
             while run.step < self.steps and not self._out_of_patience(run):
+                profiler.before_step(run.step, run.arrays)
                 if (batch := feed.take()) is None:
                     break
                 arrays, measured = self.step(run.arrays, self.frozen, batch)
@@ -156,6 +159,7 @@ class Loop:
                 if preempted:
                     self.checkpoints.wait()
                     raise Preempted.after(run, out)
+            profiler.stop(run.arrays)
             return self._log(run, bar, model)
 
     def _out_of_patience(self, run: RunState) -> bool:
