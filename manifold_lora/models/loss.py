@@ -32,7 +32,8 @@ def token_loss(
 
     Args:
         model: with `hidden_states` and `head`, such as `Llama`.
-        batch: `input_ids`, `loss_mask`, `positions` and `segment_ids`, each (b, t).
+        batch: `input_ids`, `loss_mask`, `positions` and `segment_ids`, each (b, t);
+            without segments, None in their place, rows hold one sequence each.
         key: dropout key, one for all rows or one per row, (b,); None disables dropout.
     """
     targets = jnp.asarray(batch["input_ids"])[:, 1:]

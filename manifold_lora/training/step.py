@@ -62,6 +62,7 @@ def make_step(
     manifolds: Any,
     axes: Any,
     accumulate: int = 1,
+    packed: bool = True,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The compiled step (state, frozen, batch, extra) → (state, metrics).
 
@@ -80,6 +81,9 @@ def make_step(
         manifolds: prefix tree of the factors, for the residual; None without.
         axes: names of the axes of the factors, from `adapters.axes`.
         accumulate: number of parts; divides the rows of a batch.
+        packed: whether rows hold several sequences. Where they hold one, its padding
+            comes after it and causal attention needs no segments, which lets a GPU use
+            cuDNN's kernel.
 
     Returns:
         A function whose metrics are scalars: `loss` (mean over targets), `grad_norm`
@@ -89,6 +93,7 @@ def make_step(
 
     @vmap_over_groups
     def summed_loss(factors, frozen, part, keys):
+        part = part if packed else part | {"segment_ids": None}
         loss = token_loss(rebuild(factors, frozen), part, keys)
         return loss.nll.sum(), loss.mask.sum()
 

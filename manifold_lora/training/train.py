@@ -131,7 +131,7 @@ def _run(
     # Step and evaluation, each compiled once
     tx, schedule = build_optimizer(config, manifolds, steps, model.config.hidden_size)
     check_optimizer(config, tx, initial_factors)
-    step = make_step(rebuild, tx, None, names, config.batch.accumulate)
+    step = make_step(rebuild, tx, None, names, config.batch.accumulate, data.packing)
     held_out = held_out_batches(config, data)
     evaluate = make_evaluate(rebuild, names)
     display.show_plan(console, config, model, data, steps, mesh)

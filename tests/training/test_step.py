@@ -46,9 +46,10 @@ def batch_of(chosen, **options):
     return next(iter(batches(chosen, seed=0, shuffle=False, **sizes | options)))
 
 
-def run(model, batch, tx, accumulate=1, steps=1):
+def run(model, batch, tx, accumulate=1, steps=1, packed=True):
     rebuild, factors, frozen = split(model)
-    step = make_step(rebuild, tx, ml.manifold_tree(model), axes(model), accumulate)
+    tags = ml.manifold_tree(model)
+    step = make_step(rebuild, tx, tags, axes(model), accumulate, packed)
     # the step donates its state, and the model keeps its own arrays
     factors = jax.tree.map(jnp.copy, factors)
     state = TrainState(factors, jax.jit(tx.init)(factors), jax.random.key(0))
@@ -183,6 +184,17 @@ def test_bfloat16_base_keeps_float32_factors():
     state, metrics = run(model, batch_of(examples()), tx, steps=20)
     assert {x.dtype for x in jax.tree.leaves(state.factors)} == {jnp.dtype("float32")}
     assert metrics["residual"] < RESIDUAL
+
+
+def test_rows_of_one_sequence_need_no_segments():
+    batch = batch_of(examples())
+    assert batch["segment_ids"].max() == 1 and batch["segment_ids"].min() == 0
+    (one, metrics), (other, needed) = (
+        run(adapted(), batch, optax.sgd(1.0), packed=packed) for packed in (False, True)
+    )
+    assert metrics == pytest.approx(needed, rel=FLOAT32)
+    for x, y in zip(*map(jax.tree.leaves, (one.factors, other.factors)), strict=True):
+        np.testing.assert_allclose(x, y, atol=FLOAT32)
 
 
 def test_compile_time_does_not_grow_with_depth():
