@@ -189,6 +189,7 @@ def test_killed_at_random_times(tmp_path: Path):
     assert newest > 0
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_one_restores(tmp_path: Path):
     out = tmp_path / "[two]"  # which each process links to, see `PlainPath`
     with socket.socket() as free:

@@ -119,7 +119,7 @@ ACCUMULATE = 7
 @pytest.mark.parametrize(
     "method, text, explicit",
     slow_but(
-        [("lora", MESHES[0], False), ("loram_fr", MESHES[2], False)],
+        [("lora", MESHES[0], False)],
         [
             ("lora", MESHES[0], False),
             ("stella", MESHES[1], False),

@@ -135,7 +135,8 @@ def test_a_process_may_be_late(files: dict[str, Path], tmp_path: Path):
     assert time.monotonic() - started > 80
 
 
-@pytest.mark.parametrize("victim", slow_but([0], [0, 1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other_and_the_run_resumes(
     files: dict[str, Path], tmp_path: Path, victim: int
 ):

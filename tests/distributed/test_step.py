@@ -141,7 +141,6 @@ CASES = [
 QUICK = [
     ("landing_oblique", MESHES[0], 1),
     ("loram_br", MESHES[1], 2),
-    ("stiefel_dora", MESHES[2], 2),
 ]
 SMOKE = pytest.param("stella", MESHES[2], 1, marks=pytest.mark.smoke)
 

@@ -172,7 +172,7 @@ def trained_like(model: Llama, like: Any, method: str) -> tuple[Any, Any]:
     return logits, gradients
 
 
-@pytest.mark.parametrize("method", slow_but(["stella", "dora"], METHODS))
+@pytest.mark.parametrize("method", slow_but(["stella"], METHODS))
 @pytest.mark.parametrize("kind", slow_but(["nf4"], KINDS))
 def test_methods_train_as_on_a_plain_base_of_rounded_weights(
     kind: BaseDtype, method: str, base: Path, plain: dict[BaseDtype, Llama]

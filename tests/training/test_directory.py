@@ -92,6 +92,7 @@ def test_other_data_or_another_base_is_another_run(settings):
     assert again["identity"]["base"] != summary["identity"]["base"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_further_with_more_steps(settings):
     run(settings)
     with pytest.raises(InputError, match="steps was 2, is 1"):

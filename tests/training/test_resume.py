@@ -162,6 +162,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_resumes(
     same_outcome(settings, uninterrupted)
 
 
+@pytest.mark.slow
 def test_patience_survives_an_interruption(settings, monkeypatch):
     # nothing is better than the first evaluation
     settings = settings | {"best_metric": "accuracy", "patience": 1, "eval_every": 2}
@@ -232,6 +233,7 @@ def test_no_intact_checkpoint(settings, monkeypatch):
         run(settings)
 
 
+@pytest.mark.slow
 def test_a_lost_best_adapter_is_replaced(settings, monkeypatch):
     # the best stays that of step 2, then the rate makes it worse
     settings = settings | {
