@@ -20,12 +20,14 @@ def use_compile_cache() -> None:
     own version, so that none is stale. The directory may be deleted at any time; one
     that cannot be made is not used.
     """
+    if _VARIABLE in os.environ:
+        return
     directory = platformdirs.user_cache_path("manifold-lora") / f"jax-{processor()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that is missing or read-only
         return
-    os.environ.setdefault(_VARIABLE, str(directory))
+    os.environ[_VARIABLE] = str(directory)
     os.environ.setdefault(_LEAST, "0")
 
 
