@@ -159,7 +159,7 @@ class Loop:
                 if preempted:
                     self.checkpoints.wait()
                     raise Preempted.after(run, out)
-            profiler.stop(run.arrays)
+            profiler.finish(run.step, run.arrays)
             return self._log(run, bar, model)
 
     def _out_of_patience(self, run: RunState) -> bool:

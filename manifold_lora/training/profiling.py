@@ -11,6 +11,7 @@ from rich.console import Console
 from manifold_lora.checkpoints.atomic import write_text
 from manifold_lora.console import PlainTable, print_table, print_text
 from manifold_lora.distributed.processes import is_main
+from manifold_lora.errors import InputError
 
 # The first steps compile, and warm up the caches of the processor.
 _FIRST, _COUNT = 3, 3
@@ -25,6 +26,19 @@ class Operation(NamedTuple):
     seconds: float
     calls: int
     share: float  # of the seconds of all operations
+
+
+def check_directory(directory: Path | None) -> None:
+    """Make the directory of a trace before the run, or raise `InputError`."""
+    if directory is None:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--profile {directory} cannot be made a directory ({error.strerror}): "
+            "choose another."
+        ) from error
 
 
 class Profiler:
@@ -55,14 +69,28 @@ class Profiler:
         elif step == self._first + _COUNT:
             self.stop(arrays)
 
+    def finish(self, step: int, arrays: Any) -> None:
+        """End the trace after the last step; says so where none began."""
+        self.stop(arrays)
+        if self._directory is not None and step <= self._first:
+            print_text(
+                self._console,
+                f"--profile: nothing was traced, since the trace begins after {_FIRST} "
+                "steps. Take more --steps.",
+            )
+
     def stop(self, arrays: Any) -> None:
         """End the trace, if there is one, and show the table."""
         if not self._running:
             return
         assert self._directory is not None
         jax.block_until_ready(arrays)
-        jax.profiler.stop_trace()
         self._running = False
+        try:
+            jax.profiler.stop_trace()
+        except jax.errors.JaxRuntimeError as error:  # such as a full disk
+            print_text(self._console, f"--profile: the trace was not written: {error}")
+            return
         traces = self._directory.glob("plugins/profile/*/*.xplane.pb")
         newest = max(traces, key=lambda file: file.stat().st_mtime)
         _show(self._console, costliest(newest), self._directory)

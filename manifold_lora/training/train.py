@@ -38,6 +38,7 @@ from manifold_lora.training.data import (
 from manifold_lora.training.directory import RunDirectory, saved_date
 from manifold_lora.training.loop import Feed, Loop
 from manifold_lora.training.optimizer import build_optimizer, check_optimizer
+from manifold_lora.training.profiling import check_directory
 from manifold_lora.training.resume import (
     Preempted,
     checkpoint_errors,
@@ -90,6 +91,7 @@ def train(config: TrainConfig, console: Console | None = None) -> dict[str, Any]
         processes.connect_devices(mesh)
         console = console or make_console(quiet=not processes.is_main())
         check_trackers(config)
+        check_directory(config.profile)
         if config.show_batch:
             _show_batch(config, console)
             return {}

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from manifold_lora.console import make_console
-from manifold_lora.training.profiling import TABLE, Profiler, costliest
+from manifold_lora.errors import InputError
+from manifold_lora.training.profiling import (
+    TABLE,
+    Profiler,
+    check_directory,
+    costliest,
+)
 
 
 def run(directory: Path | None, steps: int, done: int = 0) -> None:
@@ -18,7 +24,7 @@ def run(directory: Path | None, steps: int, done: int = 0) -> None:
     for n in range(done, done + steps):
         profiler.before_step(n, x)
         x = step(x)
-    profiler.stop(x)
+    profiler.finish(done + steps, x)
 
 
 @pytest.mark.parametrize("steps, done", [(8, 0), (5, 2)])
@@ -35,7 +41,17 @@ def test_the_costliest_operation(capsys, tmp_path: Path, steps, done):
     assert first.name in capsys.readouterr().out and first.name in text
 
 
-def test_nothing_is_traced_unasked(tmp_path: Path):
+def test_nothing_is_traced(capsys, tmp_path: Path):
     run(None, 8)
+    assert capsys.readouterr().out == ""
     run(tmp_path / "short", 3)  # ends before the trace begins
+    assert "nothing was traced" in capsys.readouterr().out
     assert not (tmp_path / "short").exists()
+
+
+def test_a_directory_that_cannot_be(capsys, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--profile .*file/x cannot be made"):
+        check_directory(tmp_path / "file" / "x")
+    run(tmp_path / "file", 8)  # nor ends it a run that has begun
+    assert "the trace was not written" in capsys.readouterr().out
