@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from manifold_lora.distributed.launch import launch_problems
-from manifold_lora.models.remat import Remat
+from manifold_lora.models.remat import RematSetting
 from manifold_lora.settings import (
     UNSET,
     BatchSize,
@@ -63,10 +63,11 @@ class BaseConfig(Part):
 class ModelConfig(BaseConfig):
     """The base model, to train adapters of."""
 
-    remat: Remat = setting(
-        "block",
-        "what layers compute again in the backward pass: none, all but matrix products "
-        "(dots), all (block), or all, with their inputs in host memory (offload)",
+    remat: RematSetting = setting(
+        "auto",
+        "what layers compute again in the backward pass: as little as memory allows "
+        "(auto), none, all but projections and attention (dots), all (block), or all, "
+        "with their inputs in host memory (offload)",
     )
 
 

@@ -22,7 +22,12 @@ from manifold_lora.models.layers import (
     rope_frequencies,
 )
 from manifold_lora.models.precision import matmul
-from manifold_lora.models.remat import Remat, layer_input, rematerialised
+from manifold_lora.models.remat import (
+    Remat,
+    layer_input,
+    projection_output,
+    rematerialised,
+)
 
 Dtype = jnp.dtype | type
 Rope = tuple[jax.Array, jax.Array]
@@ -84,16 +89,19 @@ class Attention(nnx.Module):
         """
         b, t, _ = x.shape
         heads = (b, t, -1, self.head_dim)
-        q = self.q_proj(x, _fold(key, 0)).reshape(heads)  # (b, t, h, head_dim)
-        k = self.k_proj(x, _fold(key, 1)).reshape(heads)  # (b, t, kv, head_dim)
-        v = self.v_proj(x, _fold(key, 2)).reshape(heads)  # (b, t, kv, head_dim)
+        q = projection_output(self.q_proj(x, _fold(key, 0)))
+        k = projection_output(self.k_proj(x, _fold(key, 1)))
+        v = projection_output(self.v_proj(x, _fold(key, 2)))
+        q = q.reshape(heads)  # (b, t, h, head_dim)
+        k, v = k.reshape(heads), v.reshape(heads)  # (b, t, kv, head_dim)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is None:
             y = causal_attention(q, k, v, mask)  # (b, t, h, head_dim)
         else:
             k, v, cache = cache.extend(k, v)
             y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return self.o_proj(y.reshape(b, t, -1), _fold(key, 3)), cache
+        y = self.o_proj(y.reshape(b, t, -1), _fold(key, 3))
+        return projection_output(y), cache
 
 
 class MLP(nnx.Module):
@@ -120,8 +128,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """(b, t, d) to (b, t, d)."""
-        gate = jax.nn.silu(self.gate_proj(x, _fold(key, 4)))
-        return self.down_proj(gate * self.up_proj(x, _fold(key, 5)), _fold(key, 6))
+        gate = projection_output(self.gate_proj(x, _fold(key, 4)))
+        up = projection_output(self.up_proj(x, _fold(key, 5)))
+        return self.down_proj(jax.nn.silu(gate) * up, _fold(key, 6))
 
 
 class Block(nnx.Module):

@@ -1,14 +1,30 @@
 """Rematerialisation policies: what of a layer is kept for the backward pass."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 Remat = Literal["none", "dots", "block", "offload"]
-LAYER_INPUT, ATTENTION = "layer_input", "attention"
+RematSetting = Literal["auto", "none", "dots", "block", "offload"]
+LAYER_INPUT, PROJECTION, ATTENTION = "layer_input", "projection", "attention"
 _policies = jax.checkpoint_policies
+
+
+def candidates(setting: RematSetting, platform: str) -> tuple[Remat, ...]:
+    """The policies to try, fastest first, until one fits into memory.
+
+    They are several for "auto". On a CPU "none" is slower than "dots": what it keeps
+    has to be written to memory and read again.
+
+    >>> candidates("auto", "cpu"), candidates("block", "cpu")
+    (('dots', 'block'), ('block',))
+    """
+    for remat in get_args(Remat):
+        if remat == setting:
+            return (remat,)
+    return ("dots", "block") if platform == "cpu" else ("none", "dots", "block")
 
 
 def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
@@ -17,8 +33,8 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
     From fast and large to slow and small:
 
     - "none": everything that the backward pass needs;
-    - "dots": the results of matrix products and of attention; the elementwise
-      operations between them are computed again;
+    - "dots": the results of projections and of attention; the elementwise operations
+      between them are computed again;
     - "block": the input of the layer, which is computed again as a whole;
     - "offload": the same, kept in the memory of the host.
 
@@ -34,10 +50,7 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
 
 def _policy(remat: Remat) -> Callable[..., Any] | None:
     if remat == "dots":
-        return _policies.save_from_both_policies(
-            _policies.dots_with_no_batch_dims_saveable,
-            _policies.save_only_these_names(ATTENTION),
-        )
+        return _policies.save_only_these_names(PROJECTION, ATTENTION)
     if remat == "offload":
         return _policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
@@ -51,6 +64,14 @@ def _policy(remat: Remat) -> Callable[..., Any] | None:
 def layer_input(x: jax.Array) -> jax.Array:
     """Name the input of a layer, for "offload"."""
     return checkpoint_name(x, LAYER_INPUT)
+
+
+def projection_output(x: jax.Array) -> jax.Array:
+    """Name the result of a projection, for "dots".
+
+    Of an adapted layer that is the sum of two products, which is kept, not they.
+    """
+    return checkpoint_name(x, PROJECTION)
 
 
 def attention_output(x: jax.Array) -> jax.Array:

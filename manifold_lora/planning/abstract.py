@@ -17,6 +17,7 @@ from manifold_lora.distributed.sharding import logical_axes, specs_like, storage
 from manifold_lora.errors import InputError
 from manifold_lora.models import Llama, LlamaConfig
 from manifold_lora.models.quantised import quantise
+from manifold_lora.models.remat import Remat
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.optimizer import build_optimizer
 from manifold_lora.training.step import TrainState, make_step
@@ -60,7 +61,6 @@ def abstract_model(config: TrainConfig, shape: LlamaConfig) -> Llama:
 
     def build() -> Llama:
         model = Llama(shape, dtype=jnp.dtype(config.model.dtype), rngs=nnx.Rngs(0))
-        model.remat = config.model.remat
         if config.model.base_dtype is not None:
             quantise(model, config.model.base_dtype)
         attach(model, config.adapter, config.optimizer.seed)
@@ -76,8 +76,11 @@ def abstract_model(config: TrainConfig, shape: LlamaConfig) -> Llama:
         ) from error
 
 
-def abstract_run(config: TrainConfig, model: Llama, mesh: Mesh) -> AbstractRun:
+def abstract_run(
+    config: TrainConfig, model: Llama, mesh: Mesh, remat: Remat = "block"
+) -> AbstractRun:
     """The run of a configuration on a mesh, with the model of `abstract_model`."""
+    model.remat = remat
     rebuild, factors, frozen = split(model)
     tags, factor_axes = manifold_tree(model), axes(model)
     steps = config.schedule.steps or 1

@@ -13,6 +13,7 @@ from typing import Any
 from manifold_lora.distributed.mesh import BATCH_AXES, divisibility_errors, group_count
 from manifold_lora.models import LlamaConfig
 from manifold_lora.models.quantised import BLOCK
+from manifold_lora.models.remat import Remat
 from manifold_lora.models.shapes import parameter_count
 from manifold_lora.planning.chips import Topology
 from manifold_lora.training.config import TrainConfig
@@ -36,6 +37,10 @@ class Workload:
     def rows(self) -> int:
         """Rows of a micro-batch, over all devices."""
         return self.run.batch.batch_size // self.run.batch.accumulate
+
+    def with_remat(self, remat: Remat) -> "Workload":
+        """The same with another rematerialisation policy."""
+        return _with(self, "model", remat=remat)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,9 @@ def estimate(
     activation = rows * time * shape.hidden_size * item
 
     inner = activation * (4 + _inner_width(shape) / tensor)  # activations of a layer
-    kept = {"block": activation, "offload": 0.0}.get(run.model.remat, inner)
+    # Of "auto", what it keeps where there is little memory.
+    less = {"block": activation, "auto": activation, "offload": 0.0}
+    kept = less.get(run.model.remat, inner)
     logits = 4 * time * shape.vocab_size / tensor
     fixed = (
         base / (fsdp * tensor)
@@ -196,7 +203,7 @@ def remedies(
         return memory <= limit
 
     if workload.run.model.remat in ("none", "dots"):
-        offer("--remat block", _with(workload, "model", remat="block"), sizes)
+        offer("--remat block", workload.with_remat("block"), sizes)
     groups, run = group_count(sizes), workload.run
     for count in divisors(run.batch.batch_size):
         rows = run.batch.batch_size // count

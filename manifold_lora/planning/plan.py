@@ -16,6 +16,7 @@ from manifold_lora.console import make_console, print_text
 from manifold_lora.data.builtin import BASE
 from manifold_lora.distributed.mesh import divisibility_errors, make_mesh
 from manifold_lora.errors import InputError
+from manifold_lora.models.remat import Remat, candidates
 from manifold_lora.models.shapes import model_shape, parameter_count
 from manifold_lora.planning.abstract import (
     AbstractRun,
@@ -41,6 +42,8 @@ from manifold_lora.planning.targets import (
     topology_devices,
 )
 from manifold_lora.planning.view import show_plan
+from manifold_lora.training.memory import program_memory
+from manifold_lora.training.remat import is_out_of_memory
 
 MAX_MESHES = 4  # meshes that a search compiles at most
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -134,14 +137,29 @@ class _Planner:
         return bandwidth(make_mesh(sizes, self.devices).devices, axes, self.topology)
 
     def plan(self, sizes: Sizes) -> dict[str, Any]:
-        """The plan on one mesh, JSON-serialisable."""
-        run = abstract_run(self.target.run, self.model, make_mesh(sizes, self.devices))
-        settings, arguments = self._settings(sizes), self._argument_bytes(run)
+        """The plan on one mesh, JSON-serialisable.
+
+        Of the policies of `--remat auto` it is that of the first one that fits.
+        """
+        result: dict[str, Any] = {}
+        platform = "cpu" if self.topology is None else "tpu"
+        for remat in candidates(self.target.run.model.remat, platform):
+            result = self._plan(sizes, remat)
+            if result["fits"]:
+                break
+        return result
+
+    def _plan(self, sizes: Sizes, remat: Remat) -> dict[str, Any]:
+        mesh = make_mesh(sizes, self.devices)
+        run = abstract_run(self.target.run, self.model, mesh, remat)
+        settings = self._settings(sizes) | {"remat": remat}
+        arguments = self._argument_bytes(run)
         try:
             costs = self._compile(run)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                return settings | self._out_of_memory(arguments, sizes, str(error))
+            if is_out_of_memory(error):
+                amounts = self._out_of_memory(arguments, sizes, remat, str(error))
+                return settings | amounts
             raise CompilerError(
                 f"the compiler failed on the step for {self.devices_name}, mesh "
                 f"{format_mesh(sizes)}: {str(error).splitlines()[0]} Try another "
@@ -167,7 +185,6 @@ class _Planner:
             **dataclasses.asdict(run.batch),
             "dtype": run.model.dtype,
             "base_dtype": run.model.base_dtype,
-            "remat": run.model.remat,
             "devices": self.target.count,
             "topology": None if self.topology is None else str(self.topology),
             "mesh": dict(sizes),
@@ -191,21 +208,21 @@ class _Planner:
         compiled = traced.lower().compile()
         costs: dict[str, Any] = {
             "compile_seconds": time.perf_counter() - started,
-            "memory": self._program_bytes(compiled.memory_analysis()),
+            "memory": self._program_bytes(compiled),
             **self._analyse(run, traced, compiled),
         }
         update = run.traced_update()
         optimizer = self._analyse(run, update, update.lower().compile())
         return costs | {"optimizer": optimizer}
 
-    def _program_bytes(self, analysis: Any) -> dict[str, Any]:
+    def _program_bytes(self, compiled: Any) -> dict[str, Any]:
         """Bytes of temporaries and code, and the peak, from the compiler's analysis."""
-        program = analysis.generated_code_size_in_bytes
-        results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        activations = analysis.temp_size_in_bytes
-        arguments = analysis.argument_size_in_bytes
-        peak = arguments + results + activations + program
-        return {"activations": activations, "program": program, "peak": peak}
+        analysis = compiled.memory_analysis()
+        return {
+            "activations": analysis.temp_size_in_bytes,
+            "program": analysis.generated_code_size_in_bytes,
+            "peak": program_memory(compiled),
+        }
 
     def _analyse(self, run: AbstractRun, traced: Any, compiled: Any) -> dict[str, Any]:
         """Operations, memory traffic, collectives and, for TPUs, times of a program."""
@@ -241,7 +258,7 @@ class _Planner:
         return {"tokens_per_second": rate, "dollars_per_billion_tokens": dollars}
 
     def _out_of_memory(
-        self, arguments: dict[str, Any], sizes: Sizes, message: str
+        self, arguments: dict[str, Any], sizes: Sizes, remat: Remat, message: str
     ) -> dict[str, Any]:
         """The memory needed, according to the compiler's error, and remedies."""
         amounts = [
@@ -254,8 +271,9 @@ class _Planner:
         needed = max([total, *amounts])
         limit = arguments["available"]
         assert limit is not None
+        workload = self.workload.with_remat(remat)
         return {
             "memory": arguments | {"peak": needed},
             "fits": False,
-            "remedies": remedies(self.workload, sizes, needed, limit, self.topology),
+            "remedies": remedies(workload, sizes, needed, limit, self.topology),
         }

@@ -31,9 +31,7 @@ def load_base(config: TrainConfig) -> Llama:
     on_cpu = jax.default_backend() == "cpu"
     path, base_dtype = config.model.path or BASE, config.model.base_dtype
     dtype = config.model.dtype or ("float32" if on_cpu else "bfloat16")
-    model = load_llama(path, jnp.dtype(dtype), base_dtype)
-    model.remat = config.model.remat
-    return model
+    return load_llama(path, jnp.dtype(dtype), base_dtype)
 
 
 def load_model(config: TrainConfig) -> Llama:

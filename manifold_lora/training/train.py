@@ -21,6 +21,7 @@ from manifold_lora.distributed import processes
 from manifold_lora.distributed.arrays import BatchSharder
 from manifold_lora.distributed.mesh import make_mesh, read_mesh
 from manifold_lora.evaluation.heldout import make_evaluate
+from manifold_lora.models.remat import Remat, candidates
 from manifold_lora.training import display
 from manifold_lora.training.artifacts import (
     Diverged,
@@ -39,6 +40,7 @@ from manifold_lora.training.directory import RunDirectory, saved_date
 from manifold_lora.training.loop import Feed, Loop
 from manifold_lora.training.optimizer import build_optimizer, check_optimizer
 from manifold_lora.training.profiling import check_directory
+from manifold_lora.training.remat import fitting_step
 from manifold_lora.training.resume import (
     Preempted,
     checkpoint_errors,
@@ -133,7 +135,16 @@ def _run(
     # Step and evaluation, each compiled once
     tx, schedule = build_optimizer(config, manifolds, steps, model.config.hidden_size)
     check_optimizer(config, tx, initial_factors)
-    step = make_step(rebuild, tx, None, names, config.batch.accumulate, data.packing)
+
+    def step_with(remat: Remat) -> Any:
+        model.remat = remat
+        with_remat, _, _ = split(model)
+        parts = config.batch.accumulate
+        return make_step(with_remat, tx, None, names, parts, data.packing)
+
+    platform = mesh.devices.flat[0].platform
+    policies = candidates(config.model.remat, platform)
+    step = fitting_step(step_with, policies, console)
     held_out = held_out_batches(config, data)
     evaluate = make_evaluate(rebuild, names)
     display.show_plan(console, config, model, data, steps, mesh)

@@ -78,7 +78,7 @@ def test_help_is_grouped_and_shows_resolved_defaults(capsys, name):
         assert f"{group} options" in shown
     words = [
         "(default: 2·rank)",
-        "--remat {none,dots,block,offload}",
+        "--remat {auto,none,dots,block,offload}",
         "S is a diagonal (stella)",
     ]
     if name != "plan":
