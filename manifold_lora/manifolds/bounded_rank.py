@@ -103,10 +103,11 @@ class BoundedRank(Manifold):
         Returns:
             A tangent.
         """
-        a, v, gv = at_least_float32(x["a"], x["v"], g["v"])
+        a, v, ga, gv = at_least_float32(x["a"], x["v"], g["a"], g["v"])
+        ga, gv = bounded(ga, gv)
         m = self._inverse_metric(matmul(a.mT, a))
         vp = times(gv, m) - times(v, matmul(matmul(v.mT, gv), m))
-        return _like(x, g["a"], vp)
+        return _like(x, ga, vp)
 
     def retract(self, x: Point, v: Point) -> dict[str, Array]:
         """The point reached along v: a point for every finite v.

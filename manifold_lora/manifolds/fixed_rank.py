@@ -107,7 +107,7 @@ class FixedRank(Manifold):
         Returns:
             The gradient, a tangent in normal form.
         """
-        (u, _, v), (gv, _, gtu) = _wide(x), _wide(g)
+        (u, _, v), (gv, _, gtu) = _wide(x), _bounded(g)
         # Mᵀ in Vₚ comes from GᵀU itself: horizontal whatever the rounding of the pair.
         m, mt = matmul(u.mT, gv), matmul(v.mT, gtu)
         return _like(x, (gv - times(u, m), m, gtu - times(v, mt)))

@@ -82,10 +82,49 @@ def bounded(*parts: Array, axis: Any = (-2, -1)) -> tuple[Array, ...]:
     So that the squares of any finite vector are finite. Exactly the vector itself
     where no entry along the axes is larger. Infinite entries become NaN.
     """
+    scale = _scale_of(*parts, axis=axis)
+    return tuple(p * scale.astype(p.dtype) for p in parts)
+
+
+def _scale_of(*parts: Array, axis: Any = (-2, -1)) -> Array:
     sizes = [jnp.max(jnp.abs(p), axis=axis, keepdims=True) for p in parts]
     size = functools.reduce(jnp.maximum, sizes)
-    scale = jnp.where(size <= LARGEST, 1, LARGEST / jnp.maximum(size, LARGEST))
-    return tuple(p * scale.astype(p.dtype) for p in parts)
+    return jnp.where(size <= LARGEST, 1, LARGEST / jnp.maximum(size, LARGEST))
+
+
+def finite_products(
+    products: Callable[[Sequence[Array]], list[Array]], ds: Sequence[Array]
+) -> tuple[list[Array], list[Array]]:
+    """Products r×r of tall vectors, finite for all finite vectors.
+
+    The products are those of cD, with c = 1 where they are at most 2³⁰, and elsewhere
+    the scale of `bounded`: a pass over memory that is hardly ever needed.
+
+    Args:
+        products: of the vectors, each (…, rows, r), to a list of (…, r, r), in which
+            every vector has a part.
+        ds: the vectors.
+
+    Returns:
+        The products, and c of each vector, (…, 1, 1).
+    """
+
+    def scaled() -> tuple[list[Array], list[Array]]:
+        scales = [_scale_of(d).astype(d.dtype) for d in ds]
+        return products([c * d for c, d in zip(scales, ds, strict=True)]), scales
+
+    # On a mesh the condition would be one more collective.
+    if _may_be_sharded() or any(any(jax.typeof(d).sharding.spec) for d in ds):
+        return scaled()
+    plain = products(ds)
+    fine = functools.reduce(jnp.logical_and, [_is_bounded(p) for p in plain])
+    ones = [jnp.ones((*d.shape[:-2], 1, 1), d.dtype) for d in ds]
+    return jax.lax.cond(fine, lambda: (plain, ones), scaled)
+
+
+def _is_bounded(x: Array) -> Array:
+    """Whether no entry is larger than 2³⁰, or NaN."""
+    return jnp.max(jnp.abs(x), initial=0) <= LARGEST
 
 
 def shortening(gram: Array, most: Any) -> Array:

@@ -30,7 +30,10 @@ class Manifold(abc.ABC):
 
     @abc.abstractmethod
     def riemannian_gradient(self, x: Any, g: Any) -> Any:
-        """The Riemannian gradient at x of a function with Euclidean gradient g."""
+        """The Riemannian gradient at x of a function with Euclidean gradient g.
+
+        Where the products of a finite g would overflow, g is shortened.
+        """
 
     @abc.abstractmethod
     def retract(self, x: Any, v: Any) -> Any:

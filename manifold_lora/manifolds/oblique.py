@@ -65,7 +65,7 @@ class Oblique(Manifold):
 
     def riemannian_gradient(self, x: Array, g: Array) -> Array:
         """P(G), since the metric is that of the embedding space."""
-        return self.project(x, g)
+        return self.project(x, *bounded(g))
 
     def retract(self, x: Array, v: Array) -> Array:
         """The point reached along v: a point for every finite v.

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from manifold_lora.manifolds.linalg import (
-    bounded,
     deviation,
+    finite_products,
     inverse_cholesky,
     inverse_root,
     matmul,
@@ -27,11 +27,22 @@ def longest(dtype: Any) -> float:
     return _LONGEST[jnp.dtype(dtype).name]
 
 
-def shortened(d: Array) -> tuple[Array, Array, Array]:
-    """D with finite squares, its Gram matrix, and c of the step cD, ‖cD‖₂ ≤ longest."""
-    (d,) = bounded(d)
-    gram = matmul(d.mT, d)
-    return d, gram, shortening(gram, longest(d.dtype))
+def small_products(
+    xs: Sequence[Array], ds: Sequence[Array]
+) -> tuple[list[Array], list[Array], list[Array]]:
+    """XᵀV and VᵀV of V = cD, and the c with which ‖V‖₂ ≤ `longest`, of all pairs."""
+
+    def products(ds: Sequence[Array]) -> list[Array]:
+        grams = [matmul(d.mT, d) for d in ds]
+        # (DᵀX)ᵀ takes less time on a CPU than XᵀD.
+        return grams + [matmul(d.mT, x).mT for x, d in zip(xs, ds, strict=True)]
+
+    found, scales = finite_products(products, ds)
+    grams, ws = found[: len(ds)], found[len(ds) :]
+    cs = [shortening(g, longest(g.dtype)) for g in grams]
+    ws = [c * w for c, w in zip(cs, ws, strict=True)]
+    grams = [c**2 * g for c, g in zip(cs, grams, strict=True)]
+    return ws, grams, [c * scale for c, scale in zip(cs, scales, strict=True)]
 
 
 def polish(e: Array) -> Array:

@@ -16,6 +16,7 @@ from manifold_lora.manifolds.linalg import (
     deviation,
     expm,
     eye_like,
+    finite_products,
     inverse,
     inverse_cholesky,
     inverse_root,
@@ -29,7 +30,7 @@ from manifold_lora.manifolds.orthonormal import (
     longest,
     orthonormalise,
     polish,
-    shortened,
+    small_products,
 )
 
 Retraction = Literal["polar", "qr", "cayley", "exp"]
@@ -109,10 +110,11 @@ class Stiefel(Manifold):
     def riemannian_gradient(self, x: Array, g: Array) -> Array:
         """G − X GᵀX in the canonical metric, G − X sym(XᵀG) in the Euclidean."""
         if self.metric == "euclidean":
-            return self.project(x, g)
+            return self.project(x, *bounded(g))
         dtype = x.dtype
         x, g = at_least_float32(x, g)
-        return (g - times(x, matmul(g.mT, x))).astype(dtype)
+        (w,), (c,) = finite_products(lambda gs: [matmul(gs[0].mT, x)], [g])
+        return (c * g - times(x, w)).astype(dtype)
 
     def retract(self, x: Array, v: Array) -> Array:
         """The point reached along v: a point for every finite v.
@@ -144,8 +146,8 @@ class Stiefel(Manifold):
         dtype = x.dtype
         x, v = at_least_float32(x, v)
         if self.retraction == "polar" or self.retraction == "qr":
-            v, gram, c = shortened(v)
-            e = c * (2 * sym(matmul(x.mT, v))) + c**2 * gram
+            (w,), (gram,), (c,) = small_products([x], [v])
+            e = 2 * sym(w) + gram
             zero, scale = jnp.zeros_like(e), c * eye_like(e)
             (y,), _ = orthonormalise(
                 self.retraction, [x], [zero], [v], [scale], [e], [gram]
@@ -207,12 +209,12 @@ class Stiefel(Manifold):
         dtypes = [x.dtype for x in xs]
         pairs = [at_least_float32(x, d) for x, d in zip(xs, ds, strict=True)]
         wide = [x for x, _ in pairs]
-        ds, grams, cs = zip(*(shortened(d) for _, d in pairs), strict=True)
-        ws = [c * matmul(x.mT, d) for x, d, c in zip(wide, ds, cs, strict=True)]
+        ds = [d for _, d in pairs]
+        ws, grams, cs = small_products(wide, ds)
         zs = [sym(w) for w in ws]
         es = [
-            c**2 * g - 2 * sym(matmul(z, w)) + matmul(z, z)
-            for g, c, z, w in zip(grams, cs, zs, ws, strict=True)
+            g - 2 * sym(matmul(z, w)) + matmul(z, z)
+            for g, z, w in zip(grams, zs, ws, strict=True)
         ]
         scales = [c * eye_like(z) for c, z in zip(cs, zs, strict=True)]
         shifts = [-z for z in zs]

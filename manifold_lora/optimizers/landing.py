@@ -11,13 +11,9 @@ from jax import Array
 
 from manifold_lora.errors import InputError
 from manifold_lora.manifolds import Euclidean, Manifold, Oblique, Stiefel
-from manifold_lora.manifolds.linalg import matmul, stacked
+from manifold_lora.manifolds.linalg import bounded, matmul, stacked
 from manifold_lora.optimizers.checks import checked
-from manifold_lora.optimizers.riemannian import (
-    cast_like,
-    finite_squares,
-    promoted,
-)
+from manifold_lora.optimizers.riemannian import cast_like, promoted
 from manifold_lora.optimizers.tree import (
     Manifolds,
     check_points,
@@ -138,11 +134,18 @@ def check_positive(owner: str, field: str, value: Any) -> None:
         raise InputError(f"{owner} needs {field} above 0, got {value}.")
 
 
+def _finite_squares(manifold: Manifold, g: Any) -> Any:
+    """The vector, shortened where its products would overflow."""
+    if isinstance(manifold, Euclidean):
+        return g
+    return bounded(promoted(g))[0]
+
+
 def projected(owner: str, manifolds: Manifolds) -> optax.GradientTransformation:
     """Every gradient G − X sym(XᵀG), for points near their manifolds."""
 
     def project(manifold: Manifold, x: Any, g: Any) -> Any:
-        return cast_like(g, manifold.project(x, finite_squares(manifold, g)))
+        return cast_like(g, manifold.project(x, _finite_squares(manifold, g)))
 
     def init(params: optax.Params) -> optax.EmptyState:
         _check(owner, resolve(manifolds, params), params)
@@ -199,7 +202,7 @@ def _land(
     if isinstance(manifold, Euclidean):
         return ds
     olds, xs = xs, [promoted(x) for x in xs]
-    ds = [finite_squares(manifold, d) for d in ds]
+    ds = [_finite_squares(manifold, d) for d in ds]
     vs = [manifold.project(x, d) for x, d in zip(xs, ds, strict=True)]
     if max_step is not None:
         sizes = _sizes(manifold, vs)

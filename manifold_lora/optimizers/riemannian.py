@@ -9,7 +9,7 @@ import optax
 
 from manifold_lora.errors import InputError, check_choice
 from manifold_lora.manifolds import Euclidean, Manifold
-from manifold_lora.manifolds.linalg import at_least_float32, bounded
+from manifold_lora.manifolds.linalg import at_least_float32
 from manifold_lora.optimizers import moments
 from manifold_lora.optimizers.checks import checked
 from manifold_lora.optimizers.tree import (
@@ -140,15 +140,7 @@ def riemannian(
 
 
 def _gradient(manifold: Manifold, x: Any, g: Any) -> Any:
-    return cast_like(g, manifold.riemannian_gradient(x, finite_squares(manifold, g)))
-
-
-def finite_squares(manifold: Manifold, g: Any) -> Any:
-    """The gradient by a point, shortened where its products would overflow."""
-    if isinstance(manifold, Euclidean):
-        return g
-    leaves, structure = jax.tree.flatten(promoted(g))
-    return structure.unflatten(bounded(*leaves))
+    return cast_like(g, manifold.riemannian_gradient(x, promoted(g)))
 
 
 def _scaled(update_scale: Callable[[Any], Any], manifold: Manifold, x: Any, d: Any):
