@@ -1,12 +1,12 @@
-"""Records a second on a real model and data, beside TRL's SFTTrainer with PEFT.
+"""Records a second and memory on a real model and data, beside TRL's SFTTrainer.
 
     python benchmarks/sft_trainer.py MODEL DATA [--arms ...] [--rounds 1]
 
 MODEL is a Hugging Face LLaMA directory, DATA a JSON file of Alpaca records, such as the
 commonsense benchmarks'. LoRA of rank 16 on all linears in float32; each arm runs in a
 process of its own with its library's defaults but for what its name says, and reports
-the median seconds of its steps after the first one. A record counts once, however it is
-padded or packed. Needs the extra hf.
+the median seconds of its steps after the first one, and its peak resident memory. A
+record counts once, however it is padded or packed. Needs the extra hf.
 """
 
 # pyright: reportMissingImports=false
@@ -15,6 +15,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from typing import Any
 
 ARMS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "ours, remat dots": {"remat": "dots"},
+    "ours, remat block": {"remat": "block"},
     "SFTTrainer": {},
     "SFTTrainer, no checkpointing": {"gradient_checkpointing": False},
     "SFTTrainer, packing": {"packing": True, "max_length": 512},
@@ -119,11 +120,13 @@ def main() -> None:
     if options.measure:
         measured = our_rate if options.measure.startswith("ours") else their_rate
         given = ARMS[options.measure]
-        print(measured(options.model, options.data, options.steps, given))
+        rate = measured(options.model, options.data, options.steps, given)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        print(json.dumps([rate, peak]))
         return
     names = ("jax", "torch", "transformers", "peft", "trl")
     print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
-    rates: dict[str, list[float]] = {arm: [] for arm in options.arms}
+    results: dict[str, list[list[float]]] = {arm: [] for arm in options.arms}
     for _ in range(options.rounds):
         for arm in options.arms:
             command = [sys.executable, __file__, str(options.model), str(options.data)]
@@ -131,10 +134,11 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr)
-            rates[arm].append(float(done.stdout.split()[-1]))
-    print("| arm | records/s |\n|---|---|")
-    for arm, values in rates.items():
-        print(f"| {arm} | {median(values):.2f} |")
+            results[arm].append(json.loads(done.stdout.splitlines()[-1]))
+    print("| arm | records/s | peak MB |\n|---|---|---|")
+    for arm, values in results.items():
+        rate, peak = map(median, zip(*values, strict=True))
+        print(f"| {arm} | {rate:.2f} | {peak:,.0f} |")
 
 
 if __name__ == "__main__":

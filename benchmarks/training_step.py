@@ -1,12 +1,15 @@
 """Tokens a second and peak memory of a LoRA step, beside PEFT on the same shapes.
 
     python benchmarks/training_step.py [SHAPE ...] [--arms ARM ...] [--rounds 3]
+    python benchmarks/training_step.py smollm2 --arms dots stiefel stella loram_br
 
-Random weights in float32, rank 16 on all linears, AdamW, every token a target. Each arm
-runs in a process of its own, which the rounds repeat in turns; a process warms up and
-reports the median of its steps and its peak resident memory. Ours are named by the
-rematerialisation policy; the last column is the rate of products alone (XLA's, square,
-counted at 4 operations per parameter and token). Needs the extra hf.
+Random weights in float32, rank 16 on all linears, every token a target. Each arm runs
+in a process of its own, which the rounds repeat in turns; a process warms up and
+reports the median of its steps, also over that of the first arm, and its peak resident
+memory. Ours are named by the rematerialisation policy, with plain LoRA and AdamW, or by
+the method, with its own optimiser and the policy dots; the last column is the rate of
+products alone (XLA's, square, counted at 4 operations per parameter and token). Needs
+the extra hf.
 """
 
 # pyright: reportMissingImports=false
@@ -23,6 +26,8 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
+from manifold_lora.methods import METHODS
+
 # hidden, intermediate, layers, heads, key heads, vocabulary, rows, tokens per row
 SHAPES = {
     "288x6-512": (288, 768, 6, 6, 6, 512, 8, 256),
@@ -31,7 +36,7 @@ SHAPES = {
     "smollm2": (576, 1536, 30, 9, 3, 49152, 4, 256),
     "288x6-long": (288, 768, 6, 6, 6, 512, 2, 1024),
 }
-ARMS = ("block", "dots", "none", "peft")
+POLICIES = ("block", "dots", "none")
 
 
 def parameters(shape: tuple[int, ...]) -> int:
@@ -41,16 +46,17 @@ def parameters(shape: tuple[int, ...]) -> int:
     return layers * (2 * d * d + 2 * d * keys + 3 * d * m) + d * vocabulary
 
 
-def jax_steps(shape: tuple[int, ...], policy: Any) -> Iterator[Callable[[], None]]:
+def jax_steps(shape: tuple[int, ...], arm: str) -> Iterator[Callable[[], None]]:
     """Our step, as `train` runs it."""
     import jax
     import jax.numpy as jnp
     import numpy as np
-    import optax
     from flax import nnx
 
     import manifold_lora as ml
-    from manifold_lora.adapters import axes, split
+    from manifold_lora.adapters import axes, manifold_tree, split
+    from manifold_lora.training.config import TrainConfig
+    from manifold_lora.training.optimizer import build_optimizer
     from manifold_lora.training.step import initial_state, make_step
 
     d, m, layers, heads, kv_heads, vocabulary, rows, tokens = shape
@@ -63,11 +69,16 @@ def jax_steps(shape: tuple[int, ...], policy: Any) -> Iterator[Callable[[], None
         num_key_value_heads=kv_heads,
         head_dim=d // heads,
     )
+    policy: Any
+    method, policy = ("lora", arm) if arm in POLICIES else (arm, "dots")
     model = ml.Llama(config, rngs=nnx.Rngs(0))
     model.remat = policy
-    ml.attach(model, ml.AdapterConfig("lora", rank=16))
+    adapter = ml.AdapterConfig(method, rank=16)
+    ml.attach(model, adapter)
     rebuild, factors, frozen = split(model)
-    tx, names = optax.adamw(1e-4), axes(model)
+    run_config = TrainConfig(adapter=adapter)
+    tx, _ = build_optimizer(run_config, manifold_tree(model), 1000, d)
+    names = axes(model)
     del model
     state = initial_state(factors, tx, names, 0)
     step = make_step(rebuild, tx, None, names)
@@ -157,9 +168,10 @@ def product_rate() -> float:
 
 def main() -> None:
     """Run the arms in turns and print a table for each shape."""
+    arms = (*POLICIES, "peft")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("shapes", nargs="*", default=["288x6-512", "288x6-32000"])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=(*arms, *METHODS), default=arms)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="per process")
     parser.add_argument("--measure", nargs=2, metavar=("SHAPE", "ARM"))
@@ -186,13 +198,18 @@ def main() -> None:
                     raise SystemExit(output.stderr)
                 results[arm].append(json.loads(output.stdout.splitlines()[-1]))
         print(f"\n{name}: products at {median(rates) / 1e9:.0f} GFLOP/s")
-        print("| arm | tokens/s | peak MB | of the product rate |\n|---|---|---|---|")
+        print("| arm | tokens/s | step | peak MB | of the product rate |")
+        print("|---|---|---|---|---|")
         *_, rows, tokens = SHAPES[name]
+        first = next(iter(results.values()))
         for arm, measured in results.items():
-            rate = rows * tokens / median(x["seconds"] for x in measured)
+            seconds = median(x["seconds"] for x in measured)
+            ratio = seconds / median(x["seconds"] for x in first)
             peak = median(x["peak"] for x in measured)
+            rate = rows * tokens / seconds
             share = 4 * parameters(SHAPES[name]) * rate / median(rates)
-            print(f"| {arm} | {rate:,.0f} | {peak:,.0f} | {share:.0%} |", flush=True)
+            row = [arm, f"{rate:,.0f}", f"{ratio:.3f}", f"{peak:,.0f}", f"{share:.0%}"]
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from manifold_lora.adapters.lora import LoRALinear, LoRAPlusOptions
 from manifold_lora.adapters.low_rank import Arrays
 from manifold_lora.adapters.options import initialisation
 from manifold_lora.models import Linear
+from manifold_lora.models.remat import projection_output
 
 MAGNITUDE = Factor(("out",), peft="lora_magnitude_vector")
 
@@ -75,7 +76,7 @@ class DoRALinear(LoRALinear):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Shapes (…, in) to (…, out); `key` switches dropout on."""
-        y = self.base(x)
+        y = projection_output(self.base(x))  # which the gradient of m needs by itself
         linear = y if self.base.bias is None else y - self.base.bias[...]
         # Rounded after 1 is taken off: bfloat16 has no numbers close to 1.
         change = (self._gain() - 1).astype(x.dtype)
