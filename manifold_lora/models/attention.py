@@ -21,7 +21,9 @@ from manifold_lora.models.precision import matmul
 from manifold_lora.models.remat import attention_output
 
 _BLOCK = 128  # queries and keys of one block; fastest on CPUs from 64 to 256
-_UNROLLED = 4  # blocks of a row whose loops are written out, a tenth to a third faster
+# Blocks of a row whose loops are written out, which is faster, but computes all blocks:
+# with one segment to a row, and with several.
+_UNROLLED = (4, 2)
 _MASKED = -1e30  # finite, so that a block without any key gives no NaN
 
 
@@ -86,25 +88,26 @@ def blockwise_attention(
         Dao, "FlashAttention-2", 2023, arXiv:2307.08691, Algorithms 1 and 2.
     """
     b, t, _, _ = q.shape
-    if segment_ids is None:
-        segment_ids = jnp.zeros((b, t), jnp.int32)
     count = -(-t // _BLOCK)
     size = -(-t // count)
+    unrolled = count <= _UNROLLED[segment_ids is not None]
+    if segment_ids is None:
+        segment_ids = jnp.zeros((b, t), jnp.int32)
     if padding := count * size - t:  # after all queries, which do not attend to it
         q, k, v = (
             jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v)
         )
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    y: Any = _blockwise(size, q, k, v, segment_ids)
+    y: Any = _blockwise(size, unrolled, q, k, v, segment_ids)
     return y[:, :t]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(size: int, q, k, v, segment_ids):
-    return _forward(size, q, k, v, segment_ids)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blockwise(size: int, unrolled: bool, q, k, v, segment_ids):
+    return _forward(size, unrolled, q, k, v, segment_ids)[0]
 
 
-def _forward(size: int, q, k, v, segment_ids):
+def _forward(size: int, unrolled: bool, q, k, v, segment_ids):
     group = q.shape[2] // k.shape[2]
     blocks = _split(size, q, k, v, segment_ids)
 
@@ -119,17 +122,18 @@ def _forward(size: int, q, k, v, segment_ids):
             o = shrink * o + matmul(p.astype(q.dtype), blocks.v[j])
             return m_next, shrink * total + p.sum(-1, keepdims=True), o
 
+        start = _first_keys(blocks, i)
         zero = jnp.zeros((*q_i.shape[:-1], 1), jnp.float32)
         o = jnp.zeros(q_i.shape, jnp.float32)
-        m, total, o = _loop(i + 1, keys, (zero + _MASKED, zero, o))
+        m, total, o = _loop(start, i + 1, keys, (zero + _MASKED, zero, o))
         return (o / total).astype(q.dtype), m + jnp.log(total)
 
-    o, log_sum_exp = _map(queries, len(blocks.q))
+    o, log_sum_exp = _map(queries, len(blocks.q), unrolled)
     o, log_sum_exp = attention_output(o), attention_output(log_sum_exp)
     return _join(o, group), (q, k, v, segment_ids, o, log_sum_exp)
 
 
-def _backward(size: int, saved, cotangent):
+def _backward(size: int, unrolled: bool, saved, cotangent):
     *arguments, o, log_sum_exp = saved
     q, k, v, _ = arguments
     group = q.shape[2] // k.shape[2]
@@ -150,11 +154,12 @@ def _backward(size: int, saved, cotangent):
             return dq_i + matmul(ds, blocks.k[j]), dk, dv
 
         dq_i = jnp.zeros(q_i.shape, jnp.float32)
-        dq_i, *carry = _loop(i + 1, keys, (dq_i, *carry))
+        start = _first_keys(blocks, i)
+        dq_i, *carry = _loop(start, i + 1, keys, (dq_i, *carry))
         return tuple(carry), dq_i
 
     zero = jnp.zeros(blocks.k.shape, jnp.float32)
-    (dk, dv), dq = _scan(queries, (zero, zero), len(blocks.q))
+    (dk, dv), dq = _scan(queries, (zero, zero), len(blocks.q), unrolled)
     dq = _join(dq, group) / math.sqrt(q.shape[-1])
     dk, dv = _join(dk, 1), _join(dv, 1)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
@@ -163,18 +168,33 @@ def _backward(size: int, saved, cotangent):
 _blockwise.defvjp(_forward, _backward)
 
 
-def _loop(stop, body, carry):
-    """`fori_loop` from 0, unrolled where the end is known."""
+def _first_keys(blocks: _Blocks, i) -> Any:
+    """The first block of keys that block i of queries may share a segment with.
+
+    Two blocks whose ranges of ids are disjoint in every row share none: of rows with
+    many packed sequences only the blocks at the diagonal are computed. Not on a mesh,
+    where the groups of devices would have to agree on it.
+    """
+    if isinstance(i, int) or jax.sharding.get_abstract_mesh().size > 1:
+        return 0
+    ids = blocks.segment_ids  # (blocks, b, B)
+    low, high = ids.min(-1), ids.max(-1)  # (blocks, b)
+    shared = (low <= high[i]) & (high >= low[i])
+    return jnp.argmax(shared.any(-1))
+
+
+def _loop(start, stop, body, carry):
+    """`fori_loop`, unrolled where the ends are known."""
     if not isinstance(stop, int):
-        return jax.lax.fori_loop(0, stop, body, carry)
-    for j in range(stop):
+        return jax.lax.fori_loop(start, stop, body, carry)
+    for j in range(start, stop):
         carry = body(j, carry)
     return carry
 
 
-def _scan(body, carry, count: int):
-    """`scan` over the indices of blocks, unrolled if there are few."""
-    if count > _UNROLLED:
+def _scan(body, carry, count: int, unrolled: bool):
+    """`scan` over the indices of blocks."""
+    if not unrolled:
         return jax.lax.scan(body, carry, jnp.arange(count))
     results = []
     for i in range(count):
@@ -183,8 +203,8 @@ def _scan(body, carry, count: int):
     return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
 
 
-def _map(f, count: int):
-    return _scan(lambda carry, i: (carry, f(i)), (), count)[1]
+def _map(f, count: int, unrolled: bool):
+    return _scan(lambda carry, i: (carry, f(i)), (), count, unrolled)[1]
 
 
 def _split(size: int, q, k, v, segment_ids) -> _Blocks:

@@ -10,8 +10,10 @@ from manifold_lora.console import print_text
 from manifold_lora.models.remat import Remat
 from manifold_lora.training.memory import device_memory, program_memory
 
-# The rest is for the next batch, for evaluation and for what the runtime itself needs.
-_USABLE = 0.9
+# The rest is for the next batch, for evaluation and for what the runtime itself needs,
+# and, where that is the host, for other programs.
+_USABLE = {"cpu": 0.5}
+_USABLE_ELSEWHERE = 0.9
 
 Step = Callable[..., Any]
 
@@ -51,6 +53,7 @@ def _first_that_fits(
     console: Console,
 ) -> Step:
     available = device_memory()
+    usable = _USABLE.get(jax.default_backend(), _USABLE_ELSEWHERE)
     *others, last = policies
     for policy in others:
         step: Any = step_with(policy)
@@ -60,7 +63,7 @@ def _first_that_fits(
             if not is_out_of_memory(error):
                 raise
             continue
-        if available is None or needed <= _USABLE * available:
+        if available is None or needed <= usable * available:
             _show(console, policy, needed, available)
             return step  # called as it is, it is not compiled again
     _show(console, last, None, available)

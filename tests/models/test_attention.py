@@ -104,6 +104,33 @@ def test_a_packed_row_equals_its_segments_alone(form: str):
         start += length
 
 
+@pytest.mark.parametrize("order", ["interleaved", "falling", "padding first"])
+def test_ids_need_not_rise_along_a_long_row(order: str):
+    *given, ids = arrays(650, 5)
+    ids = {
+        "interleaved": ids[:, np.random.default_rng(0).permutation(650)],
+        "falling": ids[:, ::-1],
+        "padding first": jnp.where(jnp.arange(650) < 300, 0, 7),
+    }[order]
+    ids = jnp.broadcast_to(ids, (B, 650))
+    for actual, expected in zip(
+        computed(blockwise_attention, *given, ids),
+        reference(*[*given, ids]),
+        strict=True,
+    ):
+        size = np.abs(expected).max() + 1
+        np.testing.assert_allclose(actual, expected, atol=2 * FLOAT32 * size)
+
+
+def test_blocks_of_other_segments_are_not_computed():
+    q, k, v, w, _ = arrays(1024, 1)
+    ids = jnp.broadcast_to(jnp.arange(1024) // 200, (B, 1024))
+    # Computed and masked, 0 · NaN would be NaN.
+    k, v = (x.at[:, :512].set(jnp.nan) for x in (k, v))
+    results = computed(blockwise_attention, q, k, v, w, ids)
+    assert all(np.isfinite(x[:, 768:]).all() for x in results)
+
+
 def test_no_segment_ids_are_one_segment():
     q, k, v, w, ids = arrays(20, 1)
     for one, other in zip(

@@ -55,7 +55,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, available: int | None, steps: Steps)
 
 @pytest.mark.parametrize(
     ("available", "policy"),
-    [(None, "none"), (2**30, "none"), (2**23, "dots"), (2**13, "block"), (1, "block")],
+    [(None, "none"), (2**30, "none"), (2**25, "dots"), (2**13, "block"), (1, "block")],
 )
 def test_the_first_policy_that_fits_is_taken_and_compiled_once(
     monkeypatch, available, policy
