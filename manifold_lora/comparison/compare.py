@@ -220,7 +220,7 @@ class _Study:
         return self._runners[name]
 
     def _runner(self, config: TrainConfig) -> Runner:
-        return Runner(config, self.base, self.data)
+        return Runner(config, self.base, self.data, self.bar.console)
 
     def time_steps(self) -> dict[str, float]:
         """Median seconds per step of every method, measured in turn."""

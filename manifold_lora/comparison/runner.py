@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.console import Console
 
 from manifold_lora.adapters import (
     adapters,
@@ -27,6 +28,7 @@ from manifold_lora.training.artifacts import exporting, write_adapter
 from manifold_lora.training.config import TrainConfig
 from manifold_lora.training.data import Data, training_batches
 from manifold_lora.training.optimizer import Rates, build_optimizer, with_run_data
+from manifold_lora.training.remat import fitting_step
 from manifold_lora.training.step import TrainState, make_step
 
 
@@ -37,7 +39,7 @@ class Runner:
     seed only changes the initial factors, so the step is compiled once for all runs.
     """
 
-    def __init__(self, config: TrainConfig, base: Any, data: Data):
+    def __init__(self, config: TrainConfig, base: Any, data: Data, console: Console):
         self.config = config
         self.data = data
         self._base = nnx.split(base)
@@ -52,7 +54,12 @@ class Runner:
         example = Rates(config.learning_rate, config.free_learning_rate)
         self.tx = with_run_data(build, example, 1)
         names = axes(model)
-        self.step = make_step(rebuild, self.tx, tags, names, config.batch.accumulate)
+
+        def make(rebuild: Any) -> Any:
+            parts = config.batch.accumulate
+            return make_step(rebuild, self.tx, tags, names, parts, data.packing)
+
+        self.step = fitting_step(model, config.model.remat, make, console)
         self.evaluate = make_evaluate(rebuild, names)
 
     def adapted_model(self, seed: int) -> Any:

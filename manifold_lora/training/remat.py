@@ -6,8 +6,10 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from manifold_lora.adapters import split
 from manifold_lora.console import print_text
-from manifold_lora.models.remat import Remat
+from manifold_lora.models import Llama
+from manifold_lora.models.remat import Remat, RematSetting, candidates
 from manifold_lora.training.memory import device_memory, program_memory
 
 # The rest is for the next batch, for evaluation and for what the runtime itself needs,
@@ -19,6 +21,27 @@ Step = Callable[..., Any]
 
 
 def fitting_step(
+    model: Llama, setting: RematSetting, make: Callable[[Any], Step], console: Console
+) -> Step:
+    """The step of a model with the setting's policy, or the fastest one that fits.
+
+    Args:
+        model: with its adapter; its `remat` is set.
+        setting: a policy, or "auto".
+        make: from the `rebuild` of `adapters.split` to a jitted step.
+        console: where the choice is shown.
+    """
+
+    def step_with(policy: Remat) -> Step:
+        model.remat = policy
+        rebuild, _, _ = split(model)
+        return make(rebuild)
+
+    policies = candidates(setting, jax.default_backend())
+    return first_fitting(step_with, policies, console)
+
+
+def first_fitting(
     step_with: Callable[[Remat], Step], policies: Sequence[Remat], console: Console
 ) -> Step:
     """The step with the first of the policies that fits, or with the last.

@@ -21,7 +21,6 @@ from manifold_lora.distributed import processes
 from manifold_lora.distributed.arrays import BatchSharder
 from manifold_lora.distributed.mesh import make_mesh, read_mesh
 from manifold_lora.evaluation.heldout import make_evaluate
-from manifold_lora.models.remat import Remat, candidates
 from manifold_lora.training import display
 from manifold_lora.training.artifacts import (
     Diverged,
@@ -136,15 +135,11 @@ def _run(
     tx, schedule = build_optimizer(config, manifolds, steps, model.config.hidden_size)
     check_optimizer(config, tx, initial_factors)
 
-    def step_with(remat: Remat) -> Any:
-        model.remat = remat
-        with_remat, _, _ = split(model)
+    def make(rebuild: Any) -> Any:
         parts = config.batch.accumulate
-        return make_step(with_remat, tx, None, names, parts, data.packing)
+        return make_step(rebuild, tx, None, names, parts, data.packing)
 
-    platform = mesh.devices.flat[0].platform
-    policies = candidates(config.model.remat, platform)
-    step = fitting_step(step_with, policies, console)
+    step = fitting_step(model, config.model.remat, make, console)
     held_out = held_out_batches(config, data)
     evaluate = make_evaluate(rebuild, names)
     display.show_plan(console, config, model, data, steps, mesh)

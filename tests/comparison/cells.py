@@ -1,4 +1,10 @@
-"""Results of runs that have not taken place."""
+"""Results of runs that have not taken place, and the examples of a comparison."""
+
+from manifold_lora.comparison.config import resolve_comparison
+from manifold_lora.comparison.splits import split_held_out
+from manifold_lora.data.tokens import load_tokenizer
+from manifold_lora.training.data import load_data
+from tests.configs import compare_config
 
 
 def cell(method, seed, losses, curve, rates=(0.1,), **changes):
@@ -25,3 +31,9 @@ def cell(method, seed, losses, curve, rates=(0.1,), **changes):
         "effective_rank_update": 2.5,
         "step_seconds": 0.5,
     } | changes
+
+
+def splits_of(settings):
+    """The examples of a comparison with these settings."""
+    config = next(iter(resolve_comparison(compare_config(**settings)).runs.values()))
+    return split_held_out(config, load_data(config, load_tokenizer(settings["model"])))

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,14 +17,12 @@ from manifold_lora.comparison import compare as study
 from manifold_lora.comparison.config import resolve_comparison
 from manifold_lora.comparison.results import ResultsFile, run_name
 from manifold_lora.comparison.runner import Runner
-from manifold_lora.comparison.splits import split_held_out
-from manifold_lora.data.tokens import load_tokenizer
 from manifold_lora.errors import InputError
 from manifold_lora.evaluation import heldout
 from manifold_lora.evaluation.batches import HeldOutBatches
 from manifold_lora.training import train as training
-from manifold_lora.training.data import load_data
 from manifold_lora.training.optimizer import Rates
+from tests.comparison.cells import splits_of
 from tests.configs import compare_config, train_config
 from tests.tiny import data_file, model_directory
 
@@ -84,11 +81,6 @@ def finished(settings):
         content = compare(settings, console)
     shown = console.file.getvalue()  # pyright: ignore
     return content, shown, calls, runners, len(traces)
-
-
-def splits_of(settings):
-    config = next(iter(resolve_comparison(compare_config(**settings)).runs.values()))
-    return split_held_out(config, load_data(config, load_tokenizer(settings["model"])))
 
 
 def final(content, method):
@@ -190,40 +182,6 @@ def test_the_results_are_of_seeds_and_examples_that_the_search_never_saw(
         assert "on 2 validation examples, with seed 2" in text
         assert "on 2 test examples held out, mean" in text
         assert "over seeds 0, 1." in text
-
-
-def test_the_test_part_is_eval_data_where_it_is_given(settings, tmp_path):
-    path = data_file(tmp_path / "eval.jsonl", 7)
-    first, second = (
-        splits_of(settings | {"eval_data": path, "seed": n}) for n in (0, 3)
-    )
-    assert [len(part) for part in (first.data.train, first.validation)] == [36, 4]
-    assert len(first.test) == 7 and first.data.held_out is first.test
-    for one, other in zip(first.validation, second.validation, strict=True):
-        np.testing.assert_array_equal(one.input_ids, other.input_ids)
-    third = splits_of(settings | {"eval_data": path, "split_seed": 1})
-    assert len(third.validation) == 4
-    assert {e.input_ids.tobytes() for e in third.validation} != {
-        e.input_ids.tobytes() for e in first.validation
-    }
-
-
-def test_rows_of_one_text_are_in_one_part(settings):
-    splits = splits_of(settings)
-    config = train_config(model=settings["model"], data=settings["data"])
-    rows = [replace(e, location=f"a:{n % 5}") for n, e in enumerate(splits.data.train)]
-    again = split_held_out(config, splits.data._replace(held_out=rows))
-    places = [{e.location for e in part} for part in (again.validation, again.test)]
-    assert [len(part) for part in places] == [2, 3] and not places[0] & places[1]
-    assert len(again.validation) + len(again.test) == 36
-    with pytest.raises(InputError, match="one record is held out.*--eval-examples"):
-        split_held_out(config, splits.data._replace(held_out=rows[:1]))
-    given = train_config(
-        **{name: settings[name] for name in ("model", "data")},
-        eval_data=settings["data"],
-    )
-    with pytest.raises(InputError, match="--data has one record"):
-        split_held_out(given, splits.data._replace(train=rows[:1]))
 
 
 def test_the_search_takes_the_least_loss_and_grows(finished):
@@ -342,7 +300,8 @@ def test_overwriting_removes_a_comparison_and_nothing_else(finished, tmp_path):
 def test_a_larger_method_gets_a_lower_rank(settings, finished, monkeypatch):
     monkeypatch.setattr(study, "BUDGET", 1.01)
     config = compare_config(**settings | {"methods": ("lora", "stella")})
-    made = study._Study(resolve_comparison(config), None, None)  # pyright: ignore
+    bar = study._progress(Console(quiet=True))
+    made = study._Study(resolve_comparison(config), None, bar)  # pyright: ignore
     assert made.runner("lora").config.adapter.rank == 4
     # 2 layers: rank 4 has 2·4·64 + 2·16 parameters, over the 512 of lora
     stella = made.runner("stella")

@@ -13,7 +13,7 @@ from rich.console import Console
 from manifold_lora.models.remat import Remat, candidates
 from manifold_lora.training import memory, remat
 from manifold_lora.training.memory import device_memory, program_memory
-from manifold_lora.training.remat import fitting_step
+from manifold_lora.training.remat import first_fitting
 from manifold_lora.training.train import train
 from tests.configs import train_config
 from tests.tiny import data_file, model_directory
@@ -46,7 +46,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, available: int | None, steps: Steps)
     """What the step returns twice, and what was shown."""
     monkeypatch.setattr(remat, "device_memory", lambda: available)
     console = Console(file=io.StringIO(), width=200)
-    step = fitting_step(steps, candidates("auto", "gpu"), console)
+    step = first_fitting(steps, candidates("auto", "gpu"), console)
     largest = [int(step(jnp.float32(1))[0]) + 1 for _ in range(2)]
     assert largest[0] == largest[1]
     names = [name for name, count in KEPT.items() if count == largest[0]]
@@ -81,7 +81,7 @@ def test_a_compiler_out_of_memory_means_the_next_policy(monkeypatch):
 
 def test_a_given_policy_is_not_compiled_to_look_at_it():
     steps = Steps()
-    fitting_step(steps, candidates("dots", "gpu"), Console(quiet=True))
+    first_fitting(steps, candidates("dots", "gpu"), Console(quiet=True))
     assert steps.traced == []
 
 
