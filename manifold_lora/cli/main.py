@@ -207,11 +207,11 @@ def _run(arguments: Sequence[str]) -> None:
     names = list(COMMANDS)
     if chosen not in names and not chosen.startswith("-"):
         raise InputError(f"there is no command {chosen!r}. {nearest(chosen, names)}")
+    check_renamed(arguments)
     if chosen == plan.__name__:
         hide_accelerators()  # before JAX is imported
-    check_renamed(arguments)
-    if "--no-compile-cache" not in arguments:
-        use_compile_cache()  # likewise
+    elif "--no-compile-cache" not in arguments:
+        use_compile_cache()  # likewise; a plan's programs could not be read again
     command = COMMANDS.get(chosen)
     if command is not None and command in CONFIGURATIONS:
         from manifold_lora.cli.flags import join_repeated

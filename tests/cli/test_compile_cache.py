@@ -18,13 +18,13 @@ print("cache:", os.environ.get("JAX_COMPILATION_CACHE_DIR"))
 """
 
 
-def directory(home: Path, *arguments: str, **env: str) -> str:
+def directory(home: Path, *arguments: str, command: str = "methods", **env: str) -> str:
     """Where the command keeps programs."""
     inherited = {
         k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"
     }
     done = subprocess.run(
-        [sys.executable, "-c", CODE, "methods", *arguments],
+        [sys.executable, "-c", CODE, command, *arguments],
         env=inherited | {"XDG_CACHE_HOME": str(home), "HOME": str(home)} | env,
         capture_output=True,
         text=True,
@@ -40,5 +40,7 @@ def test_where_programs_are_kept(tmp_path: Path):
     given = str(tmp_path / "mine")
     assert directory(tmp_path, JAX_COMPILATION_CACHE_DIR=given) == given
     assert directory(tmp_path, "--no-compile-cache") == "None"
+    # What is compiled for devices that are not there cannot be read again.
+    assert directory(tmp_path, "--help", command="plan") == "None"
     (tmp_path / "file").touch()
     assert directory(tmp_path / "file") == "None"  # no directory can be made there
