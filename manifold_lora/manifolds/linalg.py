@@ -36,24 +36,28 @@ def _may_be_sharded() -> bool:
     return mesh.size > 1 and AxisType.Auto in mesh.axis_types
 
 
-def times(x: Array, s: Array) -> Array:
-    """XS of a tall X, (…, rows, r), and a small S, (…, r, columns).
+def times(x: Array, s: Array, scale: Array | float = 1) -> Array:
+    """The product kXS of a tall X, (…, rows, r), a small S, (…, r, columns), and k.
 
-    On CPU it is a sum of r scaled columns, which the compiler fuses with the
+    The scale k is applied to X, which may be so large that kS would be too small for a
+    float32. On CPU it is a sum of r scaled columns, which the compiler fuses with the
     operations before and after: a third of the time of a separate product with
     its own passes over memory.
     """
     r = s.shape[-2]
     if r > 32:  # a longer sum takes too long to compile
-        return matmul(x, s)
+        return matmul(scale * x, s)
 
-    def columns(x: Array, s: Array) -> Array:
-        total = x[..., :1] * s[..., :1, :]
+    def columns(x: Array, s: Array, scale: Array) -> Array:
+        total = scale * x[..., :1] * s[..., :1, :]
         for k in range(1, r):
-            total = total + x[..., k : k + 1] * s[..., k : k + 1, :]
+            total = total + scale * x[..., k : k + 1] * s[..., k : k + 1, :]
         return total
 
-    return jax.lax.platform_dependent(x, s, cpu=columns, default=matmul)
+    def product(x: Array, s: Array, scale: Array) -> Array:
+        return matmul(scale * x, s)
+
+    return jax.lax.platform_dependent(x, s, scale, cpu=columns, default=product)
 
 
 def sym(a: Array) -> Array:

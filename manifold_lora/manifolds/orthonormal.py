@@ -29,8 +29,13 @@ def longest(dtype: Any) -> float:
 
 def small_products(
     xs: Sequence[Array], ds: Sequence[Array]
-) -> tuple[list[Array], list[Array], list[Array]]:
-    """XᵀV and VᵀV of V = cD, and the c with which ‖V‖₂ ≤ `longest`, of all pairs."""
+) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
+    """The small matrices of V = ckD, shortened to ‖V‖₂ ≤ `longest`, for all pairs.
+
+    Returns:
+        XᵀV, VᵀV, c, and k with which the squares of kD are finite. The product ck may
+        be too small for a float32.
+    """
 
     def products(ds: Sequence[Array]) -> list[Array]:
         grams = [matmul(d.mT, d) for d in ds]
@@ -42,7 +47,7 @@ def small_products(
     cs = [shortening(g, longest(g.dtype)) for g in grams]
     ws = [c * w for c, w in zip(cs, ws, strict=True)]
     grams = [c**2 * g for c, g in zip(cs, grams, strict=True)]
-    return ws, grams, [c * scale for c, scale in zip(cs, scales, strict=True)]
+    return ws, grams, cs, scales
 
 
 def polish(e: Array) -> Array:
@@ -58,8 +63,9 @@ def orthonormalise(
     qs: Sequence[Array],
     es: Sequence[Array],
     grams: Sequence[Array],
+    scales: Sequence[Array | float] | None = None,
 ) -> tuple[list[Array], list[Array]]:
-    """X⁺ = Y T with orthonormal columns, for Y = X(I + C) + DQ for every list entry.
+    """X⁺ = Y T with orthonormal columns, for Y = X(I + C) + kDQ for every list entry.
 
     The first pass takes T from E = YᵀY − I as given, computed from small matrices.
     Where the step is large E has an error of ε‖YᵀY‖, and X itself may have
@@ -75,6 +81,7 @@ def orthonormalise(
         qs: (…, r, r).
         es: (…, r, r).
         grams: DᵀD, (…, r, r); where it is 0 the point does not move at all.
+        scales: k, (…, 1, 1); by default 1.
 
     Returns:
         The points X⁺ and the deviations T − I of the factors.
@@ -86,10 +93,11 @@ def orthonormalise(
     def second(e: Array) -> Array:
         return polish(e) if kernel == "polar" else inverse_cholesky(e)
 
+    scales = scales or [1.0] * len(ds)
     fs = stacked(first, es)
     ys = [
-        x + (times(x, c + f + matmul(c, f)) + times(d, q + matmul(q, f)))
-        for x, c, d, q, f in zip(xs, cs, ds, qs, fs, strict=True)
+        x + (times(x, c + f + matmul(c, f)) + times(d, q + matmul(q, f), k))
+        for x, c, d, q, f, k in zip(xs, cs, ds, qs, fs, scales, strict=True)
     ]
     moved = [jnp.any(g != 0, axis=(-2, -1), keepdims=True) for g in grams]
     rests = [jnp.where(m, deviation(y), 0) for m, y in zip(moved, ys, strict=True)]

@@ -146,11 +146,11 @@ class Stiefel(Manifold):
         dtype = x.dtype
         x, v = at_least_float32(x, v)
         if self.retraction == "polar" or self.retraction == "qr":
-            (w,), (gram,), (c,) = small_products([x], [v])
+            (w,), (gram,), (c,), scales = small_products([x], [v])
             e = 2 * sym(w) + gram
             zero, scale = jnp.zeros_like(e), c * eye_like(e)
             (y,), _ = orthonormalise(
-                self.retraction, [x], [zero], [v], [scale], [e], [gram]
+                self.retraction, [x], [zero], [v], [scale], [e], [gram], scales
             )
         else:
             u = self._cayley(x, v) if self.retraction == "cayley" else self._exp(x, v)
@@ -210,7 +210,7 @@ class Stiefel(Manifold):
         pairs = [at_least_float32(x, d) for x, d in zip(xs, ds, strict=True)]
         wide = [x for x, _ in pairs]
         ds = [d for _, d in pairs]
-        ws, grams, cs = small_products(wide, ds)
+        ws, grams, cs, bounds = small_products(wide, ds)
         zs = [sym(w) for w in ws]
         es = [
             g - 2 * sym(matmul(z, w)) + matmul(z, z)
@@ -218,7 +218,9 @@ class Stiefel(Manifold):
         ]
         scales = [c * eye_like(z) for c, z in zip(cs, zs, strict=True)]
         shifts = [-z for z in zs]
-        points, _ = orthonormalise(self.retraction, wide, shifts, ds, scales, es, grams)
+        points, _ = orthonormalise(
+            self.retraction, wide, shifts, ds, scales, es, grams, bounds
+        )
         return [y.astype(dtype) for y, dtype in zip(points, dtypes, strict=True)]
 
     def transport(self, x: Array, y: Array, v: Array) -> Array:

@@ -109,7 +109,7 @@ def test_long_steps_tend_to_the_orthonormal_direction(retraction):
     v = row.tangent(rng, x)
     factors = {"qr": lambda v: each(qr, v), "polar": polar}
     limit = factors[retraction](v)
-    for size in (1e6, 1e20, 1e37):
+    for size in (1e6, 1e20, 1e37, 8e37):
         y = jax.jit(row.manifold.retract)(*cast((x, size * v), "float32"))
         smallest = np.linalg.svd(v, compute_uv=False).min() / np.linalg.norm(v)
         assert np.abs(float64(y) - limit).max() < 4 / (512 * smallest)
