@@ -53,5 +53,5 @@ def _wide_backward(saved: tuple, dy: jax.Array) -> tuple:
     return _product(dy, w), sum_over_tokens(dy, x).astype(w.dtype)
 
 
-tall_product.defvjp(lambda x, w: (tall_product(x, w), (x, w)), _tall_backward)
-wide_product.defvjp(lambda x, w: (wide_product(x, w), (x, w)), _wide_backward)
+tall_product.defvjp(lambda x, w: (_product(x, w), (x, w)), _tall_backward)
+wide_product.defvjp(lambda x, w: (_product(x, w.mT), (x, w)), _wide_backward)

@@ -10,6 +10,13 @@ Remat = Literal["none", "dots", "block", "offload"]
 RematSetting = Literal["auto", "none", "dots", "block", "offload"]
 LAYER_INPUT, PROJECTION, ATTENTION = "layer_input", "projection", "attention"
 _policies = jax.checkpoint_policies
+# Operations whose results are those of accelerators' kernels, which no name reaches:
+# splash attention, the kernel in Triton, within a derivative rule, and cuDNN's.
+_ATTENTION_KERNELS = (
+    "pallas_call",
+    "custom_vjp_call",
+    "dot_product_attention_fwd_wrapper",
+)
 
 
 def candidates(setting: RematSetting, platform: str) -> tuple[Remat, ...]:
@@ -50,7 +57,10 @@ def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
 
 def _policy(remat: Remat) -> Callable[..., Any] | None:
     if remat == "dots":
-        return _policies.save_only_these_names(PROJECTION, ATTENTION)
+        named: Any = _policies.save_only_these_names(PROJECTION, ATTENTION)
+        return lambda op, *args, **params: (
+            op.name in _ATTENTION_KERNELS or named(op, *args, **params)
+        )
     if remat == "offload":
         return _policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

@@ -11,6 +11,7 @@ import pytest
 
 from manifold_lora.models import attention_kernels
 from manifold_lora.models.attention import blockwise_attention, causal_attention
+from manifold_lora.models.remat import rematerialised
 from tests.cases import slow_but
 from tests.tolerances import BFLOAT16, FLOAT32
 
@@ -129,6 +130,23 @@ def test_blocks_of_other_segments_are_not_computed():
     k, v = (x.at[:, :512].set(jnp.nan) for x in (k, v))
     results = computed(blockwise_attention, q, k, v, w, ids)
     assert all(np.isfinite(x[:, 768:]).all() for x in results)
+
+
+@pytest.mark.parametrize("form", ["splash", "triton"])
+def test_dots_keeps_what_a_kernel_computed(form: str):
+    def kernels(remat: Any) -> int:
+        def layer(x, _):
+            q = x.reshape(1, 128, 2, 64)
+            ids = jnp.zeros((1, 128), jnp.int32)
+            return x + FORMS[form](q, q, q, ids).reshape(x.shape), None
+
+        def loss(x):
+            return jax.lax.scan(rematerialised(layer, remat), x, length=2)[0].sum()
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(jnp.ones((1, 128, 128)))
+        return str(jaxpr).count("pallas_call[")
+
+    assert kernels("dots") == kernels("none") == kernels("block") - 1
 
 
 def test_no_segment_ids_are_one_segment():
