@@ -10,13 +10,10 @@ Remat = Literal["none", "dots", "block", "offload"]
 RematSetting = Literal["auto", "none", "dots", "block", "offload"]
 LAYER_INPUT, PROJECTION, ATTENTION = "layer_input", "projection", "attention"
 _policies = jax.checkpoint_policies
-# Operations whose results are those of accelerators' kernels, which no name reaches:
-# splash attention, the kernel in Triton, within a derivative rule, and cuDNN's.
-_ATTENTION_KERNELS = (
-    "pallas_call",
-    "custom_vjp_call",
-    "dot_product_attention_fwd_wrapper",
-)
+# Operations whose results are those of GPU kernels, which no name reaches: the one in
+# Triton, within a derivative rule, and cuDNN's. A TPU's, whose results are padded to
+# 128 lanes, take less memory computed again.
+_ATTENTION_KERNELS = ("custom_vjp_call", "dot_product_attention_fwd_wrapper")
 
 
 def candidates(setting: RematSetting, platform: str) -> tuple[Remat, ...]:
