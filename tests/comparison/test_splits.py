@@ -15,13 +15,8 @@ from tests.tiny import data_file, model_directory
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    return {
-        "model": model_directory(folder / "model"),
-        "data": data_file(folder / "train.jsonl"),
-        "out": folder / "compare",
-        "methods": ("lora,stiefel",),
-        "learning_rates": ("0.02",),
-    }
+    data = data_file(folder / "train.jsonl")
+    return {"model": model_directory(folder / "model"), "data": data}
 
 
 def test_the_test_part_is_eval_data_where_it_is_given(settings, tmp_path):
