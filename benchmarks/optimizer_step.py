@@ -140,7 +140,7 @@ def stiefel_steps() -> float:
             "landing, both factors": ml.landing(adamw, STIEFEL),
         },
         pairs(("a", "b")),
-        {"both factors": 1.8, "B only": 1.35},
+        {"both factors": 1.6, "B only": 1.25},
     )
     return times["both factors"]
 
